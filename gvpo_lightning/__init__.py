@@ -1,0 +1,1 @@
+"""GVPO on PyTorch Lightning."""

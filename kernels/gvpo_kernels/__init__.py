@@ -1,0 +1,11 @@
+"""GVPO's loss as functions of tensors; imports torch and nothing of Lightning or transformers."""
+
+from gvpo_kernels.linear_logprob import linear_logprob
+from gvpo_kernels.reference import (
+    GroupStatistics,
+    GVPOLoss,
+    group_statistics,
+    gvpo_loss,
+)
+
+__all__ = ["GVPOLoss", "GroupStatistics", "group_statistics", "gvpo_loss", "linear_logprob"]
