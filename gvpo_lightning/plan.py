@@ -83,27 +83,30 @@ def check_batch_sizes(
 ) -> None:
     """Raise ValueError, with the numbers and the mend, where a rollout can't be cut into updates as asked."""
     if prompts_per_rollout % prompts_per_update:
+        whole = prompts_per_update * math.ceil(prompts_per_rollout / prompts_per_update)
         raise ValueError(
-            f"A rollout must be cut into whole updates: prompts_per_rollout={prompts_per_rollout} is not a multiple "
-            f"of prompts_per_update={prompts_per_update}. Use {prompts_per_update * math.ceil(prompts_per_rollout / prompts_per_update)} "
-            f"prompts per rollout, or prompts_per_update={math.gcd(prompts_per_rollout, prompts_per_update)}."
+            f"A rollout must be cut into whole updates: prompts_per_rollout={prompts_per_rollout} is not a multiple of "
+            f"prompts_per_update={prompts_per_update}. Set prompts_per_rollout={whole}, or "
+            f"prompts_per_update={math.gcd(prompts_per_rollout, prompts_per_update)}."
         )
     if prompts_per_update % world_size:
         raise ValueError(
             f"Every rank trains whole groups: prompts_per_update={prompts_per_update} is not a multiple of the "
-            f"{world_size} ranks. Use {world_size * math.ceil(prompts_per_update / world_size)}."
+            f"{world_size} ranks. Set prompts_per_update={world_size * math.ceil(prompts_per_update / world_size)}."
+        )
+    if micro_batch_size is None:
+        return
+    if micro_batch_size < group_size:
+        raise ValueError(
+            f"A micro-batch holds whole groups: micro_batch_size={micro_batch_size} completions is less than "
+            f"group_size={group_size}. Set micro_batch_size={group_size} or more, or leave it out."
         )
     groups_per_rank = prompts_per_update // world_size
     largest = math.ceil(groups_per_rank / accumulate) * group_size
-    if micro_batch_size is not None and largest > micro_batch_size:
-        fitting = micro_batch_size // group_size
-        mend = (
-            f"Set trainer.accumulate_grad_batches={math.ceil(groups_per_rank / fitting)}, or micro_batch_size={largest}."
-            if fitting
-            else f"Set micro_batch_size to at least group_size={group_size}: a micro-batch holds whole groups."
-        )
+    if largest > micro_batch_size:
+        needed = math.ceil(groups_per_rank / (micro_batch_size // group_size))
         raise ValueError(
-            f"An update of {groups_per_rank} groups of {group_size} completions a rank, cut into "
-            f"accumulate_grad_batches={accumulate} micro-batches, makes micro-batches of {largest} completions; "
-            f"micro_batch_size={micro_batch_size} allows fewer. {mend}"
+            f"An update of {groups_per_rank} groups of {group_size} completions a rank makes {accumulate} micro-batches "
+            f"(trainer.accumulate_grad_batches) of up to {largest} completions, more than micro_batch_size="
+            f"{micro_batch_size}. Set accumulate_grad_batches={needed}, or micro_batch_size={largest}."
         )

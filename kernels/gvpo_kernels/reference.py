@@ -27,12 +27,14 @@ class GroupStatistics:
         size: (G,) number of kept completions, k. 0 or 1 means that the group contributes nothing.
         mean_log_ratio: (G,) mean log-ratio of the kept completions, in nats.
         mean_reward: (G,) mean reward of the kept completions.
+        mean_logprob: (G,) mean sequence log-prob under the policy, in nats (the RL view alone needs it).
     """
 
     index: Tensor
     size: Tensor
     mean_log_ratio: Tensor
     mean_reward: Tensor
+    mean_logprob: Tensor
 
     @property
     def num_groups(self) -> int:
@@ -75,6 +77,7 @@ def sum_completion_tokens(token_values: Tensor, completion_mask: Tensor) -> Tens
 def group_statistics(
     log_ratios: Tensor,
     rewards: Tensor,
+    sequence_logprobs: Tensor,
     group_ids: Tensor,
     kept: Tensor,
     process_group: "dist.ProcessGroup | None" = None,
@@ -82,7 +85,7 @@ def group_statistics(
     """Sizes and means of every group; without gradient, which changes nothing since residuals sum to 0.
 
     Args:
-        log_ratios, rewards: (S,) floating; values of completions that are not kept are ignored.
+        log_ratios, rewards, sequence_logprobs: (S,) floating; values of completions that are not kept are ignored.
         group_ids: (S,) integers in any order; equal ids are one group.
         kept: (S,) bool.
         process_group: if given, groups may be spread over its ranks (ids must agree between them); every
@@ -90,20 +93,17 @@ def group_statistics(
     """
     with torch.no_grad():
         num_local = len(group_ids)
-        columns = [group_ids.to(torch.int64), kept, log_ratios.detach(), rewards.to(log_ratios.dtype)]
+        columns = [group_ids.to(torch.int64), kept, log_ratios, rewards.to(log_ratios.dtype), sequence_logprobs]
         offset = 0
         if process_group is not None:
             columns, offset = _gather_rows(columns, process_group)
-        ids, kept, log_ratios, rewards = columns
+        ids, kept, *values = columns
         unique, index = torch.unique(ids, return_inverse=True)
-        zeros = torch.zeros(len(unique), dtype=log_ratios.dtype, device=log_ratios.device)
+        zeros = values[0].new_zeros(len(unique))
         size = torch.zeros_like(zeros, dtype=torch.int64).index_add_(0, index, kept.to(torch.int64))
         divisor = size.clamp(min=1).to(zeros.dtype)
-        means = [
-            zeros.index_add(0, index, torch.where(kept, values, torch.zeros_like(values))) / divisor
-            for values in (log_ratios, rewards)
-        ]
-        return GroupStatistics(index[offset : offset + num_local], size, means[0], means[1])
+        means = [zeros.index_add(0, index, torch.where(kept, v, torch.zeros_like(v))) / divisor for v in values]
+        return GroupStatistics(index[offset : offset + num_local], size, *means)
 
 
 def _gather_rows(columns: list[Tensor], process_group: "dist.ProcessGroup") -> tuple[list[Tensor], int]:
@@ -198,12 +198,13 @@ def prepare(
     kept = completion_mask.any(dim=1)
     # per token first, then the sum: two large sums subtracted would lose what the loss is made of
     log_ratios = sum_completion_tokens(token_logprobs - reference_logprobs, completion_mask)
+    sequence_logprobs = sum_completion_tokens(token_logprobs, completion_mask)
     rewards = torch.where(kept, rewards.detach().to(log_ratios.dtype), torch.zeros_like(log_ratios))
-    statistics = group_statistics(log_ratios, rewards, group_ids, kept, process_group)
+    statistics = group_statistics(log_ratios, rewards, sequence_logprobs, group_ids, kept, process_group)
     denominator = max(statistics.num_groups if num_groups is None else num_groups, 1)
     world_size = 1 if process_group is None else dist.get_world_size(process_group)
     return PreparedBatch(
-        sequence_logprobs=sum_completion_tokens(token_logprobs, completion_mask),
+        sequence_logprobs=sequence_logprobs,
         reference_sequence_logprobs=sum_completion_tokens(reference_logprobs, completion_mask),
         log_ratios=log_ratios,
         rewards=rewards,
@@ -231,14 +232,15 @@ def rl_terms(batch: PreparedBatch) -> dict[str, Tensor]:
     Scalars, differentiable in the policy's log-probs; means over the groups with k >= 2, with the signs
     with which they enter the loss:  -beta Cov(R, log pi) - beta^2 Cov(log pi, log pi') + beta^2 Var(log pi) / 2.
     """
-    index, size = batch.statistics.index, batch.statistics.size
+    statistics, beta = batch.statistics, batch.beta
+    mean_reference = statistics.mean_logprob - statistics.mean_log_ratio
 
-    def centred(values: Tensor) -> Tensor:
-        means = values.new_zeros(len(size)).index_add(0, index, values) / size.clamp(min=1)
-        return torch.where(batch.kept, values - means[index], torch.zeros_like(values))
+    def centred(values: Tensor, means: Tensor) -> Tensor:
+        return torch.where(batch.kept, values - means[statistics.index], torch.zeros_like(values))
 
-    policy, reference = centred(batch.sequence_logprobs), centred(batch.reference_sequence_logprobs)
-    reward, beta = centred(batch.rewards), batch.beta
+    policy = centred(batch.sequence_logprobs, statistics.mean_logprob)
+    reference = centred(batch.reference_sequence_logprobs, mean_reference)
+    reward = centred(batch.rewards, statistics.mean_reward)
     return {
         "objective/reward_term": -beta * (batch.share * reward * policy).sum(),
         "objective/covariance_term": -(beta**2) * (batch.share * policy * reference).sum(),
