@@ -106,7 +106,7 @@ def check_batch_sizes(
     if largest > micro_batch_size:
         needed = math.ceil(groups_per_rank / (micro_batch_size // group_size))
         raise ValueError(
-            f"An update of {groups_per_rank} groups of {group_size} completions a rank makes {accumulate} micro-batches "
-            f"(trainer.accumulate_grad_batches) of up to {largest} completions, more than micro_batch_size="
+            f"An update of {groups_per_rank} groups of {group_size} completions a rank makes {accumulate} "
+            f"micro-batches (trainer.accumulate_grad_batches) of up to {largest} completions, over micro_batch_size="
             f"{micro_batch_size}. Set accumulate_grad_batches={needed}, or micro_batch_size={largest}."
         )
