@@ -1,1 +1,70 @@
-"""Rewards."""
+"""Rewards: any callable `(prompts, completions, **columns) -> list of float or None`, and those we ship.
+
+`prompts` are as in the dataset (text or messages), `completions` are text; both, and every other column
+of the dataset, have one entry a completion. `None`: this completion has no reward and leaves its group.
+"""
+
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gvpo_lightning.rewards.exact import ExactAnswer, last_number
+
+__all__ = ["ExactAnswer", "Reward", "compute_rewards", "last_number"]
+
+Reward = Callable[..., Sequence[float | None]]
+
+
+def compute_rewards(
+    reward: Reward, prompts: list[Any], completions: list[str], columns: dict[str, list[Any]]
+) -> list[float]:
+    """Call the reward and check its answer.
+
+    Returns:
+        one float a completion; NaN for those without a reward (None, NaN or infinite): the caller drops them.
+
+    Raises:
+        ValueError: not one entry a completion, or one that is no number; or a column that the reward needs is
+            missing from the dataset.
+        RuntimeError: the reward itself raised (its own error is the cause).
+    """
+    name = reward_name(reward)
+    check_reward_columns(reward, set(columns))
+    try:
+        values = reward(prompts, completions, **columns)
+    except Exception as error:
+        raise RuntimeError(
+            f"The reward {name} raised {type(error).__name__}: {error} (on {len(completions)} completions, the first "
+            f"of prompt {str(prompts[0])[:80]!r})."
+        ) from error
+    if not hasattr(values, "__len__") or len(values) != len(completions):
+        got = len(values) if hasattr(values, "__len__") else type(values).__name__
+        raise ValueError(f"The reward {name} must return one entry a completion, {len(completions)}, got {got}.")
+    for row, value in enumerate(values):
+        if value is not None and not isinstance(value, numbers.Real) and getattr(value, "ndim", None) != 0:
+            raise ValueError(
+                f"The reward {name} must return numbers or None, got {value!r} for completion {row}: "
+                f"{completions[row][:80]!r}."
+            )
+    return [float(v) if v is not None and math.isfinite(v) else math.nan for v in values]
+
+
+def reward_name(reward: Reward) -> str:
+    """The function's or the class's name."""
+    return getattr(reward, "__name__", type(reward).__name__)
+
+
+def check_reward_columns(reward: Reward, columns: set[str]) -> None:
+    """Raise ValueError where the reward's required arguments are not among the dataset's columns."""
+    needed = getattr(reward, "required_columns", None)
+    if needed is None:
+        parameters = list(inspect.signature(reward).parameters.values())[2:]
+        plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        needed = [p.name for p in parameters if p.kind in plain and p.default is inspect.Parameter.empty]
+    missing = [column for column in needed if column not in columns]
+    if missing:
+        raise ValueError(
+            f"The reward {reward_name(reward)} needs the columns {missing}, but the dataset has {sorted(columns)}."
+        )

@@ -1,0 +1,99 @@
+"""The typed batch of completions that everything downstream of generation works on."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+from torch import Tensor
+
+
+@dataclass
+class CompletionBatch:
+    """S completions of P prompt columns (padded left) and T completion columns (padded right).
+
+    Attributes:
+        prompt_ids, prompt_mask: (S, P) token ids and bool; mask 1 = a real token.
+        completion_ids, completion_mask: (S, T) token ids and bool; mask 1 = a token that counts, from the
+            first generated one up to and with the first EOS. A row of zeros is a dropped completion.
+        rewards: (S,) float32; NaN where the completion was dropped for want of a reward.
+        group_ids: (S,) int64; completions of one prompt share an id.
+        truncated: (S,) bool; no EOS within the token limit.
+        reference_logprobs: (S, T) float32 log-probs under the reference, 0 where completion_mask is 0.
+    """
+
+    prompt_ids: Tensor
+    prompt_mask: Tensor
+    completion_ids: Tensor
+    completion_mask: Tensor
+    rewards: Tensor
+    group_ids: Tensor
+    truncated: Tensor
+    reference_logprobs: Tensor
+
+    def __len__(self) -> int:
+        return len(self.group_ids)
+
+    @property
+    def kept(self) -> Tensor:
+        """(S,) bool: the completions that have not been dropped."""
+        return self.completion_mask.any(dim=1)
+
+    @property
+    def lengths(self) -> Tensor:
+        """(S,) tokens that count."""
+        return self.completion_mask.sum(dim=1)
+
+    def select(self, rows: Tensor) -> "CompletionBatch":
+        """The given rows, without the columns that are padding in all of them."""
+        part = CompletionBatch(**{name: tensor[rows] for name, tensor in self.state_dict().items()})
+        start = int(part.prompt_mask.any(dim=0).to(torch.int8).argmax()) if len(part) else 0
+        stop = int(part.lengths.max()) if len(part) else 0
+        part.prompt_ids, part.prompt_mask = part.prompt_ids[:, start:], part.prompt_mask[:, start:]
+        for name in ("completion_ids", "completion_mask", "reference_logprobs"):
+            setattr(part, name, getattr(part, name)[:, : max(stop, 1)])
+        return part
+
+    def drop(self, rows: Tensor) -> None:
+        """Take the completions marked in `rows`, (S,) bool, out of their groups."""
+        self.completion_mask = self.completion_mask & ~rows[:, None]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The tensors by name."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
+    def to(self, device: torch.device | str) -> "CompletionBatch":
+        """The same batch on another device."""
+        return CompletionBatch(**{name: tensor.to(device) for name, tensor in self.state_dict().items()})
+
+
+def collate_completions(
+    prompts: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int]],
+    truncated: Sequence[bool],
+    group_ids: Sequence[int],
+    pad_token_id: int,
+) -> CompletionBatch:
+    """Token-id lists, one pair a completion -> a batch on the CPU, rewards NaN and reference log-probs 0."""
+    prompt_ids, prompt_mask = _pad(prompts, pad_token_id, left=True)
+    completion_ids, completion_mask = _pad(completions, pad_token_id, left=False)
+    return CompletionBatch(
+        prompt_ids=prompt_ids,
+        prompt_mask=prompt_mask,
+        completion_ids=completion_ids,
+        completion_mask=completion_mask,
+        rewards=torch.full((len(prompts),), torch.nan),
+        group_ids=torch.tensor(group_ids, dtype=torch.int64),
+        truncated=torch.tensor(truncated, dtype=torch.bool),
+        reference_logprobs=torch.zeros(completion_ids.shape),
+    )
+
+
+def _pad(sequences: Sequence[Sequence[int]], pad_token_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
+    width = max((len(s) for s in sequences), default=0) or 1
+    ids = torch.full((len(sequences), width), pad_token_id, dtype=torch.int64)
+    mask = torch.zeros(len(sequences), width, dtype=torch.bool)
+    for row, sequence in enumerate(sequences):
+        columns = slice(width - len(sequence), width) if left else slice(0, len(sequence))
+        ids[row, columns] = torch.tensor(sequence, dtype=torch.int64)
+        mask[row, columns] = True
+    return ids, mask

@@ -1,0 +1,47 @@
+"""What is logged of an optimizer update, gathered over its micro-batches."""
+
+import torch
+from torch import Tensor
+
+from gvpo_lightning.batch import CompletionBatch
+from gvpo_lightning.objectives import gvpo_loss
+
+
+class UpdateMeter:
+    """Collects an update's completions on the device; `compute` empties it, with one pass over (S,) tensors."""
+
+    def __init__(self, beta: float) -> None:
+        self.beta = beta
+        self._parts: list[tuple[Tensor, ...]] = []
+        self._entropy: list[Tensor] = []
+
+    @torch.no_grad()
+    def add(self, batch: CompletionBatch, token_logprobs: Tensor, entropy: Tensor | None) -> None:
+        """One micro-batch; `token_logprobs` and `entropy` (S, T)."""
+        self._parts.append(
+            (
+                token_logprobs.detach().sum(dim=1),
+                batch.reference_logprobs.sum(dim=1),
+                batch.kept,
+                batch.rewards,
+                batch.group_ids,
+            )
+        )
+        if entropy is not None:
+            self._entropy.append(entropy[batch.completion_mask])
+
+    @torch.no_grad()
+    def compute(self, num_groups: int, world_size: int) -> dict[str, Tensor]:
+        """The update's metrics by their logged names; the mean of `loss` over the ranks is the global loss."""
+        sequence, reference, kept, rewards, group_ids = (torch.cat(column) for column in zip(*self._parts, strict=True))
+        # a completion as one token: for metrics the difference of sums is exact enough
+        result = gvpo_loss(
+            sequence[:, None], reference[:, None], kept[:, None], rewards, group_ids, self.beta, num_groups=num_groups
+        )
+        metrics = {"loss": result.loss * world_size, **result.metrics}
+        for name in ("log_ratio/mean", "log_ratio/max"):
+            metrics[name.replace("/", "/policy/")] = metrics.pop(name)
+        if self._entropy:
+            metrics["entropy"] = torch.cat(self._entropy).mean()
+        self._parts, self._entropy = [], []
+        return metrics

@@ -1,0 +1,441 @@
+"""`GVPOModule`: GVPO as a LightningModule, with automatic optimization over a buffered rollout.
+
+One batch of the fit loop is one micro-batch. The first of a rollout samples completions, asks for their
+rewards and scores them under the reference; all are then trained on, `epochs_per_rollout` times, in the
+optimizer updates that `plan_updates` lays out. Accumulation, clipping, precision, schedulers, loggers,
+callbacks, limits and checkpoints are therefore Lightning's own.
+"""
+
+import os
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from torch import Tensor
+from torch.utils.data import DataLoader
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from gvpo_lightning.batch import CompletionBatch
+from gvpo_lightning.meters import UpdateMeter
+from gvpo_lightning.objectives import gvpo_loss
+from gvpo_lightning.plan import Update, check_batch_sizes, plan_updates
+from gvpo_lightning.policy import (
+    check_logprob_head,
+    completion_logprobs,
+    load_policy,
+    load_tokenizer,
+    prepare_policy,
+    stop_token_ids,
+)
+from gvpo_lightning.reference import ReferenceKind, check_reference_kind, fingerprint, frozen_copy, score
+from gvpo_lightning.rewards import Reward, check_reward_columns
+from gvpo_lightning.rollout.generation import GenerationSettings, encode_prompt
+from gvpo_lightning.rollout.loader import RolloutLoader, Row, rows_of
+from gvpo_lightning.rollout.sampling import (
+    Rollout,
+    RolloutSettings,
+    reward_rollout,
+    rollout_metrics,
+    sample_rollout,
+)
+from gvpo_lightning.seeding import derive_seed
+
+
+class GVPOModule(L.LightningModule):
+    """A policy and the reference it is measured against, trained with GVPO.
+
+    Args:
+        policy: the causal LM to train: a hub id, a folder, or a transformers model that you built.
+        reward: a callable `(prompts, completions, **columns) -> list of float or None`.
+        tokenizer: a hub id, a folder or a tokenizer; default: the policy's own (needed for a model object).
+        reference: "frozen", a copy of the policy as it is when training starts, or "previous", the policy
+            at the start of each rollout (which needs several updates a rollout to be more than REINFORCE).
+        beta: strength of the implicit reward; the optimum is reference * exp(reward / beta) / Z.
+        temperature: the log-probs of policy and reference are taken at this temperature.
+        rollout: group size, prompts per rollout and per update, epochs, micro-batch.
+        generation: how completions are sampled.
+        optimizer, lr_scheduler: callables from parameters to an optimizer and from that to a scheduler, which
+            is stepped once an update.
+        max_skipped_updates: consecutive updates with log-ratios that are not finite, each of which is skipped
+            whole, before training stops.
+
+    The run's seed is Lightning's (`seed_everything`), 0 without one.
+
+    Raises:
+        ValueError: settings that contradict each other or the model, before anything is trained.
+    """
+
+    policy: Any  # a PreTrainedModel once `configure_model` has run
+
+    def __init__(
+        self,
+        policy: str | PreTrainedModel,
+        reward: Reward,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+        reference: ReferenceKind = "frozen",
+        beta: float = 0.1,
+        temperature: float = 1.0,
+        rollout: RolloutSettings | None = None,
+        generation: GenerationSettings | None = None,
+        optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6),
+        lr_scheduler: LRSchedulerCallable | None = None,
+        max_skipped_updates: int = 5,
+    ) -> None:
+        super().__init__()
+        check_reference_kind(reference)
+        for name, value in (("beta", beta), ("temperature", temperature)):
+            if not value > 0:
+                raise ValueError(f"{name} must be > 0, got {value}.")
+        self.policy_source = policy
+        self.policy = None if isinstance(policy, str) else policy
+        self.reward = reward
+        self.tokenizer = self._resolve_tokenizer(tokenizer)
+        self.reference = reference
+        self.beta, self.temperature = beta, temperature
+        self.rollout_settings = rollout or RolloutSettings()
+        self.generation = generation or GenerationSettings()
+        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
+        self.max_skipped_updates = max_skipped_updates
+
+        self.microstep = 0  # micro-batches trained so far: the run's only position, saved in checkpoints
+        self.rollout: Rollout | None = None
+        self.updates: list[Update] = []
+        self.skipped_updates = self.consecutive_skips = 0
+        self.seconds = dict.fromkeys(("rollout", "reward", "reference", "train"), 0.0)
+        self.num_completion_tokens = 0
+        self.__dict__["reference_model"] = None  # unregistered: neither trained, nor saved, nor wrapped
+        self._meter = UpdateMeter(beta)
+        self._finite: Tensor | None = None
+
+    def _resolve_tokenizer(self, tokenizer: str | PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+        source = self.policy_source if tokenizer is None else tokenizer
+        if isinstance(source, str):
+            return load_tokenizer(source)
+        if tokenizer is None:
+            raise ValueError("A policy given as a model object needs its tokenizer: pass tokenizer=…")
+        return source
+
+    # -- building and checking ----------------------------------------------------------------------------
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that share a rollout."""
+        return self.trainer.world_size
+
+    @property
+    def seed(self) -> int:
+        """The run's seed, as set by `lightning.seed_everything`."""
+        return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    @property
+    def updates_per_pass(self) -> int:
+        """Optimizer updates that one pass over a rollout makes."""
+        return self.rollout_settings.prompts_per_rollout // self.rollout_settings.prompts_per_update
+
+    @property
+    def micro_batches_per_rollout(self) -> int:
+        """Steps of the fit loop from one rollout to the next."""
+        accumulate = self.trainer.accumulate_grad_batches
+        return self.updates_per_pass * self.rollout_settings.epochs_per_rollout * accumulate
+
+    def setup(self, stage: str) -> None:
+        """Check what can be checked without the model."""
+        if stage != "fit":
+            return
+        # the earliest place that shows what `fit` was given; a property that says so comes only much later
+        if isinstance(self.trainer.fit_loop._data_source.instance, DataLoader):
+            raise ValueError(
+                "GVPOModule trains micro-batches of rollouts, so its prompts can't come from a bare DataLoader: "
+                "write trainer.fit(module, RolloutLoader(dataloader, module))."
+            )
+        settings = self.rollout_settings
+        check_batch_sizes(
+            group_size=settings.group_size,
+            prompts_per_rollout=settings.prompts_per_rollout,
+            prompts_per_update=settings.prompts_per_update,
+            micro_batch_size=settings.micro_batch_size,
+            accumulate=self.trainer.accumulate_grad_batches,
+            world_size=self.world_size,
+        )
+
+    def configure_model(self) -> None:
+        """Load the policy and, for training against it, the frozen reference."""
+        if self.policy is None:
+            self.policy = load_policy(self.policy_source)
+        else:
+            prepare_policy(self.policy)
+        check_logprob_head(self.policy)
+        if not stop_token_ids(self.policy, self.tokenizer):
+            raise ValueError(
+                "The policy has no end-of-sequence token: set generation_config.eos_token_id or tokenizer.eos_token."
+            )
+        training = self._trainer is not None and self.trainer.state.fn == "fit"
+        if training and self.reference == "frozen" and self.reference_model is None:
+            source = self.policy_source
+            model = frozen_copy(load_policy(source) if isinstance(source, str) else self.policy)
+            model = self.trainer.precision_plugin.convert_module(model)
+            self.__dict__["reference_model"] = model.to(self.trainer.strategy.root_device)
+
+    def check_prompts(self, rows: Iterable[Row]) -> None:
+        """Raise ValueError, naming the row, for prompts that this module can't be trained or evaluated on."""
+        model = self.policy
+        config = AutoConfig.from_pretrained(self.policy_source) if model is None else model.config
+        context = getattr(config.get_text_config(), "max_position_embeddings", None)
+        room = None if context is None else context - self.generation.max_new_tokens
+        for number, row in enumerate(rows):
+            if "prompt" not in row:
+                raise ValueError(f"Row {number} has no 'prompt': its columns are {sorted(row)}.")
+            if number == 0:
+                check_reward_columns(self.reward, set(row) - {"prompt"})
+            try:
+                length = len(encode_prompt(row["prompt"], self.tokenizer))
+            except ValueError as error:
+                raise ValueError(f"Row {number}: {error}") from error
+            if room is not None and length > room:
+                raise ValueError(
+                    f"Row {number}: the prompt's {length} tokens and generation.max_new_tokens="
+                    f"{self.generation.max_new_tokens} exceed the model's context of {context}: shorten the prompt "
+                    "or max_new_tokens, or leave the row out."
+                )
+
+    def configure_optimizers(self) -> Any:
+        """The optimizer over all trainable parameters, and the scheduler, stepped every update."""
+        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        if self.lr_scheduler is None:
+            return optimizer
+        return {
+            "optimizer": optimizer,
+            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
+        }
+
+    # -- training -----------------------------------------------------------------------------------------
+
+    def on_train_start(self) -> None:
+        """Check the prompts' loader, and that epochs hold whole optimizer updates."""
+        if not isinstance(self.trainer.train_dataloader, RolloutLoader):
+            raise ValueError("The training prompts must come from RolloutLoader(prompts, module).")
+        batches, accumulate = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
+        if batches % accumulate and not self.trainer.fast_dev_run:
+            raise ValueError(
+                f"An epoch must hold whole optimizer updates: limit_train_batches leaves {batches} micro-batches, not "
+                f"a multiple of accumulate_grad_batches={accumulate}."
+            )
+
+    def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
+        """Roll out at the first micro-batch of a rollout."""
+        if batch["slot"] == 0:
+            self.rollout = self._roll_out(batch["rows"], batch["rollout"])
+        assert self.rollout is not None and self.rollout.index == batch["rollout"], "resumed without its rollout"
+        if not self.updates or batch["slot"] == 0:
+            self.updates = self._plan_updates(self.rollout)
+        self._train_started = time.perf_counter()
+
+    def _roll_out(self, rows: list[Row], index: int) -> Rollout:
+        settings = self.rollout_settings
+        seed = derive_seed(self.seed, "completions", index, self.global_rank)
+        with self._timed("rollout"), self.trainer.precision_plugin.forward_context():
+            rollout = sample_rollout(
+                self.policy, self.tokenizer, rows, settings.group_size, self.generation, seed=seed, index=index
+            )
+        with self._timed("reward"):
+            reward_rollout(rollout, self.reward, rows)
+        if settings.truncated == "drop":
+            rollout.batch.drop(rollout.batch.truncated)
+        with self._timed("reference"), self.trainer.precision_plugin.forward_context():
+            rollout.batch.reference_logprobs = score(
+                self.reference_model if self.reference == "frozen" else self.policy,
+                rollout.batch,
+                temperature=self.temperature,
+                batch_size=settings.micro_batch_size or self.generation.batch_size,
+            )
+        self.num_completion_tokens += int(rollout.batch.lengths.sum())
+        rollout.metrics = rollout_metrics(rollout.batch)
+        return rollout
+
+    def _plan_updates(self, rollout: Rollout) -> list[Update]:
+        """The optimizer updates of a rollout, all passes over it, the same on every rank."""
+        sizes: list[Any] = [None] * self.world_size
+        kept = rollout.batch.kept.view(-1, self.rollout_settings.group_size).sum(dim=1).tolist()
+        if self.world_size > 1:
+            dist.all_gather_object(sizes, kept)
+        else:
+            sizes = [kept]
+        updates = []
+        for epoch in range(self.rollout_settings.epochs_per_rollout):
+            updates += plan_updates(
+                sizes,
+                rank=self.global_rank,
+                prompts_per_update=self.rollout_settings.prompts_per_update,
+                accumulate=self.trainer.accumulate_grad_batches,
+                seed=derive_seed(self.seed, "update", rollout.index, epoch),
+            )
+        return updates
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
+        """The loss of one micro-batch, scaled so that the update's gradient is that of one big batch."""
+        index, slot = divmod(batch["slot"], self.trainer.accumulate_grad_batches)
+        update = self.updates[index]
+        part = self._micro_batch(update.micro_batches[slot])
+        token_logprobs, entropy = completion_logprobs(
+            self.policy, part, temperature=self.temperature, return_entropy=True
+        )
+        result = gvpo_loss(
+            token_logprobs,
+            part.reference_logprobs,
+            part.completion_mask,
+            part.rewards,
+            part.group_ids,
+            self.beta,
+            num_groups=update.num_groups,
+        )
+        finite = torch.isfinite(result.log_ratios).all()
+        self._finite = finite if slot == 0 or self._finite is None else self._finite & finite
+        self._meter.add(part, token_logprobs, entropy)
+        if slot == len(update.micro_batches) - 1:
+            self._log_update(update, is_first=index == 0)
+        self.microstep += 1
+        return result.loss * update.scale
+
+    def _micro_batch(self, groups: tuple[int, ...]) -> CompletionBatch:
+        assert self.rollout is not None
+        batch = self.rollout.batch
+        wanted = torch.isin(batch.group_ids, torch.tensor(groups, device=batch.group_ids.device)) & batch.kept
+        if wanted.any():
+            return batch.select(wanted.nonzero().squeeze(-1))
+        empty = batch.select(torch.zeros(1, dtype=torch.int64, device=wanted.device))  # ranks must step together
+        empty.drop(torch.ones(1, dtype=torch.bool, device=wanted.device))
+        return empty
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Skip the whole update, on every rank, if one of its log-ratios is not finite."""
+        if self.trainer.strategy.reduce_boolean_decision(bool(self._finite), all=True):
+            self.consecutive_skips = 0
+            return
+        for parameter in self.parameters():
+            parameter.grad = None  # an optimizer passes over parameters without gradient
+        self.skipped_updates += 1
+        self.consecutive_skips += 1
+        if self.consecutive_skips > self.max_skipped_updates:
+            raise RuntimeError(
+                f"{self.consecutive_skips} updates in a row had log-ratios that are not finite and were skipped "
+                f"(max_skipped_updates={self.max_skipped_updates}): the policy has diverged. Lower the learning rate, "
+                "or raise beta, and resume from an earlier checkpoint."
+            )
+
+    def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
+        """Count the time."""
+        self.seconds["train"] += time.perf_counter() - self._train_started
+
+    def _log_update(self, update: Update, is_first: bool) -> None:
+        assert self.rollout is not None
+        metrics = self._meter.compute(update.num_groups, self.world_size)
+        if is_first:  # the rollout's completions are the policy's own samples only before its first update
+            self.rollout.metrics["kl/reference"] = metrics["log_ratio/policy/mean"]
+        metrics |= self.rollout.metrics
+        metrics |= {f"time/{name}": seconds for name, seconds in self.seconds.items()}
+        metrics["throughput/tokens_per_second"] = self.num_completion_tokens / max(sum(self.seconds.values()), 1e-9)
+        metrics["update/skipped"] = float(self.skipped_updates)
+        shown = {name: metrics.pop(name) for name in ("reward/mean", "loss", "residual/rms")}
+        self.log_dict(shown, prog_bar=True, sync_dist=self.world_size > 1, batch_size=1)
+        self.log_dict(metrics, sync_dist=self.world_size > 1, batch_size=1)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[phase] += time.perf_counter() - start
+
+    # -- evaluation ---------------------------------------------------------------------------------------
+
+    def sample(self, batch: Any, *purpose: int | str) -> Rollout:
+        """Completions and rewards for a batch of prompts; the same `purpose` draws the same samples."""
+        rows = rows_of(batch)
+        seed = derive_seed(self.seed, *purpose, self.global_rank)
+        with self.trainer.precision_plugin.forward_context():
+            rollout = sample_rollout(
+                self.policy, self.tokenizer, rows, self.rollout_settings.group_size, self.generation, seed=seed
+            )
+        reward_rollout(rollout, self.reward, rows)
+        return rollout
+
+    def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> None:
+        rollout = self.sample(batch, stage, batch_idx)
+        metrics = {f"{stage}/{name}": value for name, value in rollout_metrics(rollout.batch).items()}
+        self.log_dict(metrics, sync_dist=self.world_size > 1, batch_size=len(rollout.prompts))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Sample and reward `group_size` completions of each prompt."""
+        self._evaluate(batch, batch_idx, "validation")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """As validation, on the test prompts."""
+        self._evaluate(batch, batch_idx, "test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
+        """One dict a prompt: `prompt`, `completions`, `rewards` (None where there is none)."""
+        rollout = self.sample(batch, "predict", batch_idx)
+        size = self.rollout_settings.group_size
+        rewards = [None if r != r else r for r in rollout.batch.rewards.tolist()]
+        return [
+            {
+                "prompt": prompt,
+                "completions": rollout.completions[i * size : (i + 1) * size],
+                "rewards": rewards[i * size : (i + 1) * size],
+            }
+            for i, prompt in enumerate(rollout.prompts)
+        ]
+
+    # -- checkpoints --------------------------------------------------------------------------------------
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add the position, the rollout if it is half trained, and what identifies the reference."""
+        unfinished = self.rollout if self.microstep % self.micro_batches_per_rollout else None
+        state = None if unfinished is None else unfinished.state_dict()
+        rollouts: list[Any] = [state]
+        if self.world_size > 1:
+            rollouts = [None] * self.world_size
+            dist.all_gather_object(rollouts, state)
+        checkpoint["gvpo"] = {
+            "microstep": self.microstep,
+            "rollouts": rollouts,
+            "seconds": dict(self.seconds),
+            "num_completion_tokens": self.num_completion_tokens,
+            "skipped_updates": self.skipped_updates,
+        }
+        if self.reference_model is not None:
+            checkpoint["gvpo"]["reference_fingerprint"] = fingerprint(self.reference_model)
+            if not isinstance(self.policy_source, str):  # it can't be loaded again from where it came
+                checkpoint["gvpo"]["reference_state"] = self.reference_model.state_dict()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Take up what `on_save_checkpoint` left."""
+        state = checkpoint["gvpo"]
+        self.microstep = state["microstep"]
+        self.seconds.update(state["seconds"])
+        self.num_completion_tokens, self.skipped_updates = state["num_completion_tokens"], state["skipped_updates"]
+        if self.reference_model is not None:
+            self._restore_reference(state)
+        rollouts = state["rollouts"]
+        if self._trainer is None or self.trainer.state.fn != "fit" or not any(rollouts):
+            return
+        if len(rollouts) != self.world_size:
+            raise ValueError(
+                f"This checkpoint was saved in the middle of a rollout by {len(rollouts)} ranks and can't be resumed "
+                f"by {self.world_size}: resume it with {len(rollouts)}, or take one saved at a rollout's end."
+            )
+        self.rollout = Rollout.from_state_dict(rollouts[self.global_rank], self.trainer.strategy.root_device)
+
+    def _restore_reference(self, state: dict[str, Any]) -> None:
+        if "reference_state" in state:
+            self.reference_model.load_state_dict(state["reference_state"])
+        found, expected = fingerprint(self.reference_model), state.get("reference_fingerprint")
+        if expected is not None and found != expected:
+            raise ValueError(
+                f"The reference loaded from {self.policy_source!r} is not the one that this checkpoint was trained "
+                f"against (fingerprint {found}, expected {expected}): its files or its dtype have changed."
+            )

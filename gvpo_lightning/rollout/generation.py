@@ -1,0 +1,130 @@
+"""Prompts in, sampled completions out, with transformers' own `generate`."""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gvpo_lightning.batch import CompletionBatch, collate_completions
+from gvpo_lightning.policy import stop_token_ids
+
+
+@dataclass
+class GenerationSettings:
+    """How completions are sampled.
+
+    Attributes:
+        max_new_tokens: completions that reach it without an EOS are truncated (kept, counted).
+        temperature: the sampler's own; log-probs are taken at the module's `temperature`.
+        top_k, top_p: 0 and 1.0 sample from the whole distribution. Anything else takes support away, and
+            with it GVPO's unique optimum.
+        batch_size: completions generated at once; bounds the key-value cache's memory.
+    """
+
+    max_new_tokens: int = 512
+    temperature: float = 1.0
+    top_k: int = 0
+    top_p: float = 1.0
+    batch_size: int = 256
+
+    def __post_init__(self) -> None:
+        for name, rule, holds in (
+            ("max_new_tokens", "at least 1", self.max_new_tokens >= 1),
+            ("temperature", "> 0", self.temperature > 0),
+            ("top_k", "0 (off) or more", self.top_k >= 0),
+            ("top_p", "in (0, 1]", 0 < self.top_p <= 1),
+            ("batch_size", "at least 1", self.batch_size >= 1),
+        ):
+            if not holds:
+                raise ValueError(f"generation.{name} must be {rule}, got {getattr(self, name)}.")
+
+
+def encode_prompt(prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a plain prompt, or of a conversation through the tokenizer's chat template.
+
+    Raises:
+        ValueError: neither a string nor a list of messages; no tokens; or no chat template to use.
+    """
+    if isinstance(prompt, str):
+        ids = tokenizer(prompt)["input_ids"]
+    elif isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt):
+        if tokenizer.chat_template is None:
+            raise ValueError(
+                "The prompts are conversations, but the tokenizer has no chat template: "
+                "set tokenizer.chat_template, or give the prompts as text."
+            )
+        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    else:
+        raise ValueError(
+            f"A prompt must be a string or a list of {{'role', 'content'}} messages, got {type(prompt).__name__}: "
+            f"{str(prompt)[:80]!r}."
+        )
+    if not ids:
+        raise ValueError(f"A prompt must have at least one token, got none from {prompt!r}.")
+    return ids
+
+
+@torch.no_grad()
+def generate_completions(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    num_completions: int,
+    settings: GenerationSettings,
+    seed: int,
+) -> CompletionBatch:
+    """Sample `num_completions` for each prompt (token ids); rows of one prompt are adjacent.
+
+    Returns:
+        a batch of len(prompts) * num_completions rows on the model's device; group ids count the prompts.
+        The same seed, weights and settings give the same completions; the caller's random state is kept.
+    """
+    device = model.get_input_embeddings().weight.device
+    stops = stop_token_ids(model, tokenizer)
+    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
+    repeated = [list(ids) for ids in prompts for _ in range(num_completions)]
+    completions: list[list[int]] = []
+    with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        for start in range(0, len(repeated), settings.batch_size):
+            part = repeated[start : start + settings.batch_size]
+            padded = collate_completions(part, part, [False] * len(part), [0] * len(part), pad_token_id).to(device)
+            sequences = model.generate(
+                input_ids=padded.prompt_ids,
+                attention_mask=padded.prompt_mask.to(torch.int64),
+                max_new_tokens=settings.max_new_tokens,
+                do_sample=True,
+                temperature=settings.temperature,
+                # given explicitly, since generate() would fall back on the model's own generation config
+                top_k=settings.top_k,
+                top_p=settings.top_p,
+                repetition_penalty=1.0,
+                eos_token_id=list(stops),
+                pad_token_id=pad_token_id,
+            )
+            new_tokens = sequences[:, padded.prompt_ids.shape[1] :].tolist()
+            completions += [cut_after_stop(ids, stops) for ids in new_tokens]
+    truncated = [not ids or ids[-1] not in stops for ids in completions]
+    group_ids = [group for group in range(len(prompts)) for _ in range(num_completions)]
+    return collate_completions(repeated, completions, truncated, group_ids, pad_token_id).to(device)
+
+
+def cut_after_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
+    """The ids up to and with the first stop token; by position, so a padding id that is also a stop is safe."""
+    end = next((position for position, token in enumerate(ids) if token in stops), len(ids) - 1)
+    return ids[: end + 1]
+
+
+@contextlib.contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode inside (gradient checkpointing would switch the key-value cache off), then as before."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

@@ -1,0 +1,112 @@
+"""`RolloutLoader`: prompts for Lightning's fit loop, one batch an optimizer micro-batch.
+
+Lightning's loop runs over micro-batches; only the first of a rollout brings prompts, the others train
+on what was sampled then. The loader is sized, so that Lightning does not prefetch (a prefetched rollout
+would come from stale weights), and is not a torch DataLoader, so that Lightning does not inject a
+distributed sampler. It keeps no position of its own: it reads the module's `microstep`, which
+checkpoints hold, and every order is a function of the seed; so a resumed run goes on where it was.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from gvpo_lightning.seeding import derive_seed, seeded_permutation
+
+if TYPE_CHECKING:
+    from gvpo_lightning.module import GVPOModule
+
+Row = dict[str, Any]
+
+
+class RolloutLoader:
+    """Feeds a `GVPOModule` with prompts.
+
+    Args:
+        prompts: a sequence of rows (dicts with a `prompt`, a string or a list of messages; every other key
+            reaches the reward), such as a Hugging Face Dataset or a list; it is shuffled anew in every pass.
+            Or your own torch DataLoader of such rows, whose order, sampler and collate function are kept.
+        module: the module to be trained.
+
+    Prompts are an endless stream of passes over the data: no prompt is left out where a pass is not a
+    whole number of rollouts. One epoch of the Trainer is the whole rollouts of one pass, at least one.
+
+    Raises:
+        ValueError: no rows, a row without a usable `prompt`, or a prompt that leaves no room for a
+            completion in the model's context.
+    """
+
+    def __init__(self, prompts: "Sequence[Row] | DataLoader", module: "GVPOModule") -> None:
+        self.prompts = prompts
+        self.module = module
+        try:
+            num_prompts = len(prompts.sampler) if isinstance(prompts, DataLoader) else len(prompts)  # type: ignore[arg-type]
+        except TypeError as error:
+            raise ValueError("The prompts must have a length: give RolloutLoader a map-style dataset.") from error
+        if not num_prompts:
+            raise ValueError("There are no prompts to train on: the dataset is empty.")
+        self.num_prompts = num_prompts
+        module.check_prompts(rows_of(prompts.dataset if isinstance(prompts, DataLoader) else prompts))
+
+    @property
+    def rollouts_per_epoch(self) -> int:
+        """Whole rollouts in one pass over the prompts, at least one."""
+        return max(1, self.num_prompts // self.module.rollout_settings.prompts_per_rollout)
+
+    def __len__(self) -> int:
+        return self.rollouts_per_epoch * self.module.micro_batches_per_rollout
+
+    def state_dict(self) -> dict[str, Any]:
+        """Empty: the position is the module's. Its presence tells Lightning that resuming is safe."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Nothing to load."""
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        micro_batches = self.module.micro_batches_per_rollout
+        epoch_start = self.module.microstep - self.module.microstep % len(self)
+        for step in range(self.module.microstep, epoch_start + len(self)):
+            rollout, slot = divmod(step, micro_batches)
+            yield {"rows": self._rollout_rows(rollout) if slot == 0 else None, "slot": slot, "rollout": rollout}
+
+    def _rollout_rows(self, rollout: int) -> list[Row]:
+        """This rank's rows of the given rollout, cut from the stream of passes."""
+        size = self.module.rollout_settings.prompts_per_rollout
+        share = size // self.module.world_size
+        first = rollout * size + self.module.global_rank * share
+        rows: list[Row] = []
+        while len(rows) < share:
+            pass_index, position = divmod(first + len(rows), self.num_prompts)
+            rows += self._pass_rows(pass_index, position, share - len(rows))
+        return rows
+
+    def _pass_rows(self, pass_index: int, start: int, count: int) -> list[Row]:
+        """Up to `count` rows of one pass over the prompts, from position `start`."""
+        seed = self.module.seed
+        if isinstance(self.prompts, DataLoader):
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(derive_seed(seed, "prompt order", pass_index))  # what shuffle=True draws from
+                rows = (row for batch in self.prompts for row in rows_of(batch))
+                return list(islice(rows, start, start + count))
+        order = seeded_permutation(self.num_prompts, seed, "prompt order", pass_index)
+        return [self.prompts[index] for index in order[start : start + count]]
+
+
+def rows_of(batch: Any) -> list[Row]:
+    """A batch of prompts as a list of rows: from rows, from a dict of columns (torch's default collate), or a Dataset.
+
+    Raises:
+        ValueError: neither.
+    """
+    if isinstance(batch, Mapping):
+        columns = {name: v.tolist() if isinstance(v, torch.Tensor) else list(v) for name, v in batch.items()}
+        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    rows = list(batch)
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"Row {number} of the prompts must be a dict with a 'prompt', got {type(row).__name__}.")
+    return rows
