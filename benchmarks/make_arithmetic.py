@@ -17,7 +17,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.warm_up import Pair, warm_up
+
 LARGEST = 19  # sums of two numbers below 20
+ALL_SUMS = [(a, b) for a in range(LARGEST + 1) for b in range(LARGEST + 1)]
 PROBABILITY_RIGHT = 0.4
 NUM_VALIDATION = 80
 
@@ -52,37 +55,20 @@ def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalL
     return Qwen2ForCausalLM(config)
 
 
-def warm_up(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, steps: int, seed: int) -> None:
-    """Supervised training on noisy answers, fresh noise in every batch of all sums."""
-    rng = random.Random(seed)
-    sums = [(a, b) for a in range(LARGEST + 1) for b in range(LARGEST + 1)]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3, weight_decay=0.01)
-    scheduler = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=2e-3, total_steps=steps)
-    model.train()
-    for step in range(steps):
-        rows = []
-        for a, b in rng.sample(sums, 256):
-            answer = a + b if rng.random() < PROBABILITY_RIGHT else rng.randint(0, 2 * LARGEST)
-            prompt = tokenizer(f"{a}+{b}=")["input_ids"]
-            rows.append((prompt, [*tokenizer(str(answer))["input_ids"], tokenizer.eos_token_id]))
-        width = max(len(p) + len(c) for p, c in rows)
-        ids = torch.tensor([p + c + [tokenizer.pad_token_id] * (width - len(p) - len(c)) for p, c in rows])
-        labels = torch.full_like(ids, -100)
-        for row, (p, c) in enumerate(rows):
-            labels[row, len(p) : len(p) + len(c)] = torch.tensor(c)
-        loss = model(input_ids=ids, labels=labels).loss
-        optimizer.zero_grad()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        scheduler.step()
-        if step % 200 == 0 or step == steps - 1:
-            print(f"step {step:5d}  loss {loss.item():.3f}", flush=True)
+def noisy_sums(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> list[Pair]:
+    """256 of all sums with fresh noise on their answers."""
+    pairs = []
+    for a, b in rng.sample(ALL_SUMS, 256):
+        answer = a + b if rng.random() < PROBABILITY_RIGHT else rng.randint(0, 2 * LARGEST)
+        completion = [*tokenizer(str(answer))["input_ids"], tokenizer.eos_token_id]
+        pairs.append((tokenizer(f"{a}+{b}=")["input_ids"], completion))
+    return pairs
 
 
 def write_sums(folder: Path, seed: int) -> None:
     """The 400 sums, shuffled and split, as JSON lines with `prompt` and `answer`."""
-    sums = [(a, b) for a in range(LARGEST + 1) for b in range(LARGEST + 1)]
+    folder.mkdir(parents=True, exist_ok=True)
+    sums = list(ALL_SUMS)
     random.Random(seed).shuffle(sums)
     for name, part in (("validation", sums[:NUM_VALIDATION]), ("train", sums[NUM_VALIDATION:])):
         lines = [json.dumps({"prompt": f"{a}+{b}=", "answer": str(a + b)}) for a, b in part]
@@ -96,12 +82,18 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=3000)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    arguments.folder.mkdir(parents=True, exist_ok=True)
-    write_sums(arguments.folder, arguments.seed)
+    write_sums(arguments.folder / "sums", arguments.seed)
     tokenizer = make_tokenizer()
     model = make_model(tokenizer, arguments.seed)
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    warm_up(model, tokenizer, arguments.steps, arguments.seed)
+    rng = random.Random(arguments.seed)
+    warm_up(
+        model,
+        lambda: noisy_sums(tokenizer, rng),
+        steps=arguments.steps,
+        lr=2e-3,
+        pad_token_id=tokenizer.pad_token_id,
+    )
     tokenizer.save_pretrained(arguments.folder / "model")
     model.half().save_pretrained(arguments.folder / "model")
 

@@ -66,8 +66,15 @@ class PromptDataModule(L.LightningDataModule):
             if self.splits[role] is None and stage == "fit":
                 continue
             self._rows[role] = self._prepare(role, available)
-            if self.trainer is not None and role != "train":  # RolloutLoader checks what it trains on
-                self.trainer.lightning_module.check_prompts(self._rows[role])
+            if role == "train":
+                self._train_loader = RolloutLoader(self._rows[role], self._module)  # checks its prompts
+            else:
+                self._module.check_prompts(self._rows[role])
+
+    @property
+    def _module(self) -> Any:
+        assert self.trainer is not None
+        return self.trainer.lightning_module
 
     def _prepare(self, role: str, available: DatasetDict) -> Dataset:
         expression = self.splits[role]
@@ -85,7 +92,8 @@ class PromptDataModule(L.LightningDataModule):
 
     def _with_prompt(self, row: Row, number: int) -> Row:
         try:
-            prompt = self.prompt_template.format(**row) if self.prompt_template else row[self.prompt_column]
+            template = self.prompt_template
+            prompt: Any = row[self.prompt_column] if template is None else template.format(**row)
         except KeyError as error:
             raise ValueError(f"data.prompt_template names the column {error}, which {sorted(row)} lacks.") from error
         if prompt is None or not len(prompt):
@@ -97,7 +105,7 @@ class PromptDataModule(L.LightningDataModule):
 
     def train_dataloader(self) -> RolloutLoader:
         """The training prompts, in seeded order."""
-        return RolloutLoader(self._rows["train"], self.trainer.lightning_module)
+        return self._train_loader
 
     def val_dataloader(self) -> Any:
         """The validation prompts, in the dataset's order."""

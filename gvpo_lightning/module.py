@@ -10,6 +10,7 @@ import os
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import lightning as L
@@ -21,6 +22,8 @@ from torch.utils.data import DataLoader
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_lightning.batch import CompletionBatch
+from gvpo_lightning.checkpoint import gvpo_state, load_gvpo_state, load_rollout
+from gvpo_lightning.checks import check_prompts
 from gvpo_lightning.meters import UpdateMeter
 from gvpo_lightning.objectives import gvpo_loss
 from gvpo_lightning.plan import Update, check_batch_sizes, plan_updates
@@ -32,9 +35,9 @@ from gvpo_lightning.policy import (
     prepare_policy,
     stop_token_ids,
 )
-from gvpo_lightning.reference import ReferenceKind, check_reference_kind, fingerprint, frozen_copy, score
-from gvpo_lightning.rewards import Reward, check_reward_columns
-from gvpo_lightning.rollout.generation import GenerationSettings, encode_prompt
+from gvpo_lightning.reference import ReferenceKind, check_reference_kind, frozen_copy, score
+from gvpo_lightning.rewards import Reward
+from gvpo_lightning.rollout.generation import GenerationSettings
 from gvpo_lightning.rollout.loader import RolloutLoader, Row, rows_of
 from gvpo_lightning.rollout.sampling import (
     Rollout,
@@ -71,6 +74,7 @@ class GVPOModule(L.LightningModule):
     """
 
     policy: Any  # a PreTrainedModel once `configure_model` has run
+    reference_model: PreTrainedModel | None  # the frozen one, while training against it
 
     def __init__(
         self,
@@ -113,12 +117,10 @@ class GVPOModule(L.LightningModule):
         self._finite: Tensor | None = None
 
     def _resolve_tokenizer(self, tokenizer: str | PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-        source = self.policy_source if tokenizer is None else tokenizer
-        if isinstance(source, str):
-            return load_tokenizer(source)
-        if tokenizer is None:
+        if tokenizer is None and not isinstance(self.policy_source, str):
             raise ValueError("A policy given as a model object needs its tokenizer: pass tokenizer=…")
-        return source
+        source: Any = self.policy_source if tokenizer is None else tokenizer
+        return load_tokenizer(source) if isinstance(source, str) else source
 
     # -- building and checking ----------------------------------------------------------------------------
 
@@ -166,6 +168,7 @@ class GVPOModule(L.LightningModule):
     def configure_model(self) -> None:
         """Load the policy and, for training against it, the frozen reference."""
         if self.policy is None:
+            assert isinstance(self.policy_source, str)
             self.policy = load_policy(self.policy_source)
         else:
             prepare_policy(self.policy)
@@ -177,31 +180,20 @@ class GVPOModule(L.LightningModule):
         training = self._trainer is not None and self.trainer.state.fn == "fit"
         if training and self.reference == "frozen" and self.reference_model is None:
             source = self.policy_source
-            model = frozen_copy(load_policy(source) if isinstance(source, str) else self.policy)
+            model: Any = frozen_copy(load_policy(source) if isinstance(source, str) else self.policy)
             model = self.trainer.precision_plugin.convert_module(model)
             self.__dict__["reference_model"] = model.to(self.trainer.strategy.root_device)
 
     def check_prompts(self, rows: Iterable[Row]) -> None:
         """Raise ValueError, naming the row, for prompts that this module can't be trained or evaluated on."""
-        model = self.policy
-        config = AutoConfig.from_pretrained(self.policy_source) if model is None else model.config
-        context = getattr(config.get_text_config(), "max_position_embeddings", None)
-        room = None if context is None else context - self.generation.max_new_tokens
-        for number, row in enumerate(rows):
-            if "prompt" not in row:
-                raise ValueError(f"Row {number} has no 'prompt': its columns are {sorted(row)}.")
-            if number == 0:
-                check_reward_columns(self.reward, set(row) - {"prompt"})
-            try:
-                length = len(encode_prompt(row["prompt"], self.tokenizer))
-            except ValueError as error:
-                raise ValueError(f"Row {number}: {error}") from error
-            if room is not None and length > room:
-                raise ValueError(
-                    f"Row {number}: the prompt's {length} tokens and generation.max_new_tokens="
-                    f"{self.generation.max_new_tokens} exceed the model's context of {context}: shorten the prompt "
-                    "or max_new_tokens, or leave the row out."
-                )
+        source = self.policy_source
+        check_prompts(
+            rows,
+            tokenizer=self.tokenizer,
+            config=AutoConfig.from_pretrained(source) if isinstance(source, str) else source.config,
+            reward=self.reward,
+            max_new_tokens=self.generation.max_new_tokens,
+        )
 
     def configure_optimizers(self) -> Any:
         """The optimizer over all trainable parameters, and the scheduler, stepped every update."""
@@ -220,7 +212,7 @@ class GVPOModule(L.LightningModule):
         if not isinstance(self.trainer.train_dataloader, RolloutLoader):
             raise ValueError("The training prompts must come from RolloutLoader(prompts, module).")
         batches, accumulate = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
-        if batches % accumulate and not self.trainer.fast_dev_run:
+        if batches % accumulate and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
             raise ValueError(
                 f"An epoch must hold whole optimizer updates: limit_train_batches leaves {batches} micro-batches, not "
                 f"a multiple of accumulate_grad_batches={accumulate}."
@@ -230,7 +222,8 @@ class GVPOModule(L.LightningModule):
         """Roll out at the first micro-batch of a rollout."""
         if batch["slot"] == 0:
             self.rollout = self._roll_out(batch["rows"], batch["rollout"])
-        assert self.rollout is not None and self.rollout.index == batch["rollout"], "resumed without its rollout"
+        assert self.rollout is not None
+        assert self.rollout.index == batch["rollout"]
         if not self.updates or batch["slot"] == 0:
             self.updates = self._plan_updates(self.rollout)
         self._train_started = time.perf_counter()
@@ -248,7 +241,7 @@ class GVPOModule(L.LightningModule):
             rollout.batch.drop(rollout.batch.truncated)
         with self._timed("reference"), self.trainer.precision_plugin.forward_context():
             rollout.batch.reference_logprobs = score(
-                self.reference_model if self.reference == "frozen" else self.policy,
+                self.reference_model or self.policy,
                 rollout.batch,
                 temperature=self.temperature,
                 batch_size=settings.micro_batch_size or self.generation.batch_size,
@@ -333,7 +326,7 @@ class GVPOModule(L.LightningModule):
 
     def _log_update(self, update: Update, is_first: bool) -> None:
         assert self.rollout is not None
-        metrics = self._meter.compute(update.num_groups, self.world_size)
+        metrics: dict[str, Any] = self._meter.compute(update.num_groups, self.world_size)
         if is_first:  # the rollout's completions are the policy's own samples only before its first update
             self.rollout.metrics["kl/reference"] = metrics["log_ratio/policy/mean"]
         metrics |= self.rollout.metrics
@@ -390,52 +383,20 @@ class GVPOModule(L.LightningModule):
             for i, prompt in enumerate(rollout.prompts)
         ]
 
+    def export(self, folder: str | Path) -> None:
+        """Write the policy, its tokenizer and generation config as a Hugging Face folder."""
+        if self.global_rank == 0:
+            self.policy.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+
     # -- checkpoints --------------------------------------------------------------------------------------
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the position, the rollout if it is half trained, and what identifies the reference."""
-        unfinished = self.rollout if self.microstep % self.micro_batches_per_rollout else None
-        state = None if unfinished is None else unfinished.state_dict()
-        rollouts: list[Any] = [state]
-        if self.world_size > 1:
-            rollouts = [None] * self.world_size
-            dist.all_gather_object(rollouts, state)
-        checkpoint["gvpo"] = {
-            "microstep": self.microstep,
-            "rollouts": rollouts,
-            "seconds": dict(self.seconds),
-            "num_completion_tokens": self.num_completion_tokens,
-            "skipped_updates": self.skipped_updates,
-        }
-        if self.reference_model is not None:
-            checkpoint["gvpo"]["reference_fingerprint"] = fingerprint(self.reference_model)
-            if not isinstance(self.policy_source, str):  # it can't be loaded again from where it came
-                checkpoint["gvpo"]["reference_state"] = self.reference_model.state_dict()
+        checkpoint["gvpo"] = gvpo_state(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up what `on_save_checkpoint` left."""
-        state = checkpoint["gvpo"]
-        self.microstep = state["microstep"]
-        self.seconds.update(state["seconds"])
-        self.num_completion_tokens, self.skipped_updates = state["num_completion_tokens"], state["skipped_updates"]
-        if self.reference_model is not None:
-            self._restore_reference(state)
-        rollouts = state["rollouts"]
-        if self._trainer is None or self.trainer.state.fn != "fit" or not any(rollouts):
-            return
-        if len(rollouts) != self.world_size:
-            raise ValueError(
-                f"This checkpoint was saved in the middle of a rollout by {len(rollouts)} ranks and can't be resumed "
-                f"by {self.world_size}: resume it with {len(rollouts)}, or take one saved at a rollout's end."
-            )
-        self.rollout = Rollout.from_state_dict(rollouts[self.global_rank], self.trainer.strategy.root_device)
-
-    def _restore_reference(self, state: dict[str, Any]) -> None:
-        if "reference_state" in state:
-            self.reference_model.load_state_dict(state["reference_state"])
-        found, expected = fingerprint(self.reference_model), state.get("reference_fingerprint")
-        if expected is not None and found != expected:
-            raise ValueError(
-                f"The reference loaded from {self.policy_source!r} is not the one that this checkpoint was trained "
-                f"against (fingerprint {found}, expected {expected}): its files or its dtype have changed."
-            )
+        load_gvpo_state(self, checkpoint["gvpo"])
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            load_rollout(self, checkpoint["gvpo"])

@@ -8,6 +8,7 @@ the [tokens, vocabulary] logits never reach memory.
 
 import types
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from gvpo_kernels import linear_logprob
@@ -76,11 +77,11 @@ class _LogprobRequest:
     entropy: Tensor | None = None
 
 
-def _head_forward(self: nn.Linear, hidden: Tensor) -> Tensor:
+def _head_forward(self: Any, hidden: Tensor) -> Tensor:
     request: _LogprobRequest | None = self.logprob_request
     if request is None:
         return type(self).forward(self, hidden)
-    result = linear_logprob(
+    result: Any = linear_logprob(
         hidden[request.positions],
         self.weight,
         request.targets,
@@ -100,14 +101,14 @@ def install_logprob_head(model: PreTrainedModel) -> None:
     Raises:
         ValueError: the head is not a plain linear layer (an adapter on it, for example, would be ignored).
     """
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     if not isinstance(head, nn.Linear) or hasattr(head, "base_layer"):
         raise ValueError(
             f"The policy's head must be a plain linear layer, got {type(head).__name__}: "
             "leave lm_head out of the adapter's target_modules and modules_to_save."
         )
-    head.logprob_request = None
-    head.forward = types.MethodType(_head_forward, head)
+    attributes: Any = {"logprob_request": None, "forward": types.MethodType(_head_forward, head)}
+    vars(head).update(attributes)
 
 
 def completion_logprobs(
@@ -126,7 +127,7 @@ def completion_logprobs(
     positions[:, num_prompt_columns - 1 : -1] = batch.completion_mask
     request = _LogprobRequest(positions, batch.completion_ids[batch.completion_mask], temperature, return_entropy)
 
-    head = model.get_output_embeddings()
+    head: Any = model.get_output_embeddings()
     head.logprob_request = request
     try:
         flat = model(
@@ -151,8 +152,7 @@ def check_logprob_head(model: PreTrainedModel) -> None:
     Raises:
         ValueError: they differ: the model scales or caps its logits after the head.
     """
-    vocab_size = model.get_output_embeddings().weight.shape[0]
-    device = model.get_input_embeddings().weight.device
+    vocab_size, device = model.get_output_embeddings().weight.shape[0], model.device
     ids = torch.randint(vocab_size, (2, 8), generator=torch.Generator().manual_seed(0)).to(device)
     mask = torch.ones_like(ids, dtype=torch.bool)
     zeros = torch.zeros(2, device=device)

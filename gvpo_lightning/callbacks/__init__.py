@@ -1,1 +1,7 @@
-"""Lightning callbacks."""
+"""Lightning callbacks: what a run shows and leaves behind."""
+
+from gvpo_lightning.callbacks.completions import CompletionsTable, PredictionWriter
+from gvpo_lightning.callbacks.optimality import OptimalityMeter
+from gvpo_lightning.callbacks.summary import RunSummary
+
+__all__ = ["CompletionsTable", "OptimalityMeter", "PredictionWriter", "RunSummary"]

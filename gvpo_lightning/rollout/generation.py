@@ -83,7 +83,7 @@ def generate_completions(
         a batch of len(prompts) * num_completions rows on the model's device; group ids count the prompts.
         The same seed, weights and settings give the same completions; the caller's random state is kept.
     """
-    device = model.get_input_embeddings().weight.device
+    device = model.device
     stops = stop_token_ids(model, tokenizer)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
     repeated = [list(ids) for ids in prompts for _ in range(num_completions)]
@@ -93,7 +93,7 @@ def generate_completions(
         for start in range(0, len(repeated), settings.batch_size):
             part = repeated[start : start + settings.batch_size]
             padded = collate_completions(part, part, [False] * len(part), [0] * len(part), pad_token_id).to(device)
-            sequences = model.generate(
+            sequences = model.generate(  # type: ignore[operator]
                 input_ids=padded.prompt_ids,
                 attention_mask=padded.prompt_mask.to(torch.int64),
                 max_new_tokens=settings.max_new_tokens,

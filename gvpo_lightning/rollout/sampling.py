@@ -89,7 +89,7 @@ def sample_rollout(
     with torch.inference_mode(False):
         batch = generate_completions(model, tokenizer, token_ids, group_size, settings, seed)
     completions = [
-        tokenizer.decode(ids[mask], skip_special_tokens=True)
+        str(tokenizer.decode(ids[mask], skip_special_tokens=True))
         for ids, mask in zip(batch.completion_ids, batch.completion_mask, strict=True)
     ]
     return Rollout(index, batch, prompts, completions)

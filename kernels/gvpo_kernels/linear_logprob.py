@@ -84,7 +84,7 @@ class _LinearLogprob(torch.autograd.Function):
         need_hidden, need_weight, need_bias = (ctx.needs_input_grad[i] for i in (0, 1, 3))
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(wide_weight) if need_weight else None
-        grad_bias = torch.zeros_like(wide_bias) if need_bias else None
+        grad_bias = torch.zeros_like(wide_bias) if wide_bias is not None and need_bias else None
         for rows in _chunks(len(hidden), len(weight), dtype):
             wide_hidden = hidden[rows].to(dtype)
             logits = F.linear(wide_hidden, wide_weight, wide_bias).div_(ctx.temperature)

@@ -1,0 +1,112 @@
+"""Completions for people to read, while training and from `predict`."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import BasePredictionWriter
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from gvpo_lightning.module import GVPOModule
+from gvpo_lightning.rollout.sampling import Rollout
+
+COLUMNS = ("group", "prompt", "completion", "reward")
+
+
+class CompletionsTable(L.Callback):
+    """Every n optimizer steps, shows completions of the current rollout on screen and logs them.
+
+    Args:
+        every_n_steps: optimizer steps between two tables; 0 = none.
+        num_completions: rows shown. All rows shown are also appended to `completions.jsonl` in the run's
+            folder, and are text in TensorBoard.
+    """
+
+    def __init__(self, every_n_steps: int = 50, num_completions: int = 8) -> None:
+        self.every_n_steps = every_n_steps
+        self.num_completions = num_completions
+        self._last_step = 0
+
+    @rank_zero_only
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Show the table if it is due."""
+        step = trainer.global_step
+        if not self.every_n_steps or step == self._last_step or step % self.every_n_steps:
+            return
+        self._last_step = step
+        assert isinstance(pl_module, GVPOModule)
+        assert pl_module.rollout is not None
+        rows = table_rows(pl_module.rollout, self.num_completions)
+        title = f"completions at step {step}"
+        Console().print(render_table(rows, title))
+        path = Path(trainer.default_root_dir) / "completions.jsonl"
+        with path.open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in rows)
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("completions", markdown_table(rows), step)
+
+
+def table_rows(rollout: Rollout, num_completions: int) -> list[dict[str, Any]]:
+    """The first completions of a rollout as dicts with the keys of `COLUMNS`; prompts as text."""
+    groups, rewards = rollout.batch.group_ids.tolist(), rollout.batch.rewards.tolist()
+    rows = []
+    for row, completion in enumerate(rollout.completions[:num_completions]):
+        prompt = rollout.prompts[groups[row]]
+        text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
+        reward = None if rewards[row] != rewards[row] else rewards[row]
+        rows.append({"group": groups[row], "prompt": text, "completion": completion, "reward": reward})
+    return rows
+
+
+def render_table(rows: list[dict[str, Any]], title: str) -> Table:
+    """For the screen; long text is folded."""
+    table = Table(*COLUMNS, title=title)
+    for row in rows:
+        table.add_row(*(escape(str(row[column])[:300]) for column in COLUMNS))
+    return table
+
+
+def markdown_table(rows: list[dict[str, Any]]) -> str:
+    """For TensorBoard."""
+    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    for row in rows:
+        cells = (str(row[column]).replace("|", "\\|").replace("\n", " ") for column in COLUMNS)
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+class PredictionWriter(BasePredictionWriter):
+    """Writes what `predict` samples as JSON lines: prompt, completions, rewards.
+
+    The file is `predictions.jsonl` in the run's folder, one more per rank from the second rank on; it is
+    written batch by batch, so what was sampled before a failure is kept.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(write_interval="batch")
+
+    def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Start with an empty file."""
+        self._path(trainer).parent.mkdir(parents=True, exist_ok=True)
+        self._path(trainer).write_text("")
+
+    def write_on_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, prediction: Any, *args: Any) -> None:
+        """Append one batch."""
+        with self._path(trainer).open("a", encoding="utf-8") as file:
+            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction)
+
+    def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Say where they are."""
+        print(f"Predictions are in {self._path(trainer)}")
+
+    def _path(self, trainer: L.Trainer) -> Path:
+        rank = "" if trainer.global_rank == 0 else f".rank{trainer.global_rank}"
+        return Path(trainer.default_root_dir) / f"predictions{rank}.jsonl"

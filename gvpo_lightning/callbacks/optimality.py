@@ -1,0 +1,110 @@
+"""Where a run stands against its optimum, on tasks with one right answer string."""
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gvpo_lightning.batch import collate_completions
+from gvpo_lightning.module import GVPOModule
+from gvpo_lightning.policy import stop_token_ids
+from gvpo_lightning.reference import score
+from gvpo_lightning.rollout.generation import encode_prompt
+from gvpo_lightning.rollout.loader import Row, rows_of
+
+
+class OptimalityMeter(L.Callback):
+    """Compares the policy's accuracy with the one that GVPO's theory predicts, both exact (not sampled).
+
+    For a reward of 1 for the right answer string and 0 for all else, and a frozen reference that gives the
+    right answer with probability p, the optimal policy gives it with p e^(1/beta) / (p e^(1/beta) + 1 - p).
+    Both probabilities are teacher-forced, per validation prompt, and then averaged. Logged at every
+    validation as `optimum/predicted` and `optimum/reached`; the run's summary takes both up.
+
+    Args:
+        answer_column: the dataset's column with the one right answer, written as the reward accepts it.
+    """
+
+    def __init__(self, answer_column: str = "answer") -> None:
+        self.answer_column = answer_column
+        self.predicted: float | None = None
+        self.reached: float | None = None
+        self._rows: list[Row] = []
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The prediction, from the reference; there is none against the previous policy."""
+        assert isinstance(pl_module, GVPOModule)
+        self._rows = validation_rows(trainer)
+        if not self._rows or pl_module.reference_model is None:
+            return
+        p = self._probabilities(pl_module, pl_module.reference_model)
+        self.predicted = float(optimal_accuracy(p, pl_module.beta).mean())
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Log how far the policy has come."""
+        if trainer.sanity_checking or self.predicted is None:
+            return
+        self._measure(pl_module)
+        metrics = {"optimum/predicted": self.predicted, "optimum/reached": self.reached}
+        for logger in trainer.loggers:
+            logger.log_metrics(metrics, step=trainer.global_step)  # type: ignore[arg-type]
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The policy as it is now."""
+        if self._rows:
+            self._measure(pl_module)
+
+    def _measure(self, module: Any) -> None:
+        self.reached = float(self._probabilities(module, module.policy).mean())
+
+    def _probabilities(self, module: GVPOModule, model: PreTrainedModel) -> Tensor:
+        return answer_probabilities(
+            model,
+            module.tokenizer,
+            [row["prompt"] for row in self._rows],
+            [str(row[self.answer_column]) for row in self._rows],
+            temperature=module.temperature,
+            batch_size=module.generation.batch_size,
+        )
+
+
+def validation_rows(trainer: L.Trainer) -> list[Row]:
+    """The validation prompts that the trainer would use; empty without validation."""
+    loaders = trainer.val_dataloaders
+    if loaders is None:
+        return []
+    loaders = loaders if isinstance(loaders, list) else [loaders]
+    return [row for loader in loaders for batch in loader for row in rows_of(batch)]
+
+
+def optimal_accuracy(p: Tensor, beta: float) -> Tensor:
+    """Accuracy of the optimal policy where the reference is right with probability p; any shape."""
+    p = p.double()
+    return torch.sigmoid(torch.logit(p) + 1.0 / beta)
+
+
+@torch.no_grad()
+def answer_probabilities(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Any],
+    answers: list[str],
+    *,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+) -> Tensor:
+    """(num_prompts,) exact probabilities, float64, of completing each prompt with its answer and an end token."""
+    stops = stop_token_ids(model, tokenizer)
+    prompt_ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    answer_ids = [tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]
+    total = torch.zeros(len(prompts), dtype=torch.float64)
+    for stop in stops:
+        completions = [[*ids, stop] for ids in answer_ids]
+        batch = collate_completions(prompt_ids, completions, [False] * len(prompts), [0] * len(prompts), stop)
+        token_logprobs = score(model, batch.to(model.device), temperature=temperature, batch_size=batch_size)
+        total += token_logprobs.double().sum(dim=1).exp().cpu()
+    assert not math.isnan(float(total.sum()))
+    return total

@@ -1,0 +1,136 @@
+"""One block at the end of a run that says what came of it, and the files behind it."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.utilities import rank_zero_only
+from rich.console import Console
+from rich.panel import Panel
+
+from gvpo_lightning.callbacks.optimality import OptimalityMeter, validation_rows
+from gvpo_lightning.module import GVPOModule
+
+CURVES = ("reward/mean", "loss", "residual/rms")
+
+
+class RunSummary(L.Callback):
+    """Measures the validation reward before and after training; writes what a run leaves behind.
+
+    In the run's folder (the trainer's default_root_dir): `summary.json`, `learning_curve.png`, and `export/`,
+    a Hugging Face folder with the policy, its tokenizer and generation config. The keys of the summary:
+
+    * `reward_before`, `reward_after`: mean reward of completions sampled on the validation prompts with the
+      run's generation settings; null without validation prompts.
+    * `predicted_optimum`, `reached_optimum`: exact accuracies from `OptimalityMeter`, or null.
+    * `seconds`: `total` and of it `rollout`, `reward`, `reference`, `train`.
+    * `steps`, `export_dir` (relative to the run's folder), `residual_rms`, `implicit_reward_slope`.
+    """
+
+    def __init__(self) -> None:
+        self.reward_before: float | None = None
+        self.history: list[dict[str, float]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        """So that a resumed run's summary covers the whole run."""
+        return {"reward_before": self.reward_before, "history": self.history}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take it up again."""
+        self.reward_before, self.history = state["reward_before"], state["history"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """The reward to start from."""
+        assert isinstance(pl_module, GVPOModule)
+        if self.reward_before is None:
+            self.reward_before = mean_validation_reward(trainer, pl_module)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """One point of the learning curve a rollout."""
+        assert isinstance(pl_module, GVPOModule)
+        if pl_module.microstep % pl_module.micro_batches_per_rollout == 0:
+            values = {name: float(trainer.callback_metrics[name]) for name in CURVES}
+            self.history.append({"step": trainer.global_step} | values)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure, write, show."""
+        assert isinstance(pl_module, GVPOModule)
+        reward_after = mean_validation_reward(trainer, pl_module)
+        folder = Path(trainer.default_root_dir)
+        pl_module.export(folder / "export")
+        meters = [callback for callback in trainer.callbacks if isinstance(callback, OptimalityMeter)]  # type: ignore[attr-defined]
+        metrics, seconds = trainer.callback_metrics, pl_module.seconds
+        summary = {
+            "reward_before": self.reward_before,
+            "reward_after": reward_after,
+            "predicted_optimum": meters[0].predicted if meters else None,
+            "reached_optimum": meters[0].reached if meters else None,
+            "residual_rms": _number(metrics.get("residual/rms")),
+            "implicit_reward_slope": _number(metrics.get("implicit_reward/slope")),
+            "steps": trainer.global_step,
+            "seconds": {"total": sum(seconds.values()), **seconds},
+            "export_dir": "export",
+        }
+        self._write(folder, summary)
+
+    @rank_zero_only
+    def _write(self, folder: Path, summary: dict[str, Any]) -> None:
+        (folder / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        plot_learning_curve(self.history, folder / "learning_curve.png")
+        Console().print(Panel(describe(summary), title=f"run summary: {folder}", expand=False))
+
+
+def mean_validation_reward(trainer: L.Trainer, module: GVPOModule) -> float | None:
+    """Mean reward of sampled completions of the validation prompts, on this rank; None without any."""
+    rows = validation_rows(trainer)
+    if not rows:
+        return None
+    size, total, count = 64, 0.0, 0
+    for start in range(0, len(rows), size):
+        batch = module.sample(rows[start : start + size], "summary", start).batch
+        total += float(batch.rewards[batch.kept].double().sum())
+        count += int(batch.kept.sum())
+    return total / count if count else None
+
+
+def describe(summary: dict[str, Any]) -> str:
+    """The summary for people."""
+
+    def shown(value: float | None) -> str:
+        return "n/a" if value is None else f"{value:.3f}"
+
+    seconds = dict(summary["seconds"])
+    total = seconds.pop("total")
+    split = ", ".join(f"{name} {value:.0f}" for name, value in seconds.items())
+    return "\n".join(
+        [
+            f"validation reward   {shown(summary['reward_before'])} -> {shown(summary['reward_after'])}",
+            f"predicted optimum   {shown(summary['predicted_optimum'])}"
+            f"   reached, exactly: {shown(summary['reached_optimum'])}",
+            f"residual RMS        {shown(summary['residual_rms'])}"
+            f"   implicit-reward slope: {shown(summary['implicit_reward_slope'])}",
+            f"optimizer steps     {summary['steps']}",
+            f"seconds             {total:.0f} ({split})",
+            f"exported policy     {summary['export_dir']}/",
+        ]
+    )
+
+
+def plot_learning_curve(history: list[dict[str, float]], path: Path) -> None:
+    """One panel a curve over optimizer steps, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 3.5), layout="constrained")
+    for axes, name in zip(figure.subplots(1, len(CURVES)), CURVES, strict=True):
+        axes.plot([point["step"] for point in history], [point[name] for point in history])
+        axes.set(xlabel="optimizer step", title=name)
+        axes.grid(alpha=0.3)
+    FigureCanvasAgg(figure).print_png(str(path))
+
+
+def _number(value: Any) -> float | None:
+    return None if value is None or value != value else float(value)

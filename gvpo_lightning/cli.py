@@ -1,0 +1,64 @@
+"""`gvpo fit | validate | test | predict --config FILE`: Lightning's CLI around `GVPOModule`.
+
+What wins on resume: the config and the command line, always; a checkpoint brings weights, optimizer,
+scheduler and position, and no settings.
+"""
+
+import sys
+from typing import Any
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.utilities.exceptions import MisconfigurationException
+
+from gvpo_lightning.callbacks import CompletionsTable, PredictionWriter, RunSummary
+from gvpo_lightning.data import PromptDataModule
+from gvpo_lightning.module import GVPOModule
+
+
+class GVPOCLI(LightningCLI):
+    """LightningCLI with GVPO's defaults."""
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """`completions_table.*` configures the table that every run has."""
+        parser.add_lightning_class_args(CompletionsTable, "completions_table")
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """CSV and TensorBoard in the run's folder unless the config names loggers."""
+        config = self._get(self.config_init, "trainer")
+        if config.get("logger") in (None, True) and not config.get("fast_dev_run"):
+            folder = config.get("default_root_dir") or "."
+            kwargs["logger"] = [
+                CSVLogger(folder, name="", version=""),
+                TensorBoardLogger(folder, name="", version="tensorboard"),
+            ]
+        return super().instantiate_trainer(**kwargs)
+
+    def _parse_ckpt_path(self) -> None:
+        """Do nothing: Lightning would let the checkpoint's settings override the command line."""
+
+
+def main(args: ArgsType = None) -> GVPOCLI:
+    """The `gvpo` command; `args` for calls from Python.
+
+    A mistake in the settings or the data ends it with one line on stderr and exit status 2.
+    """
+    try:
+        return GVPOCLI(
+            GVPOModule,
+            PromptDataModule,
+            args=args,
+            auto_configure_optimizers=False,
+            seed_everything_default=0,
+            save_config_kwargs={"overwrite": True},
+            trainer_defaults={"callbacks": [RunSummary(), PredictionWriter()]},
+            parser_kwargs={"prog": "gvpo"},
+        )
+    except (ValueError, MisconfigurationException) as error:
+        print(f"gvpo: error: {error}", file=sys.stderr)
+        raise SystemExit(2) from error
+
+
+if __name__ == "__main__":
+    main()
