@@ -31,7 +31,7 @@ class GVPOCLI(LightningCLI):
             folder = config.get("default_root_dir") or "."
             kwargs["logger"] = [
                 CSVLogger(folder, name="", version=""),
-                TensorBoardLogger(folder, name="", version="tensorboard"),
+                TensorBoardLogger(folder, name="tensorboard", version=""),
             ]
         return super().instantiate_trainer(**kwargs)
 
@@ -39,13 +39,13 @@ class GVPOCLI(LightningCLI):
         """Do nothing: Lightning would let the checkpoint's settings override the command line."""
 
 
-def main(args: ArgsType = None) -> GVPOCLI:
+def main(args: ArgsType = None) -> None:
     """The `gvpo` command; `args` for calls from Python.
 
     A mistake in the settings or the data ends it with one line on stderr and exit status 2.
     """
     try:
-        return GVPOCLI(
+        GVPOCLI(
             GVPOModule,
             PromptDataModule,
             args=args,

@@ -1,5 +1,6 @@
 """`PromptDataModule`: prompts from a Hugging Face dataset, wherever it lies."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -88,20 +89,17 @@ class PromptDataModule(L.LightningDataModule):
                 f"data.prompt_column={self.prompt_column!r} is not a column of {self.path!r}: "
                 f"it has {dataset.column_names}."
             )
-        return dataset.map(self._with_prompt, with_indices=True, load_from_cache_file=False)
-
-    def _with_prompt(self, row: Row, number: int) -> Row:
+        make = partial(
+            with_prompt,
+            column=self.prompt_column,
+            template=self.prompt_template,
+            conversational=self.conversational,
+            system_prompt=self.system_prompt,
+        )
         try:
-            template = self.prompt_template
-            prompt: Any = row[self.prompt_column] if template is None else template.format(**row)
-        except KeyError as error:
-            raise ValueError(f"data.prompt_template names the column {error}, which {sorted(row)} lacks.") from error
-        if prompt is None or not len(prompt):
-            raise ValueError(f"Row {number} of {self.path!r} has an empty prompt.")
-        if self.conversational and isinstance(prompt, str):
-            system = [{"role": "system", "content": self.system_prompt}] if self.system_prompt else []
-            prompt = [*system, {"role": "user", "content": prompt}]
-        return {"prompt": prompt}
+            return dataset.map(make, with_indices=True)
+        except ValueError as error:
+            raise ValueError(f"data.path={self.path!r}, {expression!r}: {error}") from error
 
     def train_dataloader(self) -> RolloutLoader:
         """The training prompts, in seeded order."""
@@ -122,6 +120,26 @@ class PromptDataModule(L.LightningDataModule):
     def _evaluation_loader(self, role: str) -> Any:
         rows = self._rows.get(role)
         return [] if rows is None else DataLoader(rows, batch_size=self.batch_size, collate_fn=list)
+
+
+def with_prompt(
+    row: Row, number: int, *, column: str, template: str | None, conversational: bool, system_prompt: str | None
+) -> Row:
+    """The row's `prompt`, made from its column or from the template.
+
+    Raises:
+        ValueError: an empty prompt, or a template that names a column which the row lacks.
+    """
+    try:
+        prompt: Any = row[column] if template is None else template.format(**row)
+    except KeyError as error:
+        raise ValueError(f"prompt_template names the column {error}, the rows have {sorted(row)}.") from error
+    if not prompt:
+        raise ValueError(f"row {number} has an empty prompt.")
+    if conversational and isinstance(prompt, str):
+        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
+        prompt = [*system, {"role": "user", "content": prompt}]
+    return {"prompt": prompt}
 
 
 def load_splits(path: str, name: str | None = None) -> DatasetDict:

@@ -1,0 +1,76 @@
+import os
+
+# before transformers, datasets and torch are imported
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+
+torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def in_empty_folder(tmp_path, monkeypatch):
+    """Nothing that a test writes lands in the repository; no seed leaks from one test to the next."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """The repository."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def arithmetic() -> Path:
+    """The shipped arithmetic task: `model/` and `sums/`."""
+    return ROOT / "configs" / "arithmetic"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder with real datasets beside the repository; with GVPO_REQUIRE_DATA set its absence is a failure."""
+    folder = ROOT.parent / "shared" / "data"
+    if not (folder / "gsm_8k").exists():
+        assert not os.environ.get("GVPO_REQUIRE_DATA"), f"{folder} is missing"
+        pytest.skip(f"needs the datasets in {folder}")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def tokenizer(arithmetic) -> PreTrainedTokenizerBase:
+    """The character tokenizer: `<pad>` 0, `<eos>` 1, digits, + and =."""
+    from gvpo_lightning.policy import load_tokenizer
+
+    return load_tokenizer(str(arithmetic / "model"))
+
+
+@pytest.fixture
+def tiny_policy(tokenizer):
+    """Builds a random two-layer Qwen2 for the character tokenizer; keyword arguments go to its config."""
+
+    def build(seed: int = 0, **overrides) -> Qwen2ForCausalLM:
+        torch.manual_seed(seed)
+        settings = {
+            "vocab_size": len(tokenizer),
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "num_hidden_layers": 2,
+            "num_attention_heads": 4,
+            "num_key_value_heads": 2,
+            "max_position_embeddings": 64,
+            "tie_word_embeddings": False,
+            "pad_token_id": 0,
+            "eos_token_id": 1,
+            "bos_token_id": None,
+        }
+        return Qwen2ForCausalLM(Qwen2Config(**(settings | overrides)))
+
+    return build
