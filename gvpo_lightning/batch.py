@@ -73,7 +73,10 @@ def collate_completions(
     group_ids: Sequence[int],
     pad_token_id: int,
 ) -> CompletionBatch:
-    """Token-id lists, one pair a completion -> a batch on the CPU, rewards NaN and reference log-probs 0."""
+    """Token-id lists, one pair a completion -> a batch on the CPU, rewards NaN and reference log-probs 0.
+
+    Dtypes are explicit: Lightning's "true" low precisions change torch's default dtype around this.
+    """
     prompt_ids, prompt_mask = _pad(prompts, pad_token_id, left=True)
     completion_ids, completion_mask = _pad(completions, pad_token_id, left=False)
     return CompletionBatch(
@@ -81,10 +84,10 @@ def collate_completions(
         prompt_mask=prompt_mask,
         completion_ids=completion_ids,
         completion_mask=completion_mask,
-        rewards=torch.full((len(prompts),), torch.nan),
+        rewards=torch.full((len(prompts),), torch.nan, dtype=torch.float32),
         group_ids=torch.tensor(group_ids, dtype=torch.int64),
         truncated=torch.tensor(truncated, dtype=torch.bool),
-        reference_logprobs=torch.zeros(completion_ids.shape),
+        reference_logprobs=torch.zeros(completion_ids.shape, dtype=torch.float32),
     )
 
 

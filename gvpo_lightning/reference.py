@@ -32,7 +32,7 @@ def frozen_copy(policy: PreTrainedModel) -> PreTrainedModel:
 @torch.no_grad()
 def score(model: PreTrainedModel, batch: CompletionBatch, *, temperature: float, batch_size: int) -> Tensor:
     """(S, T) float32 log-probs of the whole batch under the model, `batch_size` completions at a time."""
-    token_logprobs = torch.zeros(batch.completion_mask.shape, device=batch.rewards.device)
+    token_logprobs = torch.zeros(batch.completion_mask.shape, dtype=torch.float32, device=batch.rewards.device)
     with evaluating(model):
         for rows in torch.arange(len(batch), device=batch.rewards.device).split(batch_size):
             part = batch.select(rows)

@@ -100,7 +100,7 @@ def reward_rollout(rollout: Rollout, reward: Reward, rows: Sequence[Row]) -> Non
     groups = rollout.batch.group_ids.tolist()
     columns = {name: [rows[group][name] for group in groups] for name in (rows[0] if rows else {}) if name != "prompt"}
     values = compute_rewards(reward, [rollout.prompts[group] for group in groups], rollout.completions, columns)
-    rollout.batch.rewards = torch.tensor(values, device=rollout.batch.rewards.device)
+    rollout.batch.rewards = torch.tensor(values, dtype=torch.float32, device=rollout.batch.rewards.device)
     rollout.batch.drop(~torch.isfinite(rollout.batch.rewards))
 
 

@@ -1,0 +1,195 @@
+"""The rows of the mathematics' case table that need a model and a Trainer."""
+
+import pytest
+import torch
+
+from gvpo_lightning.policy import completion_logprobs
+from gvpo_lightning.reference import score
+from gvpo_lightning.rollout.sampling import RolloutSettings
+
+
+def recorded(module):
+    """Records each micro-batch that the module trains, with the policy's log-probs at that moment."""
+    records = []
+    add = module._meter.add
+
+    def spy(batch, token_logprobs, entropy):
+        records.append((batch, token_logprobs.detach().clone()))
+        add(batch, token_logprobs, entropy)
+
+    module._meter.add = spy
+    return records
+
+
+@pytest.mark.parametrize("reference", ["frozen", "previous"])
+def test_first_update_after_a_rollout_has_log_ratio_zero(make_module, fit, reference):
+    module = make_module(reference=reference)
+    records = recorded(module)
+    fit(module, max_steps=8)
+    gaps = [float((logprobs - batch.reference_logprobs).abs().max()) for batch, logprobs in records]
+    firsts = gaps[0:1] if reference == "frozen" else gaps[0::2]
+    assert max(firsts) < 1e-5
+    assert min(gaps[1::2]) > 1e-4
+
+
+def test_the_frozen_reference_stays_and_the_previous_one_follows(make_module, fit, weights):
+    frozen, previous = make_module(), make_module(reference="previous")
+    start = weights(frozen)
+    fit(frozen)
+    fit(previous)
+    assert torch.equal(torch.cat([p.flatten() for p in frozen.reference_model.parameters()]), start)
+    assert not torch.equal(weights(frozen), start)
+    assert previous.reference_model is None
+    assert len(list(frozen.parameters())) == len(list(frozen.policy.parameters()))  # the reference is not trained
+    assert not any("reference" in name for name in frozen.state_dict())
+
+
+def test_equal_rewards_still_give_a_gradient_once_the_policy_has_moved(make_module, fit, weights):
+    module = make_module(reward=lambda prompts, completions, **_: [1.0] * len(completions), optimizer=_sgd)
+    start = weights(module)
+    fit(module, max_steps=2)
+    assert torch.allclose(weights(module), start, atol=1e-6)  # l = 0 and no advantage: at the optimum already
+    with torch.no_grad():
+        for parameter in module.policy.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0)))
+    moved = weights(module)
+    fit(module, max_steps=2)
+    assert float((weights(module) - moved).norm()) > 1e-3
+
+
+def _sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.5)
+
+
+def test_rewards_that_are_not_finite_drop_their_completion_and_are_counted(make_module, fit):
+    def reward(prompts, completions, **_):
+        return [
+            None if i == 0 else float("nan") if i == 1 else float("inf") if i == 2 else i / 10
+            for i in range(len(completions))
+        ]
+
+    module = make_module(reward=reward)
+    trainer = fit(module, max_steps=2)
+    assert module.rollout.batch.kept.tolist() == [False] * 3 + [True] * 29
+    assert float(trainer.callback_metrics["completion/dropped_fraction"]) == pytest.approx(3 / 32)
+    assert torch.isfinite(torch.stack([p.sum() for p in module.policy.parameters()])).all()
+
+
+def test_group_of_one_after_drops_is_counted_and_not_in_the_mean(make_module, fit):
+    module = make_module(reward=lambda prompts, completions, **_: [None] * 3 + [1.0, *_varied(len(completions) - 4)])
+    trainer = fit(module, max_steps=2)
+    assert module.rollout.batch.kept.view(-1, 4).sum(1).tolist() == [1, 4, 4, 4, 4, 4, 4, 4]
+    assert sorted(update.num_groups for update in module.updates) == [3, 4]
+    assert "group/dropped" in trainer.callback_metrics
+
+
+def _varied(count):
+    return [(i % 4) / 3 for i in range(count)]
+
+
+def test_every_reward_missing_trains_nothing_and_says_so(make_module, fit, weights):
+    module = make_module(reward=lambda prompts, completions, **_: [None] * len(completions), optimizer=_sgd)
+    start = weights(module)
+    trainer = fit(module, max_steps=2)
+    assert torch.equal(weights(module), start)
+    assert float(trainer.callback_metrics["completion/dropped_fraction"]) == 1.0
+
+
+@pytest.mark.parametrize("choice", ["keep", "drop"])
+def test_truncated_completions_are_kept_or_leave_their_group(make_module, fit, choice):
+    settings = RolloutSettings(group_size=4, prompts_per_rollout=8, prompts_per_update=4, truncated=choice)
+    module = make_module(rollout=settings)
+    trainer = fit(module, max_steps=2)
+    batch = module.rollout.batch
+    assert batch.truncated.any()
+    assert torch.equal(batch.kept, torch.ones_like(batch.kept) if choice == "keep" else ~batch.truncated)
+    assert float(trainer.callback_metrics["completion/truncated_fraction"]) > 0
+
+
+def test_policy_and_reference_are_scored_at_the_same_temperature(make_module, fit):
+    module = make_module(temperature=0.7)
+    records = recorded(module)
+    fit(module, max_steps=1)
+    batch, logprobs = records[0]
+    assert float((logprobs - batch.reference_logprobs).abs().max()) < 1e-5
+    at_one = score(module.reference_model, batch, temperature=1.0, batch_size=64)
+    assert float((at_one - batch.reference_logprobs).abs().max()) > 1e-2
+
+
+def test_dropout_of_the_users_model_is_switched_off(make_module, fit, tiny_policy):
+    module = make_module(policy=tiny_policy(attention_dropout=0.5))
+    records = recorded(module)
+    fit(module, max_steps=1)
+    batch, logprobs = records[0]
+    assert module.policy.training
+    assert float((logprobs - batch.reference_logprobs).abs().max()) < 1e-5
+
+
+def break_log_ratios(module, at_steps):
+    """Puts NaN into the reference log-probs of one completion in the given micro-batches."""
+    original = module._micro_batch
+
+    def broken(groups):
+        part = original(groups)
+        if module.microstep in at_steps:
+            part.reference_logprobs = part.reference_logprobs.clone()
+            part.reference_logprobs[0, 0] = torch.nan
+        return part
+
+    module._micro_batch = broken
+
+
+def test_log_ratio_that_is_not_finite_skips_the_whole_update(make_module, fit, weights):
+    module = make_module()
+    fit(module, max_steps=1, accumulate_grad_batches=2)
+    before = weights(module)
+    break_log_ratios(module, at_steps={2})  # the first of the second update's two micro-batches
+    fit(module, max_steps=1, accumulate_grad_batches=2)
+    assert module.microstep == 4
+    assert torch.equal(weights(module), before)
+    assert (module.skipped_updates, module.consecutive_skips) == (1, 1)
+    trainer = fit(module, max_steps=1, accumulate_grad_batches=2)
+    assert float(trainer.callback_metrics["update/skipped"]) == 1
+    assert module.consecutive_skips == 0
+    assert not torch.equal(weights(module), before)
+    assert torch.isfinite(weights(module)).all()
+
+
+def test_too_many_skipped_updates_stop_the_run(make_module, fit):
+    module = make_module(max_skipped_updates=2)
+    break_log_ratios(module, at_steps=range(100))
+    with pytest.raises(RuntimeError, match="3 updates in a row"):
+        fit(module, max_steps=8)
+
+
+def test_gradient_of_an_update_is_that_of_one_big_batch(make_module, fit, monkeypatch):
+    """Against the plain formula over the whole update, with unequal lengths, drops and a group of one."""
+    rewards = [None, None, None, 0.3, None, *_varied(27)]
+    module = make_module(reward=lambda prompts, completions, **_: rewards[: len(completions)], optimizer=_sgd)
+    module.policy.double()
+    with torch.no_grad():
+        reference = {name: p.clone() for name, p in module.policy.named_parameters()}
+    gradients = []
+    monkeypatch.setattr(
+        module,
+        "on_before_optimizer_step",
+        lambda optimizer: gradients.append([p.grad.clone() for p in module.policy.parameters()]),
+    )
+    fit(module, max_steps=1, accumulate_grad_batches=3)
+
+    groups = [group for micro_batch in module.updates[0].micro_batches for group in micro_batch]
+    batch = module.rollout.batch
+    with torch.no_grad():
+        for name, parameter in module.policy.named_parameters():
+            parameter.copy_(reference[name])
+    logprobs, _ = completion_logprobs(module.policy, batch)
+    losses = []
+    for group in groups:
+        rows = (batch.group_ids == group) & batch.kept
+        log_ratio = logprobs[rows].sum(1) - batch.reference_logprobs[rows].double().sum(1)
+        reward = batch.rewards[rows].double()
+        residual = 0.5 * (log_ratio - log_ratio.mean()) - (reward - reward.mean())
+        losses.append(residual.square().sum() / (2 * (int(rows.sum()) - 1)))
+    expected = torch.autograd.grad(torch.stack(losses).mean(), list(module.policy.parameters()))
+    for ours, truth in zip(gradients[0], expected, strict=True):
+        torch.testing.assert_close(ours, truth, atol=1e-10, rtol=1e-7)

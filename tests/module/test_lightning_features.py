@@ -1,0 +1,206 @@
+"""Every feature that is Lightning's own must go on working around GVPOModule."""
+
+import lightning as L
+import pytest
+import torch
+from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.loggers import CSVLogger
+
+from gvpo_lightning.rollout.loader import RolloutLoader
+from gvpo_lightning.rollout.sampling import RolloutSettings
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.5)
+
+
+@pytest.mark.parametrize("accumulate", [2, 3, 4])
+def test_accumulation_and_micro_batch_size_do_not_change_the_training(make_module, fit, weights, accumulate):
+    settings = {"optimizer": sgd}
+    whole, cut = make_module(**settings), make_module(**settings)
+    fit(whole, max_steps=4)
+    fit(cut, max_steps=4, accumulate_grad_batches=accumulate)
+    assert cut.microstep == 4 * accumulate
+    torch.testing.assert_close(weights(cut), weights(whole), atol=2e-6, rtol=1e-5)
+
+
+def test_gradient_clipping_bounds_the_step(make_module, fit, weights):
+    module = make_module(optimizer=sgd)
+    before = weights(module)
+    fit(module, max_steps=1, gradient_clip_val=1e-3)
+    assert float((weights(module) - before).norm()) == pytest.approx(0.5 * 1e-3, rel=1e-3)
+
+
+def test_bf16_mixed_precision_stays_close_to_full_precision(make_module, fit, weights):
+    # one update on the same samples: later ones sample other completions
+    start = weights(make_module())
+    steps = []
+    for precision in ("32-true", "bf16-mixed"):
+        module = make_module(optimizer=sgd)
+        fit(module, max_steps=1, precision=precision)
+        assert {p.dtype for p in module.policy.parameters()} == {torch.float32}
+        steps.append(weights(module) - start)
+    assert torch.nn.functional.cosine_similarity(*steps, dim=0) > 0.8
+
+
+def test_bf16_true_precision_casts_policy_and_reference(make_module, fit):
+    module = make_module()
+    fit(module, max_steps=2, precision="bf16-true")
+    for model in (module.policy, module.reference_model):
+        assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+
+
+def test_max_steps_counts_updates_and_max_epochs_counts_passes(make_module, fit):
+    assert fit(make_module(), max_steps=5, accumulate_grad_batches=2).global_step == 5
+    # 24 prompts, 8 a rollout, 2 updates a rollout: 6 updates an epoch
+    assert fit(make_module(), max_steps=-1, max_epochs=2).global_step == 12
+
+
+def test_scheduler_steps_once_an_update(make_module, fit):
+    module = make_module(lr_scheduler=lambda optimizer: torch.optim.lr_scheduler.StepLR(optimizer, 1, gamma=0.5))
+    trainer = fit(module, max_steps=3, accumulate_grad_batches=2)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == pytest.approx(3e-3 / 8)
+
+
+class CountingCallback(Callback):
+    def __init__(self):
+        self.batches = self.optimizer_steps = 0
+
+    def on_train_batch_end(self, *args):
+        self.batches += 1
+
+    def on_before_optimizer_step(self, *args):
+        self.optimizer_steps += 1
+
+
+def test_callbacks_and_loggers(make_module, fit, tmp_path):
+    counter = CountingCallback()
+    logger = CSVLogger(tmp_path, name="", version="")
+    fit(
+        make_module(),
+        max_steps=4,
+        accumulate_grad_batches=2,
+        callbacks=[counter, LearningRateMonitor()],
+        logger=logger,
+        log_every_n_steps=1,
+    )
+    assert (counter.batches, counter.optimizer_steps) == (8, 4)
+    header, *lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    names = set(header.split(","))
+    assert {
+        "loss",
+        "reward/mean",
+        "reward/std",
+        "residual/rms",
+        "implicit_reward/slope",
+        "kl/reference",
+        "log_ratio/policy/mean",
+        "log_ratio/policy/max",
+        "entropy",
+        "completion/length_mean",
+        "completion/length_min",
+        "completion/length_max",
+        "completion/truncated_fraction",
+        "group/zero_variance_fraction",
+        "group/dropped",
+        "objective/reward_term",
+        "objective/covariance_term",
+        "objective/variance_term",
+        "time/rollout",
+        "time/reward",
+        "time/reference",
+        "time/train",
+        "throughput/tokens_per_second",
+        "lr-AdamW",
+    } <= names
+    assert sum(bool(line.split(",")[header.split(",").index("loss")]) for line in lines) == 4
+
+
+def test_fast_dev_run(make_module, fit):
+    module = make_module()
+    assert fit(module, fast_dev_run=True).global_step == 1
+    assert fit(make_module(), fast_dev_run=3, accumulate_grad_batches=2).global_step == 2
+
+
+def test_validation_logs_sampled_rewards(make_module, prompts, tmp_path):
+    module = make_module()
+    trainer = L.Trainer(
+        accelerator="cpu", logger=False, enable_progress_bar=False, enable_checkpointing=False, max_steps=2
+    )
+    loader = torch.utils.data.DataLoader(prompts[:4], batch_size=2)
+    trainer.fit(module, RolloutLoader(prompts, module), loader)
+    first = trainer.validate(module, loader, verbose=False)[0]
+    second = trainer.validate(module, loader, verbose=False)[0]
+    assert first == second  # the same weights draw the same samples
+    assert 0 <= first["validation/reward/mean"] <= 1.04
+    assert trainer.test(module, loader, verbose=False)[0]["test/completion/length_max"] <= 4
+    rows = [row for batch in trainer.predict(module, loader) for row in batch]
+    assert [row["prompt"] for row in rows] == [row["prompt"] for row in prompts[:4]]
+    assert all(len(row["completions"]) == len(row["rewards"]) == 4 for row in rows)
+    trainer.fit_loop.epoch_loop.max_steps = 4
+    trainer.fit(module, RolloutLoader(prompts, module))  # evaluation under inference mode poisons nothing
+    assert trainer.global_step == 4
+
+
+@pytest.mark.parametrize(
+    ("stop", "limit"),
+    [
+        pytest.param(4, {"max_steps": 16}, id="rollout boundary"),
+        pytest.param(3, {"max_steps": 16}, id="within a rollout"),
+        pytest.param(6, {"max_steps": 16}, id="end of an epoch, by steps"),
+        pytest.param(6, {"max_steps": -1, "max_epochs": 3}, id="end of an epoch, by epochs"),
+    ],
+)
+@pytest.mark.parametrize("reference", ["frozen", "previous"])
+def test_resumed_run_is_bitwise_equal(make_module, fit, weights, tmp_path, stop, limit, reference):
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    options = {"enable_checkpointing": True, "accumulate_grad_batches": 2, "gradient_clip_val": 1.0, **limit}
+    through = make_module(reference=reference)
+    total = fit(through, callbacks=[saver], **options).global_step
+
+    torch.manual_seed(99)  # another process has drawn other numbers before
+    resumed = make_module(seed=5, reference=reference)  # other weights: all must come from the checkpoint
+    trainer = fit(resumed, ckpt_path=tmp_path / f"step={stop}.ckpt", **options)
+    assert trainer.global_step == total
+    assert torch.equal(weights(resumed), weights(through))
+    assert resumed.microstep == through.microstep
+
+
+def test_resume_refuses_another_reference(make_module, fit, tiny_policy, tokenizer, tmp_path):
+    for seed in (0, 1):
+        tiny_policy(seed).save_pretrained(tmp_path / f"model{seed}")
+        tokenizer.save_pretrained(tmp_path / f"model{seed}")
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(make_module(policy=str(tmp_path / "model0")), max_steps=2, callbacks=[saver], enable_checkpointing=True)
+    with pytest.raises(ValueError, match="fingerprint"):
+        fit(make_module(policy=str(tmp_path / "model1")), max_steps=4, ckpt_path=tmp_path / "step=2.ckpt")
+
+
+def test_checkpoint_of_a_policy_from_a_folder_holds_no_reference(make_module, fit, tiny_policy, tokenizer, tmp_path):
+    tiny_policy().save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    module = make_module(policy=str(tmp_path / "model"))
+    trainer = fit(module, max_steps=2, enable_checkpointing=True)
+    trainer.save_checkpoint(tmp_path / "a.ckpt")
+    checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    assert "reference_state" not in checkpoint["gvpo"]
+    assert len(checkpoint["state_dict"]) == len(module.policy.state_dict())
+
+
+def test_a_bare_dataloader_is_refused_with_the_line_to_write(make_module, prompts):
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=1)
+    with pytest.raises(ValueError, match=r"trainer\.fit\(module, RolloutLoader\(dataloader, module\)\)"):
+        trainer.fit(make_module(), torch.utils.data.DataLoader(prompts))
+
+
+def test_epochs_that_would_cut_an_update_are_refused(make_module, fit):
+    with pytest.raises(ValueError, match="limit_train_batches"):
+        fit(make_module(), accumulate_grad_batches=2, limit_train_batches=3)
+
+
+def test_micro_batch_size_that_can_not_hold_is_refused_before_training(make_module, fit):
+    settings = RolloutSettings(group_size=4, prompts_per_rollout=8, prompts_per_update=4, micro_batch_size=8)
+    module = make_module(rollout=settings)
+    with pytest.raises(ValueError, match="accumulate_grad_batches=2"):
+        fit(module)
+    fit(module, accumulate_grad_batches=2, max_steps=2)
