@@ -5,6 +5,8 @@ For N tokens, H hidden features and a vocabulary of V the largest temporary is o
 is in max(fp32, input dtype).
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,12 +44,24 @@ def linear_logprob(
         ValueError: shapes that do not fit, targets outside the vocabulary, temperature <= 0.
     """
     _check(hidden, weight, targets, bias, temperature)
-    token_logprobs, entropy = _LinearLogprob.apply(hidden, weight, targets, bias, temperature, return_entropy)
+    token_logprobs, entropy = _LinearLogprob.apply(hidden, weight, targets.long(), bias, temperature, return_entropy)
     return (token_logprobs, entropy) if return_entropy else token_logprobs
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Run in the dtypes that the code asks for, whatever the caller's autocast says; first tensor's device."""
+
+    @functools.wraps(function)
+    def wrapped(ctx: Any, tensor: Tensor, *args: Any) -> Any:
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(ctx, tensor, *args)
+
+    return wrapped
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
+    @_without_autocast
     def forward(
         ctx: Any,
         hidden: Tensor,
@@ -77,6 +91,7 @@ class _LinearLogprob(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
+    @_without_autocast
     def backward(ctx: Any, grad_logprobs: Tensor, _grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, bias, log_normalizer = ctx.saved_tensors
         dtype = log_normalizer.dtype
@@ -118,7 +133,7 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None,
         raise ValueError(
             f"hidden must be (N, H) and weight (V, H) with one H, got {tuple(hidden.shape)} and {tuple(weight.shape)}."
         )
-    if targets.shape != hidden.shape[:1] or targets.is_floating_point():
+    if targets.shape != hidden.shape[:1] or targets.is_floating_point() or targets.dtype == torch.bool:
         raise ValueError(f"targets must be ({len(hidden)},) integers, got {targets.dtype} {tuple(targets.shape)}.")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({len(weight)},), got {tuple(bias.shape)}.")
