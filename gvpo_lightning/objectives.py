@@ -25,7 +25,8 @@ def gvpo_nll_loss(
     stop-gradient sg the gradient would be wrong. The gradient is `gvpo_loss`'s; the value is not.
     """
     batch = prepare(token_logprobs, reference_logprobs, completion_mask, rewards, group_ids, beta)
-    loss = beta * (batch.share * batch.residuals.detach() * batch.sequence_logprobs).sum()
+    sequence_logprobs = batch.sequence_logprobs.masked_fill(batch.share == 0, 0.0)  # -inf * 0 would be NaN
+    loss = beta * (batch.share * batch.residuals.detach() * sequence_logprobs).sum()
     return GVPOLoss(loss, batch.residuals.detach(), batch.log_ratios.detach(), gvpo_metrics(batch))
 
 
