@@ -226,7 +226,7 @@ def batch_at_the_optimum() -> Batch:
 def test_loss_gradient_and_metrics_at_the_optimum():
     batch = batch_at_the_optimum()
     result = objectives.gvpo_loss(*batch)
-    assert float(result.loss) < 1e-24
+    assert result.loss < 1e-24
     assert float(gradient(result.loss, batch).abs().max()) < 1e-12
     assert float(result.metrics["residual/rms"]) < 1e-12
     assert float(result.metrics["implicit_reward/slope"]) == pytest.approx(1, abs=1e-12)

@@ -50,7 +50,7 @@ def train(reference: Tensor, rewards: Tensor, beta: float, counts, start: Tensor
     torch.optim.LBFGS(
         [logits], max_iter=500, tolerance_grad=1e-13, tolerance_change=0, line_search_fn="strong_wolfe"
     ).step(closure)
-    return logits.detach().softmax(-1).squeeze(0), float(loss())
+    return logits.detach().softmax(-1).squeeze(0), float(loss().detach())
 
 
 @pytest.mark.parametrize("beta", [0.1, 1.0])
