@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from gvpo_kernels.reference import prepare
 
 from gvpo_lightning import objectives
 from tests.objectives.builders import Batch, assert_same, gradient, naive_loss, random_batch
@@ -51,6 +52,7 @@ def test_record():
     sizes = (batch.group_ids[:, None] == batch.group_ids)[:, kept].sum(1)
     assert (result.residuals[~kept | (sizes < 2)] == 0).all()
     assert (result.residuals[kept & (sizes >= 2)] != 0).all()
+    assert not prepare(*batch).statistics.mean_log_ratio.requires_grad
     detached = [result.residuals, result.log_ratios, *result.metrics.values()]
     assert not any(tensor.requires_grad for tensor in detached)
 
@@ -154,12 +156,15 @@ def test_low_precision_inputs_are_summed_as_differences_in_float32(dtype):
 
 
 def test_long_completions_close_to_their_reference_keep_their_small_log_ratio():
-    """Two float32 sums near -16,000 nats would be off by about 1e-3 each; the differences are exact."""
-    token = torch.full((2, 8192), -2.0)
-    reference = token + torch.tensor([[2.0**-13], [0.0]])
+    """Two float32 sums near -12,000 nats would be off by about 1e-3 each; here the differences are exact."""
+    generator = torch.Generator().manual_seed(0)
+    reference = torch.randint(-3 * 2**20, -(2**10), (2, 8192), generator=generator) / 2**20
+    difference = torch.randint(-(2**10), 2**10, (2, 8192), generator=generator) / 2**20
+    token = reference + difference
+    assert torch.equal(token - reference, difference)
     mask = torch.ones(2, 8192, dtype=torch.bool)
     result = objectives.gvpo_loss(token, reference, mask, torch.zeros(2), torch.zeros(2, dtype=torch.int64), 0.1)
-    assert result.log_ratios.tolist() == [-1.0, 0.0]
+    assert torch.equal(result.log_ratios.double(), difference.double().sum(1))
 
 
 def test_gradient_has_the_dtype_of_its_input():
@@ -242,7 +247,7 @@ def test_slope_measures_how_far_the_implicit_reward_went(slope):
 
 def test_metrics_by_hand():
     """Two groups that count (one of equal rewards), a lone completion and a dropped one, one token each."""
-    log_ratios = [0.5, -0.5, 1.0, 3.0, 9.0, 0.0]
+    log_ratios = [0.5, -0.5, -1.0, -3.0, 9.0, 0.0]
     batch = Batch(
         token_logprobs=torch.tensor(log_ratios, dtype=torch.float64)[:, None] - 4,
         reference_logprobs=torch.full((6, 1), -4.0, dtype=torch.float64),
@@ -252,12 +257,12 @@ def test_metrics_by_hand():
         beta=0.1,
     )
     result = objectives.gvpo_loss(*batch)
-    residuals = [-0.45, 0.45, -0.1, 0.1, 0, 0]
+    residuals = [-0.45, 0.45, 0.1, -0.1, 0, 0]
     assert_same(result.residuals, torch.tensor(residuals, dtype=torch.float64))
     expected = {
         "residual/rms": math.sqrt((2 * 0.45**2 + 2 * 0.1**2) / 4),
         "implicit_reward/slope": (0.05 * 0.5 * 2) / 0.5,
-        "log_ratio/mean": 1.0,
+        "log_ratio/mean": -1.0,
         "log_ratio/max": 3.0,
         "group/zero_variance_fraction": 0.5,
         "group/dropped": 2.0,

@@ -106,12 +106,16 @@ def test_a_rank_of_dropped_groups_still_steps_through_its_micro_batches():
 
 
 @pytest.mark.parametrize("accumulate", [1, 2, 3, 4, 7])
-def test_micro_batches_hold_at_most_their_share_of_the_groups_and_are_balanced(accumulate):
-    sizes = [2, 5, 3, 8, 2, 2, 6, 4, 3]
+@pytest.mark.parametrize("sizes", [[2, 5, 3, 8, 2, 2, 6, 4, 3], [9, 2, 2, 2, 2, 2]])
+def test_micro_batches_hold_at_most_their_share_of_the_groups(sizes, accumulate):
     (update,) = plans([sizes], len(sizes), accumulate)[0]
     assert max(map(len, update.micro_batches)) <= -(-len(sizes) // accumulate)
-    loads = [sum(sizes[group] for group in groups) for groups in update.micro_batches]
-    assert max(loads) - min(loads) <= max(sizes)
+
+
+@pytest.mark.parametrize(("sizes", "load"), [([2, 4, 2], 4), ([2, 3, 4, 5], 7), ([6, 2, 5, 3], 8)])
+def test_micro_batches_are_balanced(sizes, load):
+    (update,) = plans([sizes], len(sizes), 2)[0]
+    assert [sum(sizes[group] for group in groups) for groups in update.micro_batches] == [load, load]
 
 
 def test_order_is_a_function_of_the_seed_and_shuffles():
