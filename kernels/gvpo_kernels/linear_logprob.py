@@ -48,7 +48,7 @@ def linear_logprob(
     return (token_logprobs, entropy) if return_entropy else token_logprobs
 
 
-def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+def _without_autocast(function: Callable[..., Any]) -> Any:
     """Run in the dtypes that the code asks for, whatever the caller's autocast says; first tensor's device."""
 
     @functools.wraps(function)
@@ -90,8 +90,8 @@ class _LinearLogprob(torch.autograd.Function):
         return token_logprobs, entropies
 
     @staticmethod
-    @once_differentiable
     @_without_autocast
+    @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor, _grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, bias, log_normalizer = ctx.saved_tensors
         dtype = log_normalizer.dtype
@@ -99,7 +99,7 @@ class _LinearLogprob(torch.autograd.Function):
         need_hidden, need_weight, need_bias = (ctx.needs_input_grad[i] for i in (0, 1, 3))
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(wide_weight) if need_weight else None
-        grad_bias = torch.zeros_like(wide_bias) if need_bias else None
+        grad_bias = log_normalizer.new_zeros(len(weight)) if need_bias else None
         for rows in _chunks(len(hidden), len(weight), dtype):
             wide_hidden = hidden[rows].to(dtype)
             logits = F.linear(wide_hidden, wide_weight, wide_bias).div_(ctx.temperature)

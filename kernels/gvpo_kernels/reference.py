@@ -109,7 +109,8 @@ def group_statistics(
             zeros.scatter_reduce(0, index[kept], values[1][kept], extreme, include_self=False)
             for extreme in ("amax", "amin")
         )
-        return GroupStatistics(index[offset : offset + num_local], size, *means, reward_range=highest - lowest)
+        means_and_range = (*means, highest - lowest)
+        return GroupStatistics(index[offset : offset + num_local], size, *means_and_range)
 
 
 def _gather_rows(columns: list[Tensor], process_group: "dist.ProcessGroup") -> tuple[list[Tensor], int]:
