@@ -5,8 +5,9 @@
 the same gradient, which is what the views are for: to check it, and to read it.
 """
 
-from gvpo_kernels.reference import GVPOLoss, gvpo_loss, gvpo_metrics, prepare, rl_terms
 from torch import Tensor
+
+from gvpo_kernels.reference import GVPOLoss, gvpo_loss, gvpo_metrics, prepare, rl_terms
 
 __all__ = ["GVPOLoss", "gvpo_loss", "gvpo_nll_loss", "gvpo_rl_loss"]
 
@@ -25,7 +26,8 @@ def gvpo_nll_loss(
     stop-gradient sg the gradient would be wrong. The gradient is `gvpo_loss`'s; the value is not.
     """
     batch = prepare(token_logprobs, reference_logprobs, completion_mask, rewards, group_ids, beta)
-    loss = beta * (batch.share * batch.residuals.detach() * batch.sequence_logprobs).sum()
+    sequence_logprobs = batch.sequence_logprobs.masked_fill(batch.share == 0, 0.0)  # -inf * 0 would be NaN
+    loss = beta * (batch.share * batch.residuals.detach() * sequence_logprobs).sum()
     return GVPOLoss(loss, batch.residuals.detach(), batch.log_ratios.detach(), gvpo_metrics(batch))
 
 

@@ -82,27 +82,28 @@ def check_batch_sizes(
     world_size: int,
 ) -> None:
     """Raise ValueError, with the numbers and the mend, where a rollout can't be cut into updates as asked."""
-    if prompts_per_rollout % prompts_per_update:
-        whole = prompts_per_update * math.ceil(prompts_per_rollout / prompts_per_update)
-        raise ValueError(
-            f"A rollout must be cut into whole updates: prompts_per_rollout={prompts_per_rollout} is not a multiple of "
-            f"prompts_per_update={prompts_per_update}. Set prompts_per_rollout={whole}, or "
-            f"prompts_per_update={math.gcd(prompts_per_rollout, prompts_per_update)}."
-        )
     if prompts_per_update % world_size:
+        update = world_size * math.ceil(prompts_per_update / world_size)
+        rollout = update * math.ceil(prompts_per_rollout / update)
         raise ValueError(
             f"Every rank trains whole groups: prompts_per_update={prompts_per_update} is not a multiple of the "
-            f"{world_size} ranks. Set prompts_per_update={world_size * math.ceil(prompts_per_update / world_size)}."
+            f"{world_size} ranks. Set prompts_per_update={update} and prompts_per_rollout={rollout}."
+        )
+    if prompts_per_rollout % prompts_per_update:
+        rollout = prompts_per_update * math.ceil(prompts_per_rollout / prompts_per_update)
+        raise ValueError(
+            f"A rollout must be cut into whole updates: prompts_per_rollout={prompts_per_rollout} is not a multiple of "
+            f"prompts_per_update={prompts_per_update}. Set prompts_per_rollout={rollout}."
         )
     if micro_batch_size is None:
         return
+    groups_per_rank = prompts_per_update // world_size
+    largest = math.ceil(groups_per_rank / accumulate) * group_size
     if micro_batch_size < group_size:
         raise ValueError(
             f"A micro-batch holds whole groups: micro_batch_size={micro_batch_size} completions is less than "
-            f"group_size={group_size}. Set micro_batch_size={group_size} or more, or leave it out."
+            f"group_size={group_size}. Set micro_batch_size={largest}, or leave it out."
         )
-    groups_per_rank = prompts_per_update // world_size
-    largest = math.ceil(groups_per_rank / accumulate) * group_size
     if largest > micro_batch_size:
         needed = math.ceil(groups_per_rank / (micro_batch_size // group_size))
         raise ValueError(

@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from gvpo_kernels import linear_logprob
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from gvpo_kernels import linear_logprob
 from gvpo_lightning.batch import CompletionBatch
 
 

@@ -72,8 +72,10 @@ class OptimalityMeter(L.Callback):
 
 
 def validation_rows(trainer: L.Trainer) -> list[Row]:
-    """The validation prompts that the trainer would use; empty without validation."""
-    loaders = trainer.val_dataloaders
+    """The run's validation prompts; empty without any."""
+    datamodule: Any = getattr(trainer, "datamodule", None)
+    # the trainer has no loaders yet where its first validation is far away
+    loaders = trainer.val_dataloaders if datamodule is None else datamodule.val_dataloader()
     if loaders is None:
         return []
     loaders = loaders if isinstance(loaders, list) else [loaders]

@@ -5,6 +5,8 @@ For N tokens, H hidden features and a vocabulary of V the largest temporary is o
 is in max(fp32, input dtype).
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -42,12 +44,24 @@ def linear_logprob(
         ValueError: shapes that do not fit, targets outside the vocabulary, temperature <= 0.
     """
     _check(hidden, weight, targets, bias, temperature)
-    token_logprobs, entropy = _LinearLogprob.apply(hidden, weight, targets, bias, temperature, return_entropy)
+    token_logprobs, entropy = _LinearLogprob.apply(hidden, weight, targets.long(), bias, temperature, return_entropy)
     return (token_logprobs, entropy) if return_entropy else token_logprobs
+
+
+def _without_autocast(function: Callable[..., Any]) -> Any:
+    """Run in the dtypes that the code asks for, whatever the caller's autocast says; first tensor's device."""
+
+    @functools.wraps(function)
+    def wrapped(ctx: Any, tensor: Tensor, *args: Any) -> Any:
+        with torch.autocast(tensor.device.type, enabled=False):
+            return function(ctx, tensor, *args)
+
+    return wrapped
 
 
 class _LinearLogprob(torch.autograd.Function):
     @staticmethod
+    @_without_autocast
     def forward(
         ctx: Any,
         hidden: Tensor,
@@ -76,6 +90,7 @@ class _LinearLogprob(torch.autograd.Function):
         return token_logprobs, entropies
 
     @staticmethod
+    @_without_autocast
     @once_differentiable
     def backward(ctx: Any, grad_logprobs: Tensor, _grad_entropy: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, targets, bias, log_normalizer = ctx.saved_tensors
@@ -84,7 +99,7 @@ class _LinearLogprob(torch.autograd.Function):
         need_hidden, need_weight, need_bias = (ctx.needs_input_grad[i] for i in (0, 1, 3))
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(wide_weight) if need_weight else None
-        grad_bias = torch.zeros_like(wide_bias) if wide_bias is not None and need_bias else None
+        grad_bias = log_normalizer.new_zeros(len(weight)) if need_bias else None
         for rows in _chunks(len(hidden), len(weight), dtype):
             wide_hidden = hidden[rows].to(dtype)
             logits = F.linear(wide_hidden, wide_weight, wide_bias).div_(ctx.temperature)
@@ -118,7 +133,7 @@ def _check(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None,
         raise ValueError(
             f"hidden must be (N, H) and weight (V, H) with one H, got {tuple(hidden.shape)} and {tuple(weight.shape)}."
         )
-    if targets.shape != hidden.shape[:1] or targets.is_floating_point():
+    if targets.shape != hidden.shape[:1] or targets.is_floating_point() or targets.dtype == torch.bool:
         raise ValueError(f"targets must be ({len(hidden)},) integers, got {targets.dtype} {tuple(targets.shape)}.")
     if bias is not None and bias.shape != weight.shape[:1]:
         raise ValueError(f"bias must be ({len(weight)},), got {tuple(bias.shape)}.")

@@ -28,6 +28,7 @@ class GroupStatistics:
         mean_log_ratio: (G,) mean log-ratio of the kept completions, in nats.
         mean_reward: (G,) mean reward of the kept completions.
         mean_logprob: (G,) mean sequence log-prob under the policy, in nats (the RL view alone needs it).
+        reward_range: (G,) largest minus smallest reward of the kept completions: exactly 0 where all are equal.
     """
 
     index: Tensor
@@ -35,6 +36,7 @@ class GroupStatistics:
     mean_log_ratio: Tensor
     mean_reward: Tensor
     mean_logprob: Tensor
+    reward_range: Tensor
 
     @property
     def num_groups(self) -> int:
@@ -103,7 +105,12 @@ def group_statistics(
         size = torch.zeros_like(zeros, dtype=torch.int64).index_add_(0, index, kept.to(torch.int64))
         divisor = size.clamp(min=1).to(zeros.dtype)
         means = [zeros.index_add(0, index, torch.where(kept, v, torch.zeros_like(v))) / divisor for v in values]
-        return GroupStatistics(index[offset : offset + num_local], size, *means)
+        highest, lowest = (
+            zeros.scatter_reduce(0, index[kept], values[1][kept], extreme, include_self=False)
+            for extreme in ("amax", "amin")
+        )
+        means_and_range = (*means, highest - lowest)
+        return GroupStatistics(index[offset : offset + num_local], size, *means_and_range)
 
 
 def _gather_rows(columns: list[Tensor], process_group: "dist.ProcessGroup") -> tuple[list[Tensor], int]:
@@ -197,7 +204,8 @@ def prepare(
     reference_logprobs = reference_logprobs.detach()
     kept = completion_mask.any(dim=1)
     # per token first, then the sum: two large sums subtracted would lose what the loss is made of
-    log_ratios = sum_completion_tokens(token_logprobs - reference_logprobs, completion_mask)
+    dtype = torch.promote_types(token_logprobs.dtype, torch.float32)
+    log_ratios = sum_completion_tokens(token_logprobs.to(dtype) - reference_logprobs.to(dtype), completion_mask)
     sequence_logprobs = sum_completion_tokens(token_logprobs, completion_mask)
     rewards = torch.where(kept, rewards.detach().to(log_ratios.dtype), torch.zeros_like(log_ratios))
     statistics = group_statistics(log_ratios, rewards, sequence_logprobs, group_ids, kept, process_group)
@@ -236,7 +244,7 @@ def rl_terms(batch: PreparedBatch) -> dict[str, Tensor]:
     mean_reference = statistics.mean_logprob - statistics.mean_log_ratio
 
     def centred(values: Tensor, means: Tensor) -> Tensor:
-        return torch.where(batch.kept, values - means[statistics.index], torch.zeros_like(values))
+        return torch.where(batch.share > 0, values - means[statistics.index], torch.zeros_like(values))
 
     policy = centred(batch.sequence_logprobs, statistics.mean_logprob)
     reference = centred(batch.reference_sequence_logprobs, mean_reference)
@@ -256,15 +264,15 @@ def gvpo_metrics(batch: PreparedBatch) -> dict[str, Tensor]:
     the optimum; the slope is NaN where no group's rewards differ. `log_ratio/max` is the largest absolute
     one. `group/*` count groups; `objective/*` are `rl_terms`.
     """
-    index, size, mean_reward = batch.statistics.index, batch.statistics.size, batch.statistics.mean_reward
-    counts, groups = batch.share > 0, size >= 2
+    index, mean_reward = batch.statistics.index, batch.statistics.mean_reward
+    counts, groups = batch.share > 0, batch.statistics.size >= 2
+    flat = groups & (batch.statistics.reward_range == 0)
     num_counted, num_groups = counts.sum().clamp(min=1), groups.sum().clamp(min=1)
     zero = torch.zeros_like(batch.log_ratios)
-    advantage = torch.where(counts, batch.rewards - mean_reward[index], zero)
+    # equal rewards may differ from their own mean by rounding: not a slope
+    advantage = torch.where(counts & ~flat[index], batch.rewards - mean_reward[index], zero)
     implicit_reward = torch.where(counts, batch.residuals + advantage, zero)
     log_ratios = torch.where(counts, batch.log_ratios, zero)
-    spread = zero.new_zeros(len(size)).index_add(0, index, advantage.abs())
-    flat = groups & (spread <= 1e-6 * (1 + mean_reward.abs()))
     metrics = {
         "residual/rms": (batch.residuals.square().sum() / num_counted).sqrt(),
         "implicit_reward/slope": (implicit_reward * advantage).sum() / advantage.square().sum(),
