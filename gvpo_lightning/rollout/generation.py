@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from jinja2 import TemplateError
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_lightning.batch import CompletionBatch, collate_completions
 from gvpo_lightning.policy import stop_token_ids
@@ -46,7 +47,8 @@ def encode_prompt(prompt: str | list[dict[str, Any]], tokenizer: PreTrainedToken
     """Token ids of a plain prompt, or of a conversation through the tokenizer's chat template.
 
     Raises:
-        ValueError: neither a string nor a list of messages; no tokens; or no chat template to use.
+        ValueError: neither a string nor a list of messages; no tokens; no chat template to use, or one that
+            refuses the messages.
     """
     if isinstance(prompt, str):
         ids = tokenizer(prompt)["input_ids"]
@@ -56,7 +58,10 @@ def encode_prompt(prompt: str | list[dict[str, Any]], tokenizer: PreTrainedToken
                 "The prompts are conversations, but the tokenizer has no chat template: "
                 "set tokenizer.chat_template, or give the prompts as text."
             )
-        text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        try:
+            text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        except TemplateError as error:
+            raise ValueError(f"The tokenizer's chat template refuses {str(prompt)[:80]!r}: {error}") from error
         ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     else:
         raise ValueError(
@@ -88,7 +93,8 @@ def generate_completions(
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
     repeated = [list(ids) for ids in prompts for _ in range(num_completions)]
     completions: list[list[int]] = []
-    with evaluating(model), torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+    fork_rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
+    with evaluating(model), without_generation_config(model), fork_rng:
         torch.manual_seed(seed)
         for start in range(0, len(repeated), settings.batch_size):
             part = repeated[start : start + settings.batch_size]
@@ -99,10 +105,8 @@ def generate_completions(
                 max_new_tokens=settings.max_new_tokens,
                 do_sample=True,
                 temperature=settings.temperature,
-                # given explicitly, since generate() would fall back on the model's own generation config
                 top_k=settings.top_k,
                 top_p=settings.top_p,
-                repetition_penalty=1.0,
                 eos_token_id=list(stops),
                 pad_token_id=pad_token_id,
             )
@@ -117,6 +121,22 @@ def cut_after_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
     """The ids up to and with the first stop token; by position, so a padding id that is also a stop is safe."""
     end = next((position for position, token in enumerate(ids) if token in stops), len(ids) - 1)
     return ids[: end + 1]
+
+
+@contextlib.contextmanager
+def without_generation_config(model: PreTrainedModel) -> Iterator[None]:
+    """The model without its own generation config, of which generate() takes up all that it isn't given.
+
+    A top_k, min_p, bad_words_ids or repetition_penalty from there would take support away unseen, and
+    num_return_sequences would change the number of completions.
+    """
+    holder: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # beneath peft's wrapper
+    own = holder.generation_config
+    holder.generation_config = GenerationConfig()
+    try:
+        yield
+    finally:
+        holder.generation_config = own
 
 
 @contextlib.contextmanager
