@@ -6,7 +6,7 @@ log-probs itself, and of those only the positions that predict a completion toke
 the [tokens, vocabulary] logits never reach memory.
 """
 
-import types
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,13 +47,18 @@ def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
 def prepare_policy(model: PreTrainedModel) -> None:
     """Put the model into the state that GVPO needs: training mode, no dropout, the log-prob head."""
     model.train()
+    _zero_dropout(model.config.get_text_config())  # some models look it up there in every forward pass
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0  # with dropout, two passes over the same weights differ and log-ratios are noise
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
+        _zero_dropout(module)
     install_logprob_head(model)
+
+
+def _zero_dropout(holder: Any) -> None:
+    for name, value in vars(holder).items():
+        if "drop" in name and isinstance(value, float):
+            setattr(holder, name, 0.0)
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -107,8 +112,8 @@ def install_logprob_head(model: PreTrainedModel) -> None:
             f"The policy's head must be a plain linear layer, got {type(head).__name__}: "
             "leave lm_head out of the adapter's target_modules and modules_to_save."
         )
-    attributes: Any = {"logprob_request": None, "forward": types.MethodType(_head_forward, head)}
-    vars(head).update(attributes)
+    attributes: Any = {"logprob_request": None, "forward": functools.partial(_head_forward, head)}
+    vars(head).update(attributes)  # a partial, not a bound method, follows the head into copies and pickles
 
 
 def completion_logprobs(
@@ -162,7 +167,7 @@ def check_logprob_head(model: PreTrainedModel) -> None:
     ours, _ = completion_logprobs(model, batch)
     logits = model(input_ids=ids, attention_mask=mask.to(torch.int64), use_cache=False).logits[:, 3:-1]
     own = torch.log_softmax(logits.float(), dim=-1).gather(-1, ids[:, 4:, None]).squeeze(-1)
-    error, tolerance = float((ours - own).abs().max()), 1e-4 if logits.dtype == torch.float32 else 0.05
+    error, tolerance = float((ours - own).abs().max()), 1e-4 if logits.dtype.itemsize >= 4 else 0.05
     if not error <= tolerance * (1 + float(logits.abs().max())):
         raise ValueError(
             f"The log-probs from the policy's head differ from those of its own logits by {error:.2g} nat: "

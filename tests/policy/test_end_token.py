@@ -1,0 +1,42 @@
+"""The end token is part of the completion: its log-prob counts. The mutation that forgets it turns the check red."""
+
+import pytest
+import torch
+
+import gvpo_lightning.rollout.generation as generation
+from gvpo_lightning.policy import completion_logprobs, prepare_policy
+from gvpo_lightning.rollout.generation import GenerationSettings, generate_completions
+
+
+def check_that_the_end_token_counts(policy, tokenizer):
+    """Every sampled completion's log-prob is that of its text AND of ending there."""
+    assert tokenizer.eos_token_id == 1
+    prepare_policy(policy)
+    batch = generate_completions(policy, tokenizer, [[3, 4, 5]], 64, GenerationSettings(max_new_tokens=6), seed=0)
+    finished = ~batch.truncated
+    assert 10 < finished.sum() < 64
+    last = batch.completion_ids.gather(1, (batch.lengths - 1).clamp(min=0)[:, None]).squeeze(1)
+    assert (last[finished] == 1).all()
+    assert (last[~finished] != 1).all()
+
+    sequence_logprobs = completion_logprobs(policy, batch)[0].sum(dim=1)
+    for row in finished.nonzero().flatten().tolist()[:8]:
+        written = [i for i in batch.completion_ids[row][batch.completion_mask[row]].tolist() if i != 1]
+        ids = torch.tensor([[3, 4, 5, *written, 1]])
+        logprobs = torch.log_softmax(policy(ids).logits[0, 2:-1], dim=-1)
+        expected = logprobs.gather(1, ids[0, 3:, None]).sum()
+        torch.testing.assert_close(sequence_logprobs[row], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_the_end_token_counts(tiny_policy, tokenizer):
+    check_that_the_end_token_counts(tiny_policy(), tokenizer)
+
+
+def test_an_uncounted_end_token_is_noticed(tiny_policy, tokenizer, monkeypatch):
+    def without_the_stop_token(ids, stops):
+        return [token for token in cut(ids, stops) if token not in stops]
+
+    cut = generation.cut_after_stop
+    monkeypatch.setattr(generation, "cut_after_stop", without_the_stop_token)
+    with pytest.raises(AssertionError):
+        check_that_the_end_token_counts(tiny_policy(), tokenizer)
