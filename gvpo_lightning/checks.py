@@ -27,7 +27,10 @@ def check_prompts(
         if "prompt" not in row:
             raise ValueError(f"Row {number} has no 'prompt': its columns are {sorted(row)}.")
         if number == 0:
-            check_reward_columns(reward, set(row) - {"prompt"})
+            columns = set(row)
+            check_reward_columns(reward, columns - {"prompt"})
+        if set(row) != columns:
+            raise ValueError(f"Row {number} has the columns {sorted(row)}, but row 0 has {sorted(columns)}.")
         try:
             length = len(encode_prompt(row["prompt"], tokenizer))
         except ValueError as error:

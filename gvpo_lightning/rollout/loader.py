@@ -8,6 +8,7 @@ checkpoints hold, and every order is a function of the seed; so a resumed run go
 """
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,7 @@ class RolloutLoader:
         self.prompts = prompts
         self.module = module
         try:
-            num_prompts = len(prompts.sampler) if isinstance(prompts, DataLoader) else len(prompts)  # type: ignore[arg-type]
+            num_prompts = count_prompts(prompts) if isinstance(prompts, DataLoader) else len(prompts)
         except TypeError as error:
             raise ValueError("The prompts must have a length: give RolloutLoader a map-style dataset.") from error
         if not num_prompts:
@@ -81,29 +82,71 @@ class RolloutLoader:
         rows: list[Row] = []
         while len(rows) < share:
             pass_index, position = divmod(first + len(rows), self.num_prompts)
-            rows += self._pass_rows(pass_index, position, share - len(rows))
+            more = self._pass_rows(pass_index, position, share - len(rows))
+            if not more:
+                raise ValueError(
+                    f"The DataLoader gave {position} prompts, but its sampler promised {self.num_prompts}."
+                )
+            rows += more
         return rows
 
     def _pass_rows(self, pass_index: int, start: int, count: int) -> list[Row]:
         """Up to `count` rows of one pass over the prompts, from position `start`."""
         seed = self.module.seed
         if isinstance(self.prompts, DataLoader):
-            with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(derive_seed(seed, "prompt order", pass_index))  # what shuffle=True draws from
+            with seeded_order(self.prompts, derive_seed(seed, "prompt order", pass_index)):
                 rows = (row for batch in self.prompts for row in rows_of(batch))
                 return list(islice(rows, start, start + count))
         order = seeded_permutation(self.num_prompts, seed, "prompt order", pass_index)
         return [self.prompts[index] for index in order[start : start + count]]
 
 
+def count_prompts(loader: DataLoader) -> int:
+    """Rows in one pass over a DataLoader.
+
+    Raises:
+        ValueError: it makes no batches.
+        TypeError: it has no length.
+    """
+    if loader.batch_sampler is None:
+        raise ValueError("The DataLoader of prompts must make batches: give it a batch_size.")
+    if loader.batch_size is None:  # a batch sampler of the user's own
+        with seeded_order(loader, 0):
+            return sum(len(batch) for batch in loader.batch_sampler)
+    num_prompts = len(loader.sampler)  # type: ignore[arg-type]
+    return num_prompts - num_prompts % loader.batch_size if loader.drop_last else num_prompts
+
+
+@contextmanager
+def seeded_order(loader: DataLoader, seed: int) -> Iterator[None]:
+    """Whatever the loader's order is drawn from starts from `seed` inside; random states are put back after."""
+    own = [g for g in (loader.generator, getattr(loader.sampler, "generator", None)) if g is not None]
+    states = [generator.get_state() for generator in own]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)  # what shuffle=True draws from where there is no generator
+        for generator in own:
+            generator.manual_seed(seed)
+        try:
+            yield
+        finally:
+            for generator, state in zip(own, states, strict=True):
+                generator.set_state(state)
+
+
 def rows_of(batch: Any) -> list[Row]:
     """A batch of prompts as a list of rows: from rows, from a dict of columns (torch's default collate), or a Dataset.
 
     Raises:
-        ValueError: neither.
+        ValueError: neither, or columns that torch's default collate has mixed up.
     """
     if isinstance(batch, Mapping):
         columns = {name: v.tolist() if isinstance(v, torch.Tensor) else list(v) for name, v in batch.items()}
+        lengths = {name: len(values) for name, values in columns.items()}
+        if len(set(lengths.values())) > 1 or any(isinstance(p, Mapping) for p in columns.get("prompt", ())):
+            raise ValueError(
+                f"The columns of a batch of prompts don't fit together, lengths {lengths}: torch's default collate "
+                "takes lists, such as conversations, apart. Give the DataLoader collate_fn=list."
+            )
         return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     rows = list(batch)
     for number, row in enumerate(rows):
