@@ -97,7 +97,8 @@ class PromptDataModule(L.LightningDataModule):
             system_prompt=self.system_prompt,
         )
         try:
-            return dataset.map(make, with_indices=True)
+            # in memory: a cache file would land in the user's own folder, which may be read-only or shared by ranks
+            return dataset.map(make, with_indices=True, keep_in_memory=True)
         except ValueError as error:
             raise ValueError(f"data.path={self.path!r}, {expression!r}: {error}") from error
 
@@ -132,8 +133,8 @@ def with_prompt(
     """
     try:
         prompt: Any = row[column] if template is None else template.format(**row)
-    except KeyError as error:
-        raise ValueError(f"prompt_template names the column {error}, the rows have {sorted(row)}.") from error
+    except (KeyError, IndexError, AttributeError) as error:
+        raise ValueError(f"prompt_template={template!r} asks for {error}, the rows have {sorted(row)}.") from error
     if not prompt:
         raise ValueError(f"row {number} has an empty prompt.")
     if conversational and isinstance(prompt, str):
@@ -157,7 +158,8 @@ def load_splits(path: str, name: str | None = None) -> DatasetDict:
         else:
             loaded = load_dataset(path, name)
     except Exception as error:  # the libraries beneath raise dozens of types; the user needs one line
-        raise ValueError(f"data.path={path!r} can't be read as a dataset: {type(error).__name__}: {error}") from error
+        reason = error.__cause__ or error  # what is wrong in the file, beneath "an error occurred"
+        raise ValueError(f"data.path={path!r} can't be read as a dataset: {type(reason).__name__}: {reason}") from error
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
 
 
@@ -174,4 +176,5 @@ def cut_split(available: DatasetDict, expression: str) -> Dataset:
     if len(parts) != 1:
         raise ValueError(f"{expression!r} joins several splits; name one, or a slice of one.")
     dataset = available[parts[0].splitname]
-    return dataset.select(range(len(dataset))[parts[0].from_ : parts[0].to])
+    rows = range(len(dataset))[parts[0].from_ : parts[0].to]
+    return dataset.select(rows or [])  # an empty range that starts past the end is refused

@@ -1,0 +1,283 @@
+import copy
+import json
+
+import datasets
+import lightning as L
+import pytest
+from datasets import Dataset, DatasetDict
+
+from gvpo_lightning.data import PromptDataModule
+from gvpo_lightning.module import GVPOModule
+from gvpo_lightning.rollout.generation import GenerationSettings
+from gvpo_lightning.rollout.sampling import RolloutSettings
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
+    datasets.disable_progress_bars()
+
+
+def sums(count):
+    return [{"prompt": f"{n}+1=", "answer": str(n + 1), "level": n % 3} for n in range(count)]
+
+
+def as_disk_dataset(rows, path):
+    Dataset.from_list(rows).save_to_disk(path / "saved")
+    return path / "saved"
+
+
+def as_disk_dict(rows, path):
+    DatasetDict(train=Dataset.from_list(rows)).save_to_disk(path / "saved")
+    return path / "saved"
+
+
+def as_jsonl(rows, path):
+    (path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path / "rows.jsonl"
+
+
+def as_json(rows, path):
+    (path / "rows.json").write_text(json.dumps(rows))
+    return path / "rows.json"
+
+
+def as_parquet(rows, path):
+    Dataset.from_list(rows).to_parquet(path / "rows.parquet")
+    return path / "rows.parquet"
+
+
+def as_folder_of_files(rows, path):
+    (path / "files").mkdir()
+    return as_jsonl(rows, path / "files").rename(path / "files" / "train.jsonl").parent
+
+
+FORMATS = [as_disk_dataset, as_disk_dict, as_jsonl, as_json, as_parquet, as_folder_of_files]
+
+
+def reward(prompts, completions, **columns):
+    return [0.0] * len(completions)
+
+
+@pytest.fixture
+def chat_tokenizer(tokenizer):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    return tokenizer
+
+
+@pytest.fixture
+def attach(tiny_policy, chat_tokenizer):
+    """Sets a datamodule up for one stage of a real Trainer with a real module."""
+
+    def build(datamodule, stage="fit", **settings) -> PromptDataModule:
+        arguments = {
+            "tokenizer": chat_tokenizer,
+            "rollout": RolloutSettings(2, prompts_per_rollout=4, prompts_per_update=4),
+            "generation": GenerationSettings(max_new_tokens=4),
+        }
+        module = GVPOModule(tiny_policy(max_position_embeddings=2048), reward, **(arguments | settings))
+        trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, barebones=True)
+        trainer.strategy.connect(module)
+        module.trainer = datamodule.trainer = trainer
+        datamodule.setup(stage)
+        return datamodule
+
+    return build
+
+
+def train_rows(datamodule, rollouts=1):
+    """The rows of the first rollouts, in their order."""
+    loader = datamodule.train_dataloader()
+    return [row for rollout in range(rollouts) for row in loader._rollout_rows(rollout)]
+
+
+def evaluation_rows(loader):
+    return [row for batch in loader for row in batch]
+
+
+@pytest.mark.parametrize("save", FORMATS)
+def test_every_format_gives_the_same_rows(attach, tmp_path, save):
+    path = save(sums(8), tmp_path)
+    files = sorted(tmp_path.rglob("saved/**/*"))
+    datamodule = attach(PromptDataModule(str(path), validation_split="train[6:]"))
+    assert sorted(train_rows(datamodule, 2), key=lambda row: int(row["answer"])) == sums(8)
+    assert evaluation_rows(datamodule.val_dataloader()) == sums(8)[6:]
+    assert sorted(tmp_path.rglob("saved/**/*")) == files  # nothing is written into the user's folder
+
+
+def test_splits_and_slices(attach, tmp_path):
+    splits = {"train": Dataset.from_list(sums(10)), "held_out": Dataset.from_list(sums(20)[10:])}
+    DatasetDict(splits).save_to_disk(tmp_path / "saved")
+    settings = {
+        "train_split": "train[:40%]",
+        "validation_split": "train[4:7]",
+        "test_split": "held_out[-2:]",
+        "batch_size": 2,
+    }
+    build = lambda stage, **more: attach(PromptDataModule(str(tmp_path / "saved"), **(settings | more)), stage)  # noqa: E731
+    assert {row["answer"] for row in train_rows(build("fit"))} == {"1", "2", "3", "4"}
+    assert [len(batch) for batch in build("fit").val_dataloader()] == [2, 1]
+    assert [row["answer"] for row in evaluation_rows(build("validate").val_dataloader())] == ["5", "6", "7"]
+    assert [row["answer"] for row in evaluation_rows(build("test").test_dataloader())] == ["19", "20"]
+    assert [row["answer"] for row in evaluation_rows(build("predict").predict_dataloader())] == ["19", "20"]
+    without_test = build("predict", test_split=None)
+    assert [row["answer"] for row in evaluation_rows(without_test.predict_dataloader())] == ["5", "6", "7"]
+    assert build("fit", validation_split=None).val_dataloader() == []
+
+
+def test_the_order_is_the_seeds(attach, tmp_path, monkeypatch):
+    path = str(as_jsonl(sums(12), tmp_path))
+    first = train_rows(attach(PromptDataModule(path)), 3)
+    assert first == train_rows(attach(PromptDataModule(path)), 3)
+    assert first != sums(12)
+    monkeypatch.setenv("PL_GLOBAL_SEED", "1")
+    assert first != train_rows(attach(PromptDataModule(path)), 3)
+
+
+@pytest.mark.parametrize(
+    ("settings", "prompt"),
+    [
+        ({}, "3+1="),
+        ({"prompt_column": "answer"}, "4"),
+        ({"prompt_template": "{prompt}{answer}+{level}="}, "3+1=4+0="),
+        ({"conversational": True}, [{"role": "user", "content": "3+1="}]),
+        (
+            {"system_prompt": "12", "prompt_column": "answer"},
+            [{"role": "system", "content": "12"}, {"role": "user", "content": "4"}],
+        ),
+        (
+            {"conversational": True, "prompt_template": "{answer}="},
+            [{"role": "user", "content": "4="}],
+        ),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("save", [as_jsonl, as_disk_dict])
+def test_prompts_are_made_of_columns(attach, tmp_path, save, settings, prompt):
+    path = str(save(sums(5), tmp_path))
+    datamodule = attach(PromptDataModule(path, validation_split="train", **settings))
+    row = evaluation_rows(datamodule.val_dataloader())[3]
+    assert row == {"prompt": prompt, "answer": "4", "level": 0}
+
+
+def test_conversations_in_the_data_stay_as_they_are(attach, tmp_path):
+    talk = [{"role": "user", "content": "1+"}, {"role": "assistant", "content": "2="}]
+    path = str(as_jsonl([{"talk": talk, "answer": "3"}] * 4, tmp_path))
+    datamodule = attach(PromptDataModule(path, prompt_column="talk", conversational=True))
+    assert train_rows(datamodule)[0] == {"talk": talk, "prompt": talk, "answer": "3"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "stage", "message"),
+    [
+        ({"prompt_column": "question"}, "fit", r"'question' is not a column of .*\['prompt', 'answer', 'level'\]"),
+        ({"prompt_template": "{question}"}, "fit", r"asks for 'question', the rows have"),
+        ({"prompt_template": "{} ="}, "fit", r"prompt_template='\{\} =' asks for"),
+        ({"prompt_template": "{answer.value}"}, "fit", "asks for .* no attribute 'value'"),
+        ({"prompt_template": "{answer"}, "fit", "expected '}'"),
+        ({"train_split": "training"}, "fit", r"'training' names no split; there are \['train'\]"),
+        ({"train_split": "train[:"}, "fit", r"'train\[:' names no split"),
+        ({"train_split": "train+train"}, "fit", "joins several splits"),
+        ({"train_split": "train[5:]"}, "fit", r"data.train_split='train\[5:\]' of .* is empty"),
+        ({"validation_split": "train[:0]"}, "fit", "data.validation_split=.* is empty"),
+        ({}, "validate", r"no validation data: set data.validation_split to one of \['train'\]"),
+        ({}, "test", "no test data: set data.test_split"),
+        ({}, "predict", "no validation data"),
+    ],
+    ids=str,
+)
+def test_settings_that_do_not_fit_the_data_are_refused(attach, tmp_path, settings, stage, message):
+    path = str(as_jsonl(sums(5), tmp_path))
+    with pytest.raises(ValueError, match=message):
+        attach(PromptDataModule(path, **settings), stage)
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ("", "'train': row 3 has an empty prompt"),
+        (None, "'train': row 3 has an empty prompt"),
+        ("1" * 3000, "Row 3: the prompt's 3000 tokens"),
+    ],
+)
+@pytest.mark.parametrize("split", ["train_split", "validation_split"])
+def test_unusable_prompts_are_named_by_their_row(attach, tmp_path, value, message, split):
+    rows = sums(5)
+    rows[3]["prompt"] = value
+    path = str(as_jsonl(rows, tmp_path))
+    settings = {"train_split": "train[:3]"} | {split: "train"}
+    with pytest.raises(ValueError, match=message):
+        attach(PromptDataModule(path, **settings))
+
+
+def test_an_empty_conversation_and_a_number_are_no_prompts(attach, tmp_path):
+    talk = [{"role": "user", "content": "1"}]
+    path = str(as_jsonl([{"prompt": talk}, {"prompt": []}], tmp_path))
+    with pytest.raises(ValueError, match="row 1 has an empty prompt"):
+        attach(PromptDataModule(path))
+    path = str(as_jsonl([{"prompt": 5}], tmp_path))
+    with pytest.raises(ValueError, match=r"Row 0: A prompt must be a string .* got int"):
+        attach(PromptDataModule(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("rows.jsonl", '{"prompt": "a"}\n{"prompt": \n', "JSON parse error"),
+        ("rows.jsonl", "no json at all", "JSON"),
+        ("rows.parquet", "no parquet", "rows.parquet' can't be read as a dataset"),
+        ("missing.jsonl", None, "Unable to find .*missing.jsonl"),
+        ("missing_folder", None, "missing_folder' can't be read as a dataset"),
+        ("saved/state.json", "{", "saved' can't be read as a dataset"),
+    ],
+)
+def test_unreadable_data_is_named_with_the_reason(attach, tmp_path, name, content, message):
+    path = tmp_path / name
+    if content is not None:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(content)
+    path = path.parent if path.parent != tmp_path else path
+    with pytest.raises(ValueError, match=message) as error:
+        attach(PromptDataModule(str(path)))
+    assert f"data.path={str(path)!r}" in str(error.value)
+    assert "An error occurred while generating" not in str(error.value)
+
+
+def test_a_hub_name_without_network_is_one_clear_line(attach):
+    with pytest.raises(ValueError, match=r"data.path='some-one/some-data' can't be read .*Hub") as error:
+        attach(PromptDataModule("some-one/some-data"))
+    assert "\n" not in str(error.value)
+
+
+GSM8K = {
+    "prompt_column": "problem",
+    "train_split": "train[:7473]",
+    "validation_split": "train[7473:7483]",
+    "test_split": "train[7473:]",
+}
+
+
+def test_gsm8k_keeps_training_and_test_rows_apart(attach, tmp_path, shared_data, root):
+    from transformers import AutoTokenizer
+
+    folder = shared_data / "gsm_8k"
+    files = sorted(folder.rglob("*"))
+    tokenizer = AutoTokenizer.from_pretrained(root / "configs" / "gsm8k_tiny" / "model")
+    datamodule = attach(PromptDataModule(str(folder), **GSM8K), tokenizer=tokenizer)
+    source = datasets.load_from_disk(str(folder))["train"]
+    loader = datamodule.train_dataloader()
+    assert loader.num_prompts == 7473
+    assert loader.rollouts_per_epoch == 7473 // 4
+    train = {row["prompt"] for row in loader.prompts}
+    assert train == set(source["problem"][:7473])
+
+    test = evaluation_rows(
+        attach(PromptDataModule(str(folder), **GSM8K), "test", tokenizer=tokenizer).test_dataloader()
+    )
+    assert [row["prompt"] for row in test] == source["problem"][7473:]
+    assert [row["answer"] for row in test] == source["answer"][7473:]
+    assert len(test) == 1319
+    assert not train & {row["prompt"] for row in test}
+    assert [row["prompt"] for row in evaluation_rows(datamodule.val_dataloader())] == source["problem"][7473:7483]
+    assert sorted(folder.rglob("*")) == files
