@@ -43,7 +43,8 @@ def compute_rewards(
         got = len(values) if hasattr(values, "__len__") else type(values).__name__
         raise ValueError(f"The reward {name} must return one entry a completion, {len(completions)}, got {got}.")
     for row, value in enumerate(values):
-        if value is not None and not isinstance(value, numbers.Real) and getattr(value, "ndim", None) != 0:
+        is_number = isinstance(value, numbers.Real) or getattr(value, "ndim", None) == 0
+        if value is not None and (not is_number or isinstance(value, str)):  # numpy's strings have 0 dimensions
             raise ValueError(
                 f"The reward {name} must return numbers or None, got {value!r} for completion {row}: "
                 f"{completions[row][:80]!r}."
@@ -57,12 +58,19 @@ def reward_name(reward: Reward) -> str:
 
 
 def check_reward_columns(reward: Reward, columns: set[str]) -> None:
-    """Raise ValueError where the reward's required arguments are not among the dataset's columns."""
+    """Raise ValueError where the reward's arguments and the dataset's columns do not fit."""
     needed = getattr(reward, "required_columns", None)
+    parameters = list(inspect.signature(reward).parameters.values())[2:]
+    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     if needed is None:
-        parameters = list(inspect.signature(reward).parameters.values())[2:]
-        plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
         needed = [p.name for p in parameters if p.kind in plain and p.default is inspect.Parameter.empty]
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    unexpected = columns - {p.name for p in parameters if p.kind in plain}
+    if unexpected and not takes_any:
+        raise ValueError(
+            f"The reward {reward_name(reward)} gets every column of the dataset by name, also {sorted(unexpected)}: "
+            "let it take **columns."
+        )
     missing = [column for column in needed if column not in columns]
     if missing:
         raise ValueError(

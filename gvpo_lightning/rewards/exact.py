@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from typing import Any, Literal
 
 # a minus sign after a digit is a subtraction; commas only where they separate thousands
-_NUMBER = re.compile(r"(?:(?<!\d)-)?(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?")
+_NUMBER = re.compile(r"(?:(?<!\d)-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![.\w])\.\d+)")
 
 
 class ExactAnswer:

@@ -1,0 +1,216 @@
+import functools
+import math
+from fractions import Fraction
+
+import numpy as np
+import pytest
+import torch
+
+from gvpo_lightning.rewards import ExactAnswer, check_reward_columns, compute_rewards, last_number, reward_name
+
+PROMPTS, COMPLETIONS, COLUMNS = ["p", "q"], ["one", "three"], {"answer": ["1", "3"], "level": [0, 1]}
+
+
+def by_length(prompts, completions, **columns):
+    return [len(c) for c in completions]
+
+
+def by_level(prompts, completions, *, level, scale=1.0, **columns):
+    return [scale * value for value in level]
+
+
+class ByAnswer:
+    def __init__(self, bonus=0.0):
+        self.bonus = bonus
+
+    def __call__(self, prompts, completions, answer, **columns):
+        return [float(a) + self.bonus for a in answer]
+
+
+@pytest.mark.parametrize(
+    ("reward", "expected", "name"),
+    [
+        (by_length, [3, 5], "by_length"),
+        (by_level, [0, 1], "by_level"),
+        (lambda prompts, completions, **columns: [prompts == PROMPTS, False], [1, 0], "<lambda>"),
+        (lambda p, c, answer, level: [0, 1], [0, 1], "<lambda>"),
+        (ByAnswer(0.5), [1.5, 3.5], "ByAnswer"),
+        (ByAnswer(0.5).__call__, [1.5, 3.5], "__call__"),
+        (functools.partial(by_level, scale=3.0), [0, 3], "partial"),
+        (ExactAnswer(), [0, 0], "ExactAnswer"),
+    ],
+)
+def test_any_callable_is_a_reward(reward, expected, name):
+    found = compute_rewards(reward, PROMPTS, COMPLETIONS, COLUMNS)
+    assert found == expected
+    assert all(type(value) is float for value in found)
+    assert reward_name(reward) == name
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        [0.5, -2],
+        (0.5, -2),
+        np.array([0.5, -2], dtype=np.float32),
+        torch.tensor([0.5, -2.0], dtype=torch.bfloat16),
+        [np.float16(0.5), np.int64(-2)],
+        [torch.tensor(0.5), np.array(-2.0)],
+        [Fraction(1, 2), -2],
+    ],
+    ids=str,
+)
+def test_numbers_of_every_kind(values):
+    assert compute_rewards(lambda p, c, **k: values, PROMPTS, COMPLETIONS, {}) == [0.5, -2.0]
+
+
+def test_truth_values_are_numbers():
+    assert compute_rewards(lambda p, c, **k: [True, np.bool_(False)], PROMPTS, COMPLETIONS, {}) == [1.0, 0.0]
+
+
+@pytest.mark.parametrize("value", [None, math.nan, math.inf, -math.inf, np.float32("nan"), torch.tensor(torch.inf)])
+def test_what_is_missing_or_not_finite_becomes_nan(value):
+    found = compute_rewards(lambda p, c, **k: [value, 1.0], PROMPTS, COMPLETIONS, {})
+    assert math.isnan(found[0])
+    assert found[1] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1.0], "The reward <lambda> must return one entry a completion, 2, got 1"),
+        ([1.0] * 3, "one entry a completion, 2, got 3"),
+        (1.0, "one entry a completion, 2, got float"),
+        (None, "one entry a completion, 2, got NoneType"),
+        ((value for value in (1.0, 2.0)), "one entry a completion, 2, got generator"),
+        (["good", 1.0], "must return numbers or None, got 'good' for completion 0: 'one'"),
+        ([1.0, [1.0]], r"must return numbers or None, got \[1.0\] for completion 1: 'three'"),
+        (np.array(["a", "b"]), "must return numbers or None"),
+        (torch.ones(2, 1), "must return numbers or None"),
+        ("ab", "must return numbers or None"),
+    ],
+    ids=repr,
+)
+def test_answers_that_are_no_rewards(values, message):
+    with pytest.raises(ValueError, match=message):
+        compute_rewards(lambda p, c, **k: values, PROMPTS, COMPLETIONS, {})
+
+
+def test_a_reward_that_raises_is_named_and_its_error_kept():
+    def fragile(prompts, completions, **columns):
+        return [1 / 0]
+
+    with pytest.raises(RuntimeError, match=r"The reward fragile raised ZeroDivisionError: .*\(on 2 .* prompt 'p'") as e:
+        compute_rewards(fragile, PROMPTS, COMPLETIONS, {})
+    assert isinstance(e.value.__cause__, ZeroDivisionError)
+
+
+@pytest.mark.parametrize(
+    ("reward", "missing"),
+    [
+        (ByAnswer(), "answer"),
+        (ExactAnswer("solution"), "solution"),
+        (by_level, "level"),
+        (lambda p, c, target, other=1, **columns: [0, 0], "target"),
+    ],
+)
+def test_missing_columns_are_named_before_the_call(reward, missing):
+    with pytest.raises(ValueError, match=rf"needs the columns \['{missing}'\], but the dataset has \['x'\]"):
+        compute_rewards(reward, PROMPTS, COMPLETIONS, {"x": [1, 2]})
+
+
+def test_columns_that_a_reward_does_not_take_are_named_before_the_call():
+    with pytest.raises(ValueError, match=r"also \['level'\]: let it take \*\*columns"):
+        check_reward_columns(lambda prompts, completions, answer: [0, 0], {"answer", "level"})
+    check_reward_columns(lambda prompts, completions, answer: [0, 0], {"answer"})
+    check_reward_columns(lambda prompts, completions: [0, 0], set())
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("42", 42),
+        ("The answer is 7.", 7),
+        ("first 3, then 8 apples", 8),
+        ("#### 1,234", 1234),
+        ("$1,234,567.50 in all", 1234567.5),
+        ("30,000", 30000),
+        ("2,3", 3),  # a list, not thousands
+        ("1,2345", 2345),
+        ("12,34", 34),
+        ("-5", -5),
+        ("it is -1,000.25", -1000.25),
+        ("5-3", 3),  # a subtraction
+        ("5 - 3", 3),
+        ("5 -3", -3),
+        ("3.14", 3.14),
+        ("3.0", 3),
+        ("007", 7),
+        ("half: .5", 0.5),
+        ("wait...5", 5),
+        ("12345678", 12345678),
+        ("7\n", 7),
+        ("none at all", None),
+        ("", None),
+        ("-", None),
+    ],
+)
+def test_last_number(text, expected):
+    assert last_number(text) == expected
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "expected"),
+    [
+        ("19", "19", 1),
+        (" 19\n", "19", 1),
+        ("19", 19, 1),
+        ("19.0", "19", 0),
+        ("019", "19", 0),
+        ("It is 19", "19", 0),
+        ("", "19", 0),
+    ],
+)
+def test_exact_text(completion, answer, expected):
+    assert ExactAnswer()(["p"], [completion], answer=[answer]) == [expected]
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer", "expected"),
+    [
+        ("so he pays 30000 dollars", "30,000", 1),
+        ("so he pays $30,000.00.", "30000", 1),
+        ("30", "30,000", 0),
+        ("72", "Natalia sold 48/2 = <<48/2=24>>24 clips.\n#### 72", 1),
+        ("24", "Natalia sold 48/2 = <<48/2=24>>24 clips.\n#### 72", 0),
+        ("72 or 73", "72", 0),
+        ("-3", "3", 0),
+        ("5-3", "3", 1),
+        ("no idea", "72", 0),
+        ("no idea", "none", 0),  # nothing found on either side is no match
+        ("", "72", 0),
+        ("7", 7, 1),
+    ],
+)
+def test_exact_last_number(completion, answer, expected):
+    found = ExactAnswer("a", compare="last_number")(["p"], [completion], a=[answer], other=[1])
+    assert found == [expected]
+
+
+def test_an_unknown_comparison_is_refused():
+    with pytest.raises(ValueError, match="compare must be 'text' or 'last_number', got 'fuzzy'"):
+        ExactAnswer(compare="fuzzy")
+
+
+def test_every_answer_of_gsm8k_is_read(shared_data):
+    from datasets import load_from_disk
+
+    data = load_from_disk(str(shared_data / "gsm_8k"))["train"]
+    answers = data["answer"][:]
+    assert len(answers) == 8792
+    assert all(last_number(answer) is not None for answer in answers)
+    exact = ExactAnswer(compare="last_number")
+    assert sum(exact(answers, answers, answer=answers)) == len(answers)
+    shifted = answers[1:] + answers[:1]
+    assert sum(exact(answers, shifted, answer=answers)) < 0.05 * len(answers)
+    assert exact(["30000 dollars"], ["30000 dollars"], answer=[next(a for a in answers if a == "30,000")]) == [1.0]
