@@ -9,8 +9,8 @@ from lightning.pytorch.callbacks import BasePredictionWriter
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.rollout.sampling import Rollout
@@ -67,10 +67,10 @@ def table_rows(rollout: Rollout, num_completions: int) -> list[dict[str, Any]]:
 
 
 def render_table(rows: list[dict[str, Any]], title: str) -> Table:
-    """For the screen; long text is folded."""
+    """For the screen, text as it is (no markup, no emoji codes); long text is folded."""
     table = Table(*COLUMNS, title=title)
     for row in rows:
-        table.add_row(*(escape(str(row[column])[:300]) for column in COLUMNS))
+        table.add_row(*(Text(str(row[column])[:300]) for column in COLUMNS))
     return table
 
 

@@ -1,0 +1,101 @@
+import io
+import json
+import math
+
+import lightning as L
+import pytest
+import torch
+from rich.console import Console
+from torch.utils.data import DataLoader
+
+from gvpo_lightning.batch import collate_completions
+from gvpo_lightning.callbacks import PredictionWriter
+from gvpo_lightning.callbacks.completions import COLUMNS, markdown_table, render_table, table_rows
+from gvpo_lightning.module import GVPOModule
+from gvpo_lightning.rollout.generation import GenerationSettings
+from gvpo_lightning.rollout.sampling import Rollout, RolloutSettings
+
+TALK = [{"role": "system", "content": "short"}, {"role": "user", "content": "a question"}]
+AWKWARD = ["[red]not red[/red]", "two\nlines", "a | b", ":dog:", "[/]", "back\\", "[link=x]\\[b]", "", "é 数 \u2028"]
+
+
+@pytest.fixture
+def rollout():
+    size = len(AWKWARD)
+    batch = collate_completions([[5]] * size, [[3]] * size, [False] * size, [0] * 4 + [1] * (size - 4), 0)
+    batch.rewards = torch.tensor([math.nan, 1.0, -0.5] + [0.0] * (size - 3))
+    return Rollout(0, batch, ["[bold]prompt", TALK], AWKWARD)
+
+
+def on_screen(rows):
+    console = Console(width=200, record=True, file=io.StringIO())
+    console.print(render_table(rows, "title"))
+    return console.export_text()
+
+
+def test_rows_are_the_first_completions(rollout):
+    rows = table_rows(rollout, 6)
+    assert len(rows) == 6
+    assert len(table_rows(rollout, 100)) == len(AWKWARD)
+    assert rows[0] == {"group": 0, "prompt": "[bold]prompt", "completion": "[red]not red[/red]", "reward": None}
+    assert [row["reward"] for row in rows[1:3]] == [1.0, -0.5]
+    assert rows[4] == {"group": 1, "prompt": "a question", "completion": "[/]", "reward": 0.0}
+    json.dumps(rows)
+
+
+@pytest.mark.parametrize("text", [text for text in AWKWARD if text and "\n" not in text and "\u2028" not in text])
+def test_text_reaches_the_screen_as_it_is(text):
+    shown = on_screen([{"group": 0, "prompt": text, "completion": f"x{text}", "reward": 1.0}])
+    assert f" {text} " in shown
+    assert f"x{text} " in shown
+
+
+def test_the_screen_shows_a_whole_rollout(rollout):
+    shown = on_screen(table_rows(rollout, 100))
+    for name in (*COLUMNS, "title", "two", "lines", "a question", "None"):
+        assert name in shown
+    shown = on_screen([{"group": 0, "prompt": "p", "completion": "c" * 10_000, "reward": 1.0}])
+    assert shown.count("c") < 400
+
+
+def test_markdown_has_a_line_a_row_and_a_cell_a_column(rollout):
+    lines = markdown_table(table_rows(rollout, 100)).split("\n")
+    assert len(lines) == 2 + len(AWKWARD)
+    for line in lines:
+        assert line.replace("\\|", "").count("|") == len(COLUMNS) + 1
+    assert lines[2] == "| 0 | [bold]prompt | [red]not red[/red] | None |"
+    assert lines[3] == "| 0 | [bold]prompt | two lines | 1.0 |"
+    assert lines[4] == "| 0 | [bold]prompt | a \\| b | -0.5 |"
+
+
+def reward_by_position(prompts, completions, level, **columns):
+    """Some completions have none."""
+    return [None if number == 0 else number + 0.5 for number, value in zip(range(len(completions)), level, strict=True)]
+
+
+def test_predictions_are_valid_json_lines(tiny_policy, tokenizer, tmp_path):
+    rows = [{"prompt": f"{n}+1=", "level": n} for n in range(5)]
+    module = GVPOModule(
+        tiny_policy(),
+        reward_by_position,
+        tokenizer,
+        rollout=RolloutSettings(group_size=3),
+        generation=GenerationSettings(max_new_tokens=4),
+    )
+    folder = tmp_path / "run"
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=folder,
+        callbacks=[PredictionWriter()],
+    )
+    for _ in range(2):  # a second run starts its file anew, and draws the same
+        predictions = trainer.predict(module, DataLoader(rows, batch_size=2, collate_fn=list))
+        written = [json.loads(line) for line in (folder / "predictions.jsonl").read_text("utf-8").splitlines()]
+        assert written == [prediction for batch in predictions for prediction in batch]
+        assert [row["prompt"] for row in written] == [row["prompt"] for row in rows]
+        assert [row["rewards"] for row in written] == [[None, 1.5, 2.5], [3.5, 4.5, 5.5]] * 2 + [[None, 1.5, 2.5]]
+        assert all(len(row["completions"]) == 3 for row in written)
+        assert "NaN" not in (folder / "predictions.jsonl").read_text()
