@@ -12,7 +12,7 @@ from gvpo_lightning.batch import CompletionBatch, collate_completions
 from gvpo_lightning.policy import stop_token_ids
 
 
-@dataclass
+@dataclass(frozen=True)
 class GenerationSettings:
     """How completions are sampled.
 
