@@ -4,6 +4,7 @@ What wins on resume: the config and the command line, always; a checkpoint bring
 scheduler and position, and no settings.
 """
 
+import argparse
 import sys
 from typing import Any
 
@@ -15,6 +16,8 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from gvpo_lightning.callbacks import CompletionsTable, PredictionWriter, RunSummary
 from gvpo_lightning.data import PromptDataModule
 from gvpo_lightning.module import GVPOModule
+
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
 
 class GVPOCLI(LightningCLI):
@@ -53,10 +56,11 @@ def main(args: ArgsType = None) -> None:
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"callbacks": [RunSummary(), PredictionWriter()]},
-            parser_kwargs={"prog": "gvpo"},
+            # without the pages of usage that jsonargparse prints in front of its own errors
+            parser_kwargs={"exit_on_error": False} | {name: {"exit_on_error": False} for name in SUBCOMMANDS},
         )
-    except (ValueError, MisconfigurationException) as error:
-        print(f"gvpo: error: {error}", file=sys.stderr)
+    except (ValueError, argparse.ArgumentError, MisconfigurationException) as error:
+        print(f"gvpo: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from error
 
 

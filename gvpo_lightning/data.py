@@ -158,9 +158,17 @@ def load_splits(path: str, name: str | None = None) -> DatasetDict:
         else:
             loaded = load_dataset(path, name)
     except Exception as error:  # the libraries beneath raise dozens of types; the user needs one line
-        reason = error.__cause__ or error  # what is wrong in the file, beneath "an error occurred"
-        raise ValueError(f"data.path={path!r} can't be read as a dataset: {type(reason).__name__}: {reason}") from error
+        if location.is_file() and not location.stat().st_size:
+            raise ValueError(f"data.path={path!r} is an empty file.") from error
+        reasons = [error, *causes(error)]
+        chain = "; ".join(f"{type(reason).__name__}: {reason}" for reason in reasons)
+        raise ValueError(f"data.path={path!r} can't be read as a dataset: {chain}") from error
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
+
+
+def causes(error: BaseException) -> list[BaseException]:
+    """What an error was raised from, outermost first."""
+    return [] if error.__cause__ is None else [error.__cause__, *causes(error.__cause__)]
 
 
 def cut_split(available: DatasetDict, expression: str) -> Dataset:

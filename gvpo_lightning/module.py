@@ -84,8 +84,8 @@ class GVPOModule(L.LightningModule):
         reference: ReferenceKind = "frozen",
         beta: float = 0.1,
         temperature: float = 1.0,
-        rollout: RolloutSettings | None = None,
-        generation: GenerationSettings | None = None,
+        rollout: RolloutSettings = RolloutSettings(),
+        generation: GenerationSettings = GenerationSettings(),
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6),
         lr_scheduler: LRSchedulerCallable | None = None,
         max_skipped_updates: int = 5,
@@ -101,8 +101,8 @@ class GVPOModule(L.LightningModule):
         self.tokenizer = self._resolve_tokenizer(tokenizer)
         self.reference = reference
         self.beta, self.temperature = beta, temperature
-        self.rollout_settings = rollout or RolloutSettings()
-        self.generation = generation or GenerationSettings()
+        self.rollout_settings = rollout
+        self.generation = generation
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.max_skipped_updates = max_skipped_updates
 

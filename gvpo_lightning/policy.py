@@ -70,7 +70,8 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
         tokenizer.eos_token_id,
     ):
         found += eos if isinstance(eos, list) else [eos] if eos is not None else []
-    return tuple(dict.fromkeys(found))
+    vocab_size = model.get_output_embeddings().weight.shape[0]  # a tokenizer's default may lie beyond it
+    return tuple(dict.fromkeys(token for token in found if token < vocab_size))
 
 
 @dataclass

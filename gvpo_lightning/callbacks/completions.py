@@ -67,10 +67,15 @@ def table_rows(rollout: Rollout, num_completions: int) -> list[dict[str, Any]]:
 
 
 def render_table(rows: list[dict[str, Any]], title: str) -> Table:
-    """For the screen, text as it is (no markup, no emoji codes); long text is folded."""
+    """For the screen, text as it is (no markup, no emoji codes) but cut; a group's prompt is shown once."""
     table = Table(*COLUMNS, title=title)
+    shown = None
     for row in rows:
-        table.add_row(*(Text(str(row[column])[:300]) for column in COLUMNS))
+        first = row["group"] != shown
+        shown = row["group"]
+        cells = {name: Text(str(value)[:200]) for name, value in row.items()}
+        prompt = cells["prompt"] if first else Text()
+        table.add_row(cells["group"], prompt, cells["completion"], cells["reward"])
     return table
 
 

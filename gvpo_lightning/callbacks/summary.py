@@ -1,6 +1,7 @@
 """One block at the end of a run that says what came of it, and the files behind it."""
 
 import json
+import time
 from pathlib import Path
 from typing import Any
 
@@ -24,21 +25,31 @@ class RunSummary(L.Callback):
     * `reward_before`, `reward_after`: mean reward of completions sampled on the validation prompts with the
       run's generation settings; null without validation prompts.
     * `predicted_optimum`, `reached_optimum`: exact accuracies from `OptimalityMeter`, or null.
-    * `seconds`: `total` and of it `rollout`, `reward`, `reference`, `train`.
+    * `seconds`: `total` of the run and, of it, `rollout`, `reward`, `reference`, `train`; evaluation and
+      loading are the rest.
     * `steps`, `export_dir` (relative to the run's folder), `residual_rms`, `implicit_reward_slope`.
     """
 
     def __init__(self) -> None:
         self.reward_before: float | None = None
         self.history: list[dict[str, float]] = []
+        self._started = time.perf_counter()
 
     def state_dict(self) -> dict[str, Any]:
         """So that a resumed run's summary covers the whole run."""
-        return {"reward_before": self.reward_before, "history": self.history}
+        return {"reward_before": self.reward_before, "history": self.history, "seconds": self._seconds()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take it up again."""
         self.reward_before, self.history = state["reward_before"], state["history"]
+        self._started = time.perf_counter() - state["seconds"]
+
+    def _seconds(self) -> float:
+        return time.perf_counter() - self._started
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Start the clock."""
+        self._started = time.perf_counter()
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The reward to start from."""
@@ -71,7 +82,7 @@ class RunSummary(L.Callback):
             "residual_rms": _number(metrics.get("residual/rms")),
             "implicit_reward_slope": _number(metrics.get("implicit_reward/slope")),
             "steps": trainer.global_step,
-            "seconds": {"total": sum(seconds.values()), **seconds},
+            "seconds": {"total": self._seconds(), **seconds},
             "export_dir": "export",
         }
         self._write(folder, summary)

@@ -74,5 +74,6 @@ def check_reward_columns(reward: Reward, columns: set[str]) -> None:
     missing = [column for column in needed if column not in columns]
     if missing:
         raise ValueError(
-            f"The reward {reward_name(reward)} needs the columns {missing}, but the dataset has {sorted(columns)}."
+            f"The reward {reward_name(reward)} needs the columns {missing}, but besides the prompt the dataset has "
+            f"{sorted(columns)}."
         )

@@ -13,7 +13,7 @@ from gvpo_lightning.batch import CompletionBatch, collate_completions
 from gvpo_lightning.policy import stop_token_ids
 
 
-@dataclass
+@dataclass(frozen=True)
 class GenerationSettings:
     """How completions are sampled.
 
@@ -130,7 +130,7 @@ def without_generation_config(model: PreTrainedModel) -> Iterator[None]:
     A top_k, min_p, bad_words_ids or repetition_penalty from there would take support away unseen, and
     num_return_sequences would change the number of completions.
     """
-    holder: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # beneath peft's wrapper
+    holder: Any = getattr(model, "get_base_model", lambda: model)()  # beneath peft's wrapper
     own = holder.generation_config
     holder.generation_config = GenerationConfig()
     try:

@@ -13,7 +13,7 @@ from gvpo_lightning.rollout.generation import GenerationSettings, encode_prompt,
 from gvpo_lightning.rollout.loader import Row
 
 
-@dataclass
+@dataclass(frozen=True)
 class RolloutSettings:
     """How much is sampled, and how it is cut into optimizer updates.
 

@@ -58,6 +58,11 @@ def test_the_screen_shows_a_whole_rollout(rollout):
     assert shown.count("c") < 400
 
 
+def test_a_groups_prompt_is_shown_once(rollout):
+    shown = on_screen(table_rows(rollout, 100))
+    assert shown.count("[bold]prompt") == shown.count("a question") == 1
+
+
 def test_markdown_has_a_line_a_row_and_a_cell_a_column(rollout):
     lines = markdown_table(table_rows(rollout, 100)).split("\n")
     assert len(lines) == 2 + len(AWKWARD)

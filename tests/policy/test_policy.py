@@ -303,12 +303,19 @@ def test_what_is_no_model_is_named(tmp_path, content):
 
 @pytest.mark.parametrize(
     ("generation", "config", "expected"),
-    [([5, 3], 1, (5, 3, 1)), (5, None, (5, 1)), (None, [7, 1], (7, 1)), (None, None, (1,)), (0, 0, (0, 1))],
+    [
+        ([5, 3], 1, (5, 3, 1)),
+        (5, None, (5, 1)),
+        (None, [7, 1], (7, 1)),
+        (None, None, (1,)),
+        (0, 0, (0, 1)),
+        (99, 98, (1,)),
+    ],
 )
 def test_stop_tokens_come_from_everywhere_and_once(tiny_policy, tokenizer, generation, config, expected):
     model = tiny_policy(eos_token_id=config)
     model.generation_config.eos_token_id = generation
-    assert stop_token_ids(model, tokenizer) == expected  # the tokenizer's own is 1
+    assert stop_token_ids(model, tokenizer) == expected  # the tokenizer's own is 1; the vocabulary ends at 14
 
 
 def test_without_any_stop_token_there_is_none(tiny_policy, tokenizer):

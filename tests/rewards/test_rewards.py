@@ -115,7 +115,9 @@ def test_a_reward_that_raises_is_named_and_its_error_kept():
     ],
 )
 def test_missing_columns_are_named_before_the_call(reward, missing):
-    with pytest.raises(ValueError, match=rf"needs the columns \['{missing}'\], but the dataset has \['x'\]"):
+    with pytest.raises(
+        ValueError, match=rf"needs the columns \['{missing}'\], but besides the prompt the dataset has \['x'\]"
+    ):
         compute_rewards(reward, PROMPTS, COMPLETIONS, {"x": [1, 2]})
 
 

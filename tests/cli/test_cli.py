@@ -1,0 +1,197 @@
+"""The `gvpo` command, called in process on the shipped arithmetic task."""
+
+import json
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from gvpo_lightning.cli import main
+from gvpo_lightning.policy import load_policy
+
+
+@pytest.fixture
+def config(arithmetic, tmp_path):
+    """A short run: `config(**settings)` writes a YAML file and returns its path."""
+
+    def write(**overrides) -> str:
+        settings = {
+            "seed_everything": 0,
+            "trainer": {"accelerator": "cpu", "max_steps": 4, "default_root_dir": str(tmp_path / "run")},
+            "model": {
+                "policy": str(arithmetic / "model"),
+                "reward": "gvpo_lightning.rewards.ExactAnswer",
+                "rollout": {"group_size": 4, "prompts_per_rollout": 8, "prompts_per_update": 4},
+                "generation": {"max_new_tokens": 4},
+                "optimizer": {"class_path": "torch.optim.AdamW", "init_args": {"lr": 1e-4}},
+            },
+            "data": {"path": str(arithmetic / "sums"), "validation_split": "validation[:8]"},
+        }
+        for key, value in overrides.items():
+            *parents, last = key.split("__")
+            target = settings
+            for parent in parents:
+                target = target[parent]
+            target[last] = value
+        path = tmp_path / "config.yaml"
+        path.write_text(json.dumps(settings))  # JSON is YAML
+        return str(path)
+
+    return write
+
+
+def quiet(*arguments: str) -> list[str]:
+    return [*arguments, "--trainer.enable_progress_bar=false", "--trainer.enable_model_summary=false"]
+
+
+def test_fit_leaves_summary_curve_checkpoint_metrics_and_export(config, tmp_path):
+    meter = "gvpo_lightning.callbacks.OptimalityMeter"
+    path = config(trainer__log_every_n_steps=1, trainer__val_check_interval=2, trainer__callbacks=[meter])
+    main(quiet("fit", "--config", path, "--completions_table.every_n_steps=2"))
+    run = tmp_path / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    assert 0.2 < summary["reward_before"] < 0.7
+    assert 0.2 < summary["reward_after"] <= 1
+    assert summary["predicted_optimum"] == pytest.approx(1.0, abs=1e-3)
+    assert 0.3 < summary["reached_optimum"] < 1
+    assert summary["steps"] == 4
+    seconds = summary["seconds"]
+    assert set(seconds) == {"total", "rollout", "reward", "reference", "train"}
+    assert seconds["total"] >= sum(value for key, value in seconds.items() if key != "total")
+    assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
+    assert list((run / "checkpoints").glob("*.ckpt"))
+    assert list((run / "tensorboard").glob("events*"))
+    header = (run / "metrics.csv").read_text().splitlines()[0].split(",")
+    assert {"loss", "reward/mean", "residual/rms", "kl/reference", "validation/reward/mean"} <= set(header)
+    shown = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
+    assert {row["step"] for row in shown} == {2, 4}
+    assert set(shown[0]) == {"step", "group", "prompt", "completion", "reward"}
+    assert (run / "config.yaml").exists()
+
+
+def test_the_export_reproduces_the_policy_exactly(config, tmp_path):
+    main(quiet("fit", "--config", config()))
+    run = tmp_path / "run"
+    summary = json.loads((run / "summary.json").read_text())
+    export = run / summary["export_dir"]
+    model, tokenizer = AutoModelForCausalLM.from_pretrained(export), AutoTokenizer.from_pretrained(export)
+    (checkpoint,) = (run / "checkpoints").glob("*.ckpt")
+    trained = load_policy(str(export))
+    state = torch.load(checkpoint, weights_only=True)["state_dict"]
+    trained.load_state_dict({name.removeprefix("policy."): value for name, value in state.items()})
+    ids = torch.tensor([tokenizer("17+5=")["input_ids"]])
+    with torch.no_grad():
+        assert torch.equal(model.eval()(ids).logits, trained.eval()(ids).logits)
+    assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_same_command_same_weights(config, tmp_path):
+    exports = []
+    for name in ("a", "b"):
+        main(quiet("fit", "--config", config(), f"--trainer.default_root_dir={tmp_path / name}"))
+        exports.append((tmp_path / name / "export" / "model.safetensors").read_bytes())
+    assert exports[0] == exports[1]
+
+
+def test_validate_test_and_predict(config, tmp_path, capsys):
+    path = config(data__test_split="validation[:3]")
+    main(quiet("validate", "--config", path))
+    main(quiet("test", "--config", path))
+    assert "test/reward/mean" in capsys.readouterr().out
+    main(quiet("predict", "--config", path))
+    rows = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert len(rows) == 3
+    assert all(set(row) == {"prompt", "completions", "rewards"} for row in rows)
+    assert all(len(row["completions"]) == len(row["rewards"]) == 4 for row in rows)
+    assert {reward for row in rows for reward in row["rewards"]} <= {0.0, 1.0}
+
+
+def test_resume_from_the_command_line_goes_on_where_it_was(config, tmp_path):
+    def run(name, *arguments):
+        folder = f"--trainer.default_root_dir={tmp_path / name}"
+        main(quiet("fit", "--config", config(), folder, *arguments))
+        return (tmp_path / name / "export" / "model.safetensors").read_bytes()
+
+    through = run("through", "--trainer.max_steps=8")
+    run("first", "--trainer.max_steps=4")
+    (checkpoint,) = (tmp_path / "first" / "checkpoints").glob("*.ckpt")
+    resumed = run("second", "--trainer.max_steps=8", f"--ckpt_path={checkpoint}")
+    assert resumed == through
+    before = [json.loads((tmp_path / n / "summary.json").read_text())["reward_before"] for n in ("through", "second")]
+    assert before[0] == before[1]
+
+
+def test_the_command_line_wins_over_the_checkpoint(config, tmp_path):
+    main(quiet("fit", "--config", config(), "--trainer.max_steps=2"))
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("*.ckpt")
+    main(quiet("validate", "--config", config(), "--model.rollout.group_size=2", f"--ckpt_path={checkpoint}"))
+    main(quiet("predict", "--config", config(), "--model.rollout.group_size=2", f"--ckpt_path={checkpoint}"))
+    first = json.loads((tmp_path / "run" / "predictions.jsonl").read_text().splitlines()[0])
+    assert len(first["completions"]) == 2
+
+
+LONG = "1+" * 20
+ERRORS = {
+    "unknown key": (["--model.betta=3"], "betta"),
+    "group size": (["--model.rollout.group_size=1"], "group_size must be at least 2, got 1"),
+    "uneven rollout": (["--model.rollout.prompts_per_update=3"], "Set prompts_per_rollout=9"),
+    "micro-batch": (["--model.rollout.micro_batch_size=8"], "accumulate_grad_batches=2"),
+    "beta": (["--model.beta=0"], "beta must be > 0, got 0"),
+    "reference": (["--model.reference=mine"], "mine"),
+    "reward": (["--model.reward=no.such.function"], "no.such.function"),
+    "no policy there": (["--model.policy=nowhere"], "nowhere"),
+    "no data there": (["--data.path=nowhere"], "nowhere"),
+    "no such split": (["--data.train_split=tain"], "tain"),
+    "missing column": (["--data.prompt_column=question"], "question"),
+    "empty split": (["--data.train_split=train[:0]"], "is empty"),
+    "no validation data": (["--data.validation_split=null"], "validation_split"),
+}
+
+
+def one_line_error(arguments, capsys) -> str:
+    with pytest.raises(SystemExit) as stopped:
+        main(quiet(*arguments))
+    assert stopped.value.code == 2
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("gvpo: error: ")]
+    assert len(error) == 1
+    return error[0]
+
+
+@pytest.mark.parametrize(("arguments", "message"), ERRORS.values(), ids=ERRORS.keys())
+def test_mistakes_end_in_one_line_before_any_work(config, tmp_path, capsys, arguments, message):
+    command = "validate" if "validation_split" in message else "fit"
+    assert message in one_line_error([command, "--config", config(), *arguments], capsys)
+    assert not (tmp_path / "run" / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        ([], "is an empty file"),
+        (['{"prompt": "1+1=", "answer": "2"}', '{"prompt": '], "row 1"),
+        (['{"prompt": "1+1="}'], "needs the columns ['answer']"),
+        (['{"question": "1+1=", "answer": "2"}'], "prompt_column='prompt' is not a column"),
+        (['{"prompt": "1+1=", "answer": "2"}', '{"prompt": "", "answer": "2"}'], "row 1 has an empty prompt"),
+        (
+            ['{"prompt": "1+1=", "answer": "2"}', f'{{"prompt": "{LONG}", "answer": "2"}}'],
+            "Row 1: the prompt's 40 tokens",
+        ),
+    ],
+    ids=["empty file", "malformed", "column of the reward", "column of the prompt", "empty prompt", "long prompt"],
+)
+def test_bad_rows_are_named(config, tmp_path, capsys, lines, message):
+    (tmp_path / "data.jsonl").write_text("\n".join(lines))
+    path = config(data__path=str(tmp_path / "data.jsonl"), data__validation_split=None)
+    assert message in one_line_error(["fit", "--config", path], capsys)
+
+
+def test_a_model_without_an_end_token_is_refused(config, tmp_path, capsys, tiny_policy, tokenizer):
+    model = tiny_policy(eos_token_id=None)
+    model.generation_config.eos_token_id = None
+    model.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    settings = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
+    del settings["eos_token"]
+    (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
+    path = config(model__policy=str(tmp_path / "model"))
+    assert "no end-of-sequence token" in one_line_error(["fit", "--config", path], capsys)

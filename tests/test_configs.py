@@ -1,0 +1,38 @@
+"""Every shipped config parses and runs `fast_dev_run`."""
+
+import pytest
+
+from gvpo_lightning.cli import main
+
+DATA = {"gsm8k_tiny.yaml": "gsm8k_folder.yaml"}  # configs whose data come from the hub, and the overlay with a folder
+
+
+def runnable(root):
+    overlays = set(DATA.values())
+    return sorted(path for path in (root / "configs").glob("*.yaml") if path.name not in overlays)
+
+
+def test_every_config_is_tested(root):
+    names = {path.name for path in (root / "configs").glob("*.yaml")}
+    assert names == {"arithmetic.yaml", "gsm8k_tiny.yaml", "gsm8k_folder.yaml"}
+
+
+@pytest.mark.parametrize("name", ["arithmetic.yaml", "gsm8k_tiny.yaml"])
+def test_config_runs_fast_dev_run(root, name, request, monkeypatch, tmp_path):
+    monkeypatch.chdir(root)  # the configs name their policies relative to the repository
+    arguments = ["fit", "--config", f"configs/{name}"]
+    if name in DATA:
+        folder = request.getfixturevalue("shared_data") / "gsm_8k"
+        arguments += ["--config", f"configs/{DATA[name]}", f"--data.path={folder}"]
+    main([*arguments, "--trainer.fast_dev_run=true", f"--trainer.default_root_dir={tmp_path}"])
+    assert (tmp_path / "summary.json").exists()
+
+
+def test_gsm8k_runs_the_whole_path(root, shared_data, monkeypatch, tmp_path):
+    monkeypatch.chdir(root)
+    data = ["--config", "configs/gsm8k_folder.yaml", f"--data.path={shared_data / 'gsm_8k'}"]
+    common = ["--config", "configs/gsm8k_tiny.yaml", *data, f"--trainer.default_root_dir={tmp_path}"]
+    main(["fit", *common, "--trainer.enable_progress_bar=false"])
+    export = f"--model.policy={tmp_path / 'export'}"
+    main(["predict", *common, export, "--trainer.limit_predict_batches=1"])
+    assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 16
