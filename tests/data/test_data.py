@@ -115,7 +115,10 @@ def test_splits_and_slices(attach, tmp_path):
         "test_split": "held_out[-2:]",
         "batch_size": 2,
     }
-    build = lambda stage, **more: attach(PromptDataModule(str(tmp_path / "saved"), **(settings | more)), stage)  # noqa: E731
+
+    def build(stage, **more):
+        return attach(PromptDataModule(str(tmp_path / "saved"), **(settings | more)), stage)
+
     assert {row["answer"] for row in train_rows(build("fit"))} == {"1", "2", "3", "4"}
     assert [len(batch) for batch in build("fit").val_dataloader()] == [2, 1]
     assert [row["answer"] for row in evaluation_rows(build("validate").val_dataloader())] == ["5", "6", "7"]
