@@ -345,13 +345,18 @@ class GVPOModule(L.LightningModule):
 
     # -- evaluation ---------------------------------------------------------------------------------------
 
-    def sample(self, batch: Any, *purpose: int | str) -> Rollout:
+    def sample(self, batch: Any, *purpose: int | str, generation: GenerationSettings | None = None) -> Rollout:
         """Completions and rewards for a batch of prompts; the same `purpose` draws the same samples."""
         rows = rows_of(batch)
         seed = derive_seed(self.seed, *purpose, self.global_rank)
         with self.trainer.precision_plugin.forward_context():
             rollout = sample_rollout(
-                self.policy, self.tokenizer, rows, self.rollout_settings.group_size, self.generation, seed=seed
+                self.policy,
+                self.tokenizer,
+                rows,
+                self.rollout_settings.group_size,
+                generation or self.generation,
+                seed=seed,
             )
         reward_rollout(rollout, self.reward, rows)
         return rollout
