@@ -4,7 +4,7 @@ BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: demo test test-all lint gpu mutants
+.PHONY: demo test test-all lint gpu
 demo: .venv/ready
 	$(BIN)/gvpo fit --config configs/arithmetic.yaml
 

@@ -5,8 +5,7 @@ Only tensors, numbers, strings, lists and dicts, so that it loads with weights_o
 
 from typing import TYPE_CHECKING, Any
 
-import torch.distributed as dist
-
+from gvpo_lightning.distributed import gather_objects
 from gvpo_lightning.reference import fingerprint
 from gvpo_lightning.rollout.sampling import Rollout
 
@@ -16,15 +15,24 @@ if TYPE_CHECKING:
 COUNTERS = ("microstep", "num_completion_tokens", "skipped_updates", "consecutive_skips")
 
 
+def position_units(module: "GVPOModule") -> dict[str, int]:
+    """The settings that a position, counted in micro-batches, is measured in."""
+    settings = module.rollout_settings
+    return {
+        "prompts_per_rollout": settings.prompts_per_rollout,
+        "prompts_per_update": settings.prompts_per_update,
+        "epochs_per_rollout": settings.epochs_per_rollout,
+        "accumulate_grad_batches": module.trainer.accumulate_grad_batches,
+    }
+
+
 def gvpo_state(module: "GVPOModule") -> dict[str, Any]:
     """The module's counters, its rollout if that is half trained, and what identifies the reference."""
     unfinished = module.rollout if module.microstep % module.micro_batches_per_rollout else None
-    rollouts: list[Any] = [None if unfinished is None else unfinished.state_dict()]
-    if module.world_size > 1:
-        mine, rollouts = rollouts[0], [None] * module.world_size
-        dist.all_gather_object(rollouts, mine)
     state: dict[str, Any] = {name: getattr(module, name) for name in COUNTERS}
-    state |= {"seconds": dict(module.seconds), "rollouts": rollouts}
+    state["units"] = position_units(module)
+    state["seconds"] = dict(module.seconds)
+    state["rollouts"] = gather_objects(None if unfinished is None else unfinished.state_dict())
     if module.reference_model is not None:
         state["reference_fingerprint"] = fingerprint(module.reference_model)
         if not isinstance(module.policy_source, str):  # it can't be loaded again from where it came
@@ -36,8 +44,7 @@ def load_gvpo_state(module: "GVPOModule", state: dict[str, Any]) -> None:
     """Take up what `gvpo_state` left.
 
     Raises:
-        ValueError: the reference is not the one of the checkpoint, or the checkpoint was saved within a
-            rollout by another number of ranks.
+        ValueError: the reference is not the one of the checkpoint.
     """
     for name in COUNTERS:
         setattr(module, name, state[name])
@@ -54,8 +61,19 @@ def load_gvpo_state(module: "GVPOModule", state: dict[str, Any]) -> None:
         )
 
 
-def load_rollout(module: "GVPOModule", state: dict[str, Any]) -> None:
-    """Put the half-trained rollout back, if there was one."""
+def load_position(module: "GVPOModule", state: dict[str, Any]) -> None:
+    """Put the half-trained rollout back, if there was one.
+
+    Raises:
+        ValueError: settings or a number of ranks with which the run can't go on from this position.
+    """
+    units, saved = position_units(module), state["units"]
+    changed = [name for name in units if units[name] != saved[name]]
+    if changed:
+        raise ValueError(
+            f"A run can't be resumed with another {changed[0]}: the checkpoint was saved with {saved[changed[0]]}, "
+            f"the settings say {units[changed[0]]}. Set it back, or start a new run from the exported policy."
+        )
     rollouts = state["rollouts"]
     if not any(rollouts):
         return
@@ -64,4 +82,11 @@ def load_rollout(module: "GVPOModule", state: dict[str, Any]) -> None:
             f"This checkpoint was saved within a rollout by {len(rollouts)} ranks and can't be resumed by "
             f"{module.world_size}: resume it with {len(rollouts)}, or take one saved at a rollout's end."
         )
-    module.rollout = Rollout.from_state_dict(rollouts[module.global_rank], module.trainer.strategy.root_device)
+    rollout = Rollout.from_state_dict(rollouts[module.global_rank], module.trainer.strategy.root_device)
+    size = len(rollout.completions) // len(rollout.prompts)
+    if size != module.rollout_settings.group_size:
+        raise ValueError(
+            f"This checkpoint was saved within a rollout of group_size={size} and can't be resumed with "
+            f"group_size={module.rollout_settings.group_size}: set it back, or take one saved at a rollout's end."
+        )
+    module.rollout = rollout

@@ -15,15 +15,14 @@ from typing import Any
 
 import lightning as L
 import torch
-import torch.distributed as dist
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from gvpo_lightning.batch import CompletionBatch
-from gvpo_lightning.checkpoint import gvpo_state, load_gvpo_state, load_rollout
+from gvpo_lightning.checkpoint import gvpo_state, load_gvpo_state, load_position
 from gvpo_lightning.checks import check_prompts
+from gvpo_lightning.distributed import gather_objects
 from gvpo_lightning.meters import UpdateMeter
 from gvpo_lightning.objectives import gvpo_loss
 from gvpo_lightning.plan import Update, check_batch_sizes, plan_updates
@@ -252,28 +251,24 @@ class GVPOModule(L.LightningModule):
 
     def _plan_updates(self, rollout: Rollout) -> list[Update]:
         """The optimizer updates of a rollout, all passes over it, the same on every rank."""
-        sizes: list[Any] = [None] * self.world_size
-        kept = rollout.batch.kept.view(-1, self.rollout_settings.group_size).sum(dim=1).tolist()
-        if self.world_size > 1:
-            dist.all_gather_object(sizes, kept)
-        else:
-            sizes = [kept]
-        updates = []
-        for epoch in range(self.rollout_settings.epochs_per_rollout):
-            updates += plan_updates(
-                sizes,
+        return [
+            update
+            for epoch in range(self.rollout_settings.epochs_per_rollout)
+            for update in plan_updates(
+                gather_objects(rollout.group_sizes),
                 rank=self.global_rank,
                 prompts_per_update=self.rollout_settings.prompts_per_update,
                 accumulate=self.trainer.accumulate_grad_batches,
                 seed=derive_seed(self.seed, "update", rollout.index, epoch),
             )
-        return updates
+        ]
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss of one micro-batch, scaled so that the update's gradient is that of one big batch."""
         index, slot = divmod(batch["slot"], self.trainer.accumulate_grad_batches)
-        update = self.updates[index]
-        part = self._micro_batch(update.micro_batches[slot])
+        update, rollout = self.updates[index], self.rollout
+        assert rollout is not None
+        part = rollout.micro_batch(update.micro_batches[slot])
         token_logprobs, entropy = completion_logprobs(
             self.policy, part, temperature=self.temperature, return_entropy=True
         )
@@ -293,16 +288,6 @@ class GVPOModule(L.LightningModule):
             self._log_update(update, is_first=index == 0)
         self.microstep += 1
         return result.loss * update.scale
-
-    def _micro_batch(self, groups: tuple[int, ...]) -> CompletionBatch:
-        assert self.rollout is not None
-        batch = self.rollout.batch
-        wanted = torch.isin(batch.group_ids, torch.tensor(groups, device=batch.group_ids.device)) & batch.kept
-        if wanted.any():
-            return batch.select(wanted.nonzero().squeeze(-1))
-        empty = batch.select(torch.zeros(1, dtype=torch.int64, device=wanted.device))  # ranks must step together
-        empty.drop(torch.ones(1, dtype=torch.bool, device=wanted.device))
-        return empty
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Skip the whole update, on every rank, if one of its log-ratios is not finite."""
@@ -345,13 +330,18 @@ class GVPOModule(L.LightningModule):
 
     # -- evaluation ---------------------------------------------------------------------------------------
 
-    def sample(self, batch: Any, *purpose: int | str) -> Rollout:
+    def sample(self, batch: Any, *purpose: int | str, generation: GenerationSettings | None = None) -> Rollout:
         """Completions and rewards for a batch of prompts; the same `purpose` draws the same samples."""
         rows = rows_of(batch)
         seed = derive_seed(self.seed, *purpose, self.global_rank)
         with self.trainer.precision_plugin.forward_context():
             rollout = sample_rollout(
-                self.policy, self.tokenizer, rows, self.rollout_settings.group_size, self.generation, seed=seed
+                self.policy,
+                self.tokenizer,
+                rows,
+                self.rollout_settings.group_size,
+                generation or self.generation,
+                seed=seed,
             )
         reward_rollout(rollout, self.reward, rows)
         return rollout
@@ -371,17 +361,7 @@ class GVPOModule(L.LightningModule):
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
         """One dict a prompt: `prompt`, `completions`, `rewards` (None where there is none)."""
-        rollout = self.sample(batch, "predict", batch_idx)
-        size = self.rollout_settings.group_size
-        rewards = [None if r != r else r for r in rollout.batch.rewards.tolist()]
-        return [
-            {
-                "prompt": prompt,
-                "completions": rollout.completions[i * size : (i + 1) * size],
-                "rewards": rewards[i * size : (i + 1) * size],
-            }
-            for i, prompt in enumerate(rollout.prompts)
-        ]
+        return self.sample(batch, "predict", batch_idx).rows()
 
     def export(self, folder: str | Path) -> None:
         """Write the policy, its tokenizer and generation config as a Hugging Face folder."""
@@ -399,4 +379,4 @@ class GVPOModule(L.LightningModule):
         """Take up what `on_save_checkpoint` left."""
         load_gvpo_state(self, checkpoint["gvpo"])
         if self._trainer is not None and self.trainer.state.fn == "fit":
-            load_rollout(self, checkpoint["gvpo"])
+            load_position(self, checkpoint["gvpo"])

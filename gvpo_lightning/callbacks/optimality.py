@@ -43,14 +43,13 @@ class OptimalityMeter(L.Callback):
         p = self._probabilities(pl_module, pl_module.reference_model)
         self.predicted = float(optimal_accuracy(p, pl_module.beta).mean())
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log how far the policy has come."""
-        if trainer.sanity_checking or self.predicted is None:
+        if self.predicted is None:  # not training yet, or nothing is predicted
             return
         self._measure(pl_module)
-        metrics = {"optimum/predicted": self.predicted, "optimum/reached": self.reached}
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)  # type: ignore[arg-type]
+        assert self.reached is not None
+        pl_module.log_dict({"optimum/predicted": self.predicted, "optimum/reached": self.reached})
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The policy as it is now."""

@@ -2,6 +2,7 @@
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,8 @@ class RunSummary(L.Callback):
     In the run's folder (the trainer's default_root_dir): `summary.json`, `learning_curve.png`, and `export/`,
     a Hugging Face folder with the policy, its tokenizer and generation config. The keys of the summary:
 
-    * `reward_before`, `reward_after`: mean reward of completions sampled on the validation prompts with the
-      run's generation settings; null without validation prompts.
+    * `reward_before`, `reward_after`: mean reward of completions sampled at temperature 1 on the validation
+      prompts, whatever the run's own sampler; null without validation prompts.
     * `predicted_optimum`, `reached_optimum`: exact accuracies from `OptimalityMeter`, or null.
     * `seconds`: `total` of the run and, of it, `rollout`, `reward`, `reference`, `train`; evaluation and
       loading are the rest.
@@ -99,9 +100,10 @@ def mean_validation_reward(trainer: L.Trainer, module: GVPOModule) -> float | No
     rows = validation_rows(trainer)
     if not rows:
         return None
+    sampler = replace(module.generation, temperature=1.0, top_k=0, top_p=1.0)
     size, total, count = 64, 0.0, 0
     for start in range(0, len(rows), size):
-        batch = module.sample(rows[start : start + size], "summary", start).batch
+        batch = module.sample(rows[start : start + size], "summary", start, generation=sampler).batch
         total += float(batch.rewards[batch.kept].double().sum())
         count += int(batch.kept.sum())
     return total / count if count else None

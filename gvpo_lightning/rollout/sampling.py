@@ -62,6 +62,31 @@ class Rollout:
     completions: list[str]
     metrics: dict[str, float] = field(default_factory=dict)
 
+    @property
+    def group_sizes(self) -> list[int]:
+        """Kept completions of each group."""
+        return self.batch.kept.view(len(self.prompts), -1).sum(dim=1).tolist()
+
+    def micro_batch(self, groups: Sequence[int]) -> CompletionBatch:
+        """The kept completions of some groups; without any, one dropped row, since ranks must step together."""
+        wanted = torch.isin(self.batch.group_ids, torch.tensor(groups, device=self.batch.group_ids.device))
+        rows = (wanted & self.batch.kept).nonzero().squeeze(-1)
+        if len(rows):
+            return self.batch.select(rows)
+        empty = self.batch.select(torch.zeros_like(self.batch.group_ids[:1]))
+        empty.drop(torch.ones_like(empty.kept))
+        return empty
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict a group: `prompt`, `completions`, `rewards` (None where there is none)."""
+        rewards = [None if reward != reward else reward for reward in self.batch.rewards.tolist()]
+        size = len(self.completions) // len(self.prompts)
+        parts = [slice(start, start + size) for start in range(0, len(self.completions), size)]
+        return [
+            {"prompt": prompt, "completions": self.completions[part], "rewards": rewards[part]}
+            for prompt, part in zip(self.prompts, parts, strict=True)
+        ]
+
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers, strings and lists alone, so that checkpoints load with weights_only."""
         return {**vars(self), "batch": self.batch.to("cpu").state_dict()}

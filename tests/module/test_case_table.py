@@ -5,7 +5,7 @@ import torch
 
 from gvpo_lightning.policy import completion_logprobs
 from gvpo_lightning.reference import score
-from gvpo_lightning.rollout.sampling import RolloutSettings
+from gvpo_lightning.rollout.sampling import Rollout, RolloutSettings
 
 
 def recorded(module):
@@ -125,25 +125,24 @@ def test_dropout_of_the_users_model_is_switched_off(make_module, fit, tiny_polic
     assert float((logprobs - batch.reference_logprobs).abs().max()) < 1e-5
 
 
-def break_log_ratios(module, at_steps):
+def break_log_ratios(monkeypatch, module, at_steps):
     """Puts NaN into the reference log-probs of one completion in the given micro-batches."""
-    original = module._micro_batch
+    original = Rollout.micro_batch
 
-    def broken(groups):
-        part = original(groups)
+    def broken(rollout, groups):
+        part = original(rollout, groups)
         if module.microstep in at_steps:
-            part.reference_logprobs = part.reference_logprobs.clone()
             part.reference_logprobs[0, 0] = torch.nan
         return part
 
-    module._micro_batch = broken
+    monkeypatch.setattr(Rollout, "micro_batch", broken)
 
 
-def test_log_ratio_that_is_not_finite_skips_the_whole_update(make_module, fit, weights):
+def test_log_ratio_that_is_not_finite_skips_the_whole_update(make_module, fit, weights, monkeypatch):
     module = make_module()
     fit(module, max_steps=1, accumulate_grad_batches=2)
     before = weights(module)
-    break_log_ratios(module, at_steps={2})  # the first of the second update's two micro-batches
+    break_log_ratios(monkeypatch, module, at_steps={2})  # the first of the second update's two micro-batches
     fit(module, max_steps=1, accumulate_grad_batches=2)
     assert module.microstep == 4
     assert torch.equal(weights(module), before)
@@ -155,9 +154,9 @@ def test_log_ratio_that_is_not_finite_skips_the_whole_update(make_module, fit, w
     assert torch.isfinite(weights(module)).all()
 
 
-def test_too_many_skipped_updates_stop_the_run(make_module, fit):
+def test_too_many_skipped_updates_stop_the_run(make_module, fit, monkeypatch):
     module = make_module(max_skipped_updates=2)
-    break_log_ratios(module, at_steps=range(100))
+    break_log_ratios(monkeypatch, module, at_steps=range(100))
     with pytest.raises(RuntimeError, match="3 updates in a row"):
         fit(module, max_steps=8)
 

@@ -166,6 +166,24 @@ def test_resumed_run_is_bitwise_equal(make_module, fit, weights, tmp_path, stop,
     assert resumed.microstep == through.microstep
 
 
+@pytest.mark.parametrize(
+    ("stop", "change", "message"),
+    [
+        (4, {"accumulate_grad_batches": 4}, "accumulate_grad_batches"),
+        (4, {"prompts_per_rollout": 12}, "prompts_per_rollout"),
+        (3, {"group_size": 2}, "group_size"),
+    ],
+)
+def test_resume_refuses_settings_that_move_the_position(make_module, fit, tmp_path, stop, change, message):
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(make_module(), max_steps=4, accumulate_grad_batches=2, callbacks=[saver], enable_checkpointing=True)
+    accumulate = change.pop("accumulate_grad_batches", 2)
+    sizes = {"group_size": 4, "prompts_per_rollout": 8, "prompts_per_update": 4} | change
+    module = make_module(rollout=RolloutSettings(**sizes))
+    with pytest.raises(ValueError, match=message):
+        fit(module, max_steps=8, accumulate_grad_batches=accumulate, ckpt_path=tmp_path / f"step={stop}.ckpt")
+
+
 def test_resume_refuses_another_reference(make_module, fit, tiny_policy, tokenizer, tmp_path):
     for seed in (0, 1):
         tiny_policy(seed).save_pretrained(tmp_path / f"model{seed}")
