@@ -33,6 +33,16 @@ class CompletionsTable(L.Callback):
         self._last_step = 0
 
     @rank_zero_only
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """A new run starts a new file, a resumed one goes on with it."""
+        if trainer.global_step == 0:
+            self._file(trainer).unlink(missing_ok=True)
+
+    @staticmethod
+    def _file(trainer: L.Trainer) -> Path:
+        return Path(trainer.default_root_dir) / "completions.jsonl"
+
+    @rank_zero_only
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -46,8 +56,7 @@ class CompletionsTable(L.Callback):
         rows = table_rows(pl_module.rollout, self.num_completions)
         title = f"completions at step {step}"
         Console().print(render_table(rows, title))
-        path = Path(trainer.default_root_dir) / "completions.jsonl"
-        with path.open("a", encoding="utf-8") as file:
+        with self._file(trainer).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in rows)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
