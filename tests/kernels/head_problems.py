@@ -3,7 +3,7 @@
 from dataclasses import dataclass, replace
 
 import torch
-from gvpo_kernels import linear_logprob
+from gvpo_kernels import fused_gvpo_loss, linear_logprob
 from torch import Tensor
 
 
@@ -85,6 +85,29 @@ def make_completions(lengths, group_ids, *, seed=0, device="cpu", level=-4.0) ->
     rewards[torch.tensor(lengths) == 0] = torch.nan
     ids = torch.tensor(group_ids, dtype=torch.int64)
     return Completions(*(t.to(device) for t in (reference, cu_seqlens, rewards, ids)))
+
+
+def loss_results(problem: Problem, batch: Completions, implementation: str, *, upstream=3.0, **options) -> dict:
+    """Everything that `fused_gvpo_loss` returns, and the gradients of `upstream` times the loss."""
+    leaves = problem.leaves()
+    record = fused_gvpo_loss(
+        leaves["hidden"],
+        leaves["weight"],
+        problem.targets,
+        batch.reference_logprobs,
+        batch.cu_seqlens,
+        batch.rewards,
+        batch.group_ids,
+        batch.beta,
+        bias=leaves.get("bias"),
+        implementation=implementation,
+        **problem.head,
+        **options,
+    )
+    (record.loss * upstream).backward()
+    results = {name: getattr(record, name).detach() for name in ("loss", "token_logprobs", "log_ratios", "residuals")}
+    results["dropped_mass"] = record.dropped_mass
+    return results | {f"grad_{name}": leaf.grad for name, leaf in leaves.items() if leaf.requires_grad}
 
 
 def assert_within_budget(ours: dict, eager: dict, truth: dict, factor=1.5):
