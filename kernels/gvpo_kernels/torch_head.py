@@ -55,8 +55,13 @@ def backward(call: HeadCall, statistics: TokenStatistics, coefficients: Tensor, 
     gain = fp16_gain(coefficients / call.temperature, operand_dtype(call))
     for rows in _chunks(call.num_tokens, call.vocab_size, call.dtype):
         part, stats = wide.rows(rows), statistics.rows(rows)
-        others, slope = _logits(part)
-        grad = _probabilities(others, stats, slope)
+        logits, slope = _logits(part)
+        logits.scatter_(-1, part.targets[:, None], -torch.inf)
+        grad = _probabilities(logits, stats, None)
+        # logits computed again may differ by a rounding, which a peaked softmax would pass on to p
+        total = grad.sum(-1)
+        grad.mul_(torch.where(total > 0, stats.one_minus_p / total, 1)[:, None])
+        grad = grad if slope is None else grad.mul_(slope)
         sums.add(rows, part.hidden, _grad_logits(grad, part, stats, coefficients[rows] / gain), gain)
     return sums.result()
 

@@ -111,7 +111,7 @@ def forward(
     num_groups: int,
 ) -> GroupOutcome:
     """Losses, log-ratios, residuals and coefficients; `group_index` (S,) counts groups from 0 without gaps."""
-    dtype = torch.promote_types(torch.promote_types(token_logprobs.dtype, reference_logprobs.dtype), torch.float32)
+    dtype = torch.promote_types(token_logprobs.dtype, torch.float32)
     sizes = torch.bincount(group_index)
     largest = int(sizes.max()) if len(sizes) else 0
     if largest > MAX_GROUP_SIZE:
