@@ -87,7 +87,7 @@ def fused_gvpo_loss(
     hidden, weight, bias = autocast_inputs(hidden, weight, bias)
     name = choose_implementation(implementation, hidden)
     call = HeadCall(hidden, weight, targets.to(torch.int64), bias, temperature, softcap)
-    needs, batch = needs_of(call), count_batch_groups(batch, name)
+    needs, batch = needs_of(call), count_batch_groups(batch, implementation)
     with no_autocast(hidden):
         if name == "reference":
             return _reference(call, batch, drop_below)

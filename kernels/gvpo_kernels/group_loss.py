@@ -53,7 +53,7 @@ def group_loss(
         group_ids: (S,) integers in any order; completions of one prompt share an id.
         beta: strength of the implicit reward, > 0.
         num_groups: denominator of the mean; default: these groups with k >= 2.
-        implementation: `triton` (CUDA; groups of up to 1,024), `torch`, `reference` or `auto`.
+        implementation: `triton` (CUDA; groups of up to 512), `torch`, `reference` or `auto`.
 
     Sums are in max(float32, input dtype) and differences are taken per token, before them. A batch in which
     nothing counts has a loss of 0 that is still connected to the graph.
@@ -64,7 +64,7 @@ def group_loss(
     check_groups(token_logprobs, reference_logprobs, cu_seqlens, rewards, group_ids, beta, num_groups)
     reference_logprobs, rewards = reference_logprobs.detach(), rewards.detach()
     name = choose_implementation(implementation, token_logprobs.float())
-    if name == "triton":
+    if name == "triton" and (implementation == "triton" or _fits_kernel(group_ids)):
         columns = (token_logprobs, reference_logprobs, cu_seqlens, rewards, group_ids, beta, num_groups)
         return GroupLoss(*_TritonGroupLoss.apply(*columns))
     dtype = torch.promote_types(token_logprobs.dtype, torch.float32)
@@ -105,6 +105,14 @@ class _TritonGroupLoss(torch.autograd.Function):
 
         coefficients, cu_seqlens, token_logprobs = ctx.saved_tensors
         return triton_group_loss.backward(coefficients, grad_loss, cu_seqlens, token_logprobs), *(6 * [None])
+
+
+def _fits_kernel(group_ids: Tensor) -> bool:
+    """What decides for `auto`; a larger group with `triton` named is an error."""
+    from gvpo_kernels.triton_group_loss import MAX_GROUP_SIZE
+
+    sizes = torch.unique(group_ids, return_counts=True)[1]
+    return not len(sizes) or int(sizes.max()) <= MAX_GROUP_SIZE
 
 
 def count_groups(cu_seqlens: Tensor, group_ids: Tensor) -> int:

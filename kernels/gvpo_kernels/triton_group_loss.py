@@ -14,15 +14,15 @@ from torch import Tensor
 
 from gvpo_kernels.triton_launch import on_device
 
-MAX_GROUP_SIZE = 1024
-TILE = 4096
+MAX_GROUP_SIZE = 512  # 1,024 spills registers
+TILE = 1024  # 2,048 spills registers for some sizes
 BACKWARD_BLOCK = 1024
 
 
 def forward_launch(group_size: int) -> dict[str, int]:
     """Block sizes for groups of up to `group_size` completions; members times tokens is one tile of registers."""
     members = max(2, triton.next_power_of_2(group_size))
-    return {"BLOCK_MEMBERS": members, "BLOCK_TOKENS": max(16, TILE // members), "num_warps": 4 if members < 512 else 8}
+    return {"BLOCK_MEMBERS": members, "BLOCK_TOKENS": max(2, TILE // members), "num_warps": 4 if members < 256 else 8}
 
 
 @dataclass(frozen=True)

@@ -91,7 +91,7 @@ def test_low_precision_is_summed_in_float32(dtype, implementation, device):
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("group_size", [2, 5, 64, 1000])
+@pytest.mark.parametrize("group_size", [2, 5, 64, 512])
 def test_group_sizes(group_size, implementation, device):
     batch = make_completions([3] * group_size + [4, 4], [1] * group_size + [0, 0], device=device)
     for actual, expected in zip(results(batch, implementation), results(batch, "reference"), strict=True):
@@ -132,10 +132,11 @@ def test_nothing_that_counts_is_a_connected_zero(lengths, groups, implementation
 
 
 def test_largest_group_of_the_kernel_is_refused_by_name(device):
-    batch = make_completions([1] * 1025, [0] * 1025, device=device)
-    with pytest.raises(ValueError, match=r"group_ids must put at most 1024 .* use implementation='torch'"):
+    batch = make_completions([1] * 513, [0] * 513, device=device)
+    with pytest.raises(ValueError, match=r"group_ids must put at most 512 .* use implementation='torch'"):
         results(batch, "triton")
     assert results(batch, "torch")[0] > 0
+    assert results(batch, "auto")[0] > 0
 
 
 def test_second_derivative_is_refused(device):
