@@ -42,10 +42,11 @@ def forward(call: HeadCall, *, entropy: bool = False, factor: bool = False) -> t
     statistics = []
     for rows in _chunks(call.num_tokens, call.vocab_size, call.dtype):
         part = call.rows(rows)
-        stats, others, slope = _softmax(part, entropy)
+        stats, others, slope = _softmax(part, entropy, keep=factor)
         statistics.append(stats)
         if hidden_factor is not None:
             hidden_factor[rows] = _hidden_factor(part, stats, _probabilities(others, stats, slope))
+        del others, slope  # before the next chunk is made
     return _concatenate(call, statistics, entropy), hidden_factor
 
 
@@ -71,10 +72,10 @@ def forward_stash(call: HeadCall) -> tuple[TokenStatistics, Stash]:
     stash, wide = call.hidden.new_empty(call.num_tokens, call.vocab_size), _wide(call)
     statistics = []
     for rows in _chunks(call.num_tokens, call.vocab_size, call.dtype):
-        stats, others, slope = _softmax(wide.rows(rows), False)
+        stats, others, slope = _softmax(wide.rows(rows), False, keep=True)
         statistics.append(stats)
-        grad = _probabilities(others, stats, slope)
-        stash[rows] = grad.scatter_(-1, call.targets[rows, None], 0)
+        stash[rows] = _probabilities(others, stats, slope)  # 0 at the targets, whose z is -inf
+        del others, slope
     return _concatenate(call, statistics, False), Stash(stash)
 
 
@@ -113,15 +114,16 @@ def _logits(call: HeadCall) -> tuple[Tensor, Tensor | None]:
     return capped(raw, call)
 
 
-def _softmax(call: HeadCall, entropy: bool) -> tuple[TokenStatistics, Tensor, Tensor | None]:
-    """Statistics of one chunk, its scaled logits with -inf at the targets, and the slopes."""
+def _softmax(call: HeadCall, entropy: bool, keep: bool) -> tuple[TokenStatistics, Tensor, Tensor | None]:
+    """Statistics of one chunk, its scaled logits with -inf at the targets (if they are to be kept), and the slopes."""
     logits, slope = _logits(call)
     column = call.targets[:, None]
     target = logits.gather(-1, column).squeeze(-1)
     target_slope = torch.ones_like(target) if slope is None else slope.gather(-1, column).squeeze(-1)
     logits.scatter_(-1, column, -torch.inf)
     maximum = logits.amax(-1)
-    shifted = logits - torch.where(maximum == -torch.inf, 0, maximum)[:, None]
+    base = torch.where(maximum == -torch.inf, 0, maximum)[:, None]
+    shifted = logits - base if keep else logits.sub_(base)
     exponentials = torch.exp(shifted, out=None if entropy else shifted)
     weighted = (exponentials * shifted.nan_to_num_(neginf=0.0)).sum(-1) if entropy else None
     stats = finish_statistics(maximum, exponentials.sum(-1), target, target_slope, weighted)

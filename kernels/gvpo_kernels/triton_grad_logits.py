@@ -107,8 +107,8 @@ def grad_logits(
             num_rows,
             num_columns,
             first_column,
-            call.temperature,
-            1.0 if call.softcap is None else call.softcap,
+            float(call.temperature),  # an int would become a constant and compile anew
+            1.0 if call.softcap is None else float(call.softcap),
             HAS_BIAS=call.bias is not None,
             SOFTCAP=call.softcap is not None,
             **launch,
