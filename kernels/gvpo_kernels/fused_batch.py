@@ -36,12 +36,14 @@ class LossBatch:
 
     def outcome(self, token_logprobs: Tensor, *, gradient: bool) -> Outcome:
         """Loss and coefficients at (N,) detached log-probs; without `gradient` the coefficients are 0."""
-        with torch.enable_grad():
-            leaf = token_logprobs.detach().requires_grad_()
-            result = self._evaluate(leaf)
-            coefficients = torch.zeros_like(token_logprobs)
-            if gradient:
-                (coefficients,) = torch.autograd.grad(result.loss, leaf)
+        leaf = token_logprobs.detach()
+        if not gradient:
+            with torch.no_grad():
+                result, coefficients = self._evaluate(leaf), torch.zeros_like(leaf)
+        else:
+            with torch.enable_grad():
+                result = self._evaluate(leaf.requires_grad_())
+            (coefficients,) = torch.autograd.grad(result.loss, leaf)
         return Outcome(result.loss.detach(), result.log_ratios, result.residuals, coefficients)
 
     def loss(self, token_logprobs: Tensor) -> Tensor:

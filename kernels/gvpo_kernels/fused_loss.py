@@ -198,7 +198,7 @@ def _reference(call: HeadCall, batch: LossBatch, drop_below: float) -> FusedLoss
         call.hidden, call.weight, call.targets, bias=call.bias, temperature=call.temperature, softcap=call.softcap
     )
     assert isinstance(token_logprobs, Tensor)
-    first = batch.outcome(token_logprobs.detach(), gradient=True)
+    first = batch.outcome(token_logprobs, gradient=token_logprobs.requires_grad)
     coefficients, dropped_mass = drop_small(
         first.coefficients, -torch.expm1(token_logprobs.detach()), call.temperature, drop_below
     )

@@ -70,6 +70,20 @@ def test_large_common_offset(offset, implementation, device):
     assert_within_budget(ours, logprob_results(problem, "reference"), truth, factor=2.0)
 
 
+# 3: the maximum and the logarithm of the sum added up before the logits are subtracted
+@pytest.mark.parametrize("offset", [-(2**20), 2**20])
+def test_exact_logits_with_a_large_offset(offset, implementation, device):
+    problem = make_problem(50, 300, 1, device=device)
+    levels = torch.arange(300, device=device).remainder(7)[:, None].double()
+    problem = replace(problem, hidden=torch.ones_like(problem.hidden), weight=levels, trained=("weight",))
+    plain, shifted = (
+        logprob_results(replace(problem, weight=levels + shift).to(torch.float32), implementation)
+        for shift in (0, offset)
+    )
+    for name in ("logprobs", "entropies", "grad_weight"):
+        torch.testing.assert_close(shifted[name], plain[name], rtol=1e-5, atol=1e-5)
+
+
 # 4: 1 - p of a nearly certain token, lost when it is computed from a rounded p
 def test_nearly_certain_targets(implementation, device):
     gaps = torch.linspace(5, 22, 30, dtype=torch.float64, device=device)
