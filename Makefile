@@ -3,7 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
 export TOKENIZERS_PARALLELISM ?= false
-export OMP_NUM_THREADS ?= 1  # the demo's and the tests' tensors are tiny: a second thread costs more than it brings
+# the demo's and the tests' tensors are tiny: a second thread costs more than it brings
+export OMP_NUM_THREADS ?= 1
 
 .PHONY: demo test test-all lint gpu
 demo: .venv/ready

@@ -1,14 +1,18 @@
 import os
 
-# before transformers, datasets and torch are imported
+# before transformers, datasets and triton are imported
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import torch
+
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"  # the Triton kernels of tests/kernels; `auto` never interprets
+
 from pathlib import Path
 
 import pytest
-import torch
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings

@@ -1,5 +1,7 @@
-"""GVPO's loss as functions of tensors; imports torch and nothing of Lightning or transformers."""
+"""GVPO's loss as functions of tensors; imports torch and triton and nothing of Lightning or transformers."""
 
+from gvpo_kernels.fused_loss import FusedLoss, fused_gvpo_loss
+from gvpo_kernels.group_loss import GroupLoss, group_loss
 from gvpo_kernels.linear_logprob import linear_logprob
 from gvpo_kernels.reference import (
     GroupStatistics,
@@ -8,4 +10,14 @@ from gvpo_kernels.reference import (
     gvpo_loss,
 )
 
-__all__ = ["GVPOLoss", "GroupStatistics", "group_statistics", "gvpo_loss", "linear_logprob"]
+__all__ = [
+    "FusedLoss",
+    "GVPOLoss",
+    "GroupLoss",
+    "GroupStatistics",
+    "fused_gvpo_loss",
+    "group_loss",
+    "group_statistics",
+    "gvpo_loss",
+    "linear_logprob",
+]

@@ -329,8 +329,18 @@ def linear_logprob_reference(
     *,
     bias: Tensor | None = None,
     temperature: float = 1.0,
-) -> Tensor:
+    softcap: float | None = None,
+    return_entropy: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """(N,) log-probs of the targets by plain autograd, all (N, V) logits stored: the truth for `linear_logprob`."""
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     logits = torch.nn.functional.linear(hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype))
-    return torch.log_softmax(logits / temperature, dim=-1).gather(-1, targets[:, None]).squeeze(-1)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    log_softmax = torch.log_softmax(logits / temperature, dim=-1)
+    token_logprobs = log_softmax.gather(-1, targets[:, None]).squeeze(-1)
+    if not return_entropy:
+        return token_logprobs
+    with torch.no_grad():
+        # probability 0 adds nothing, also where the log-prob is -inf
+        return token_logprobs, -(log_softmax.exp() * log_softmax.nan_to_num(neginf=0.0)).sum(dim=-1)

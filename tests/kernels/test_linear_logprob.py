@@ -1,21 +1,19 @@
 """The chunked path against plain float64 autograd."""
 
-import importlib
 import math
 
 import pytest
 import torch
 
-from gvpo_kernels.linear_logprob import linear_logprob
+from gvpo_kernels import linear_logprob, torch_head
 from gvpo_kernels.reference import linear_logprob_reference
 
-module = importlib.import_module("gvpo_kernels.linear_logprob")  # the package has a function of this name
 VOCABULARY, HIDDEN = 37, 8
 
 
 @pytest.fixture(params=[1, 3, 1000], ids=["a token a chunk", "three tokens a chunk", "one chunk"])
 def _chunks(request, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_BYTES", request.param * VOCABULARY * 8)
+    monkeypatch.setattr(torch_head, "CHUNK_BYTES", request.param * VOCABULARY * 8)
 
 
 def inputs(num_tokens=10, *, bias=False, scale=1.0, dtype=torch.float64, seed=0) -> dict:
@@ -102,11 +100,11 @@ def test_few_tokens_have_the_right_shapes_and_stay_connected(num_tokens):
 
 
 def test_chunks_bound_the_logits_and_cover_every_token_once(monkeypatch):
-    monkeypatch.setattr(module, "CHUNK_BYTES", 100 * VOCABULARY * 4)
-    slices = module._chunks(250, VOCABULARY, torch.float32)
+    monkeypatch.setattr(torch_head, "CHUNK_BYTES", 100 * VOCABULARY * 4)
+    slices = torch_head._chunks(250, VOCABULARY, torch.float32)
     assert [s.stop - s.start for s in slices] == [100, 100, 50]
     assert [row for s in slices for row in range(250)[s]] == list(range(250))
-    assert len(module._chunks(5, 10**9, torch.float32)) == 5  # a vocabulary above the budget: token by token
+    assert len(torch_head._chunks(5, 10**9, torch.float32)) == 5  # a vocabulary above the budget: token by token
 
 
 @pytest.mark.usefixtures("_chunks")
