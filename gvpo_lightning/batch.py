@@ -43,6 +43,15 @@ class CompletionBatch:
         """(S,) tokens that count."""
         return self.completion_mask.sum(dim=1)
 
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """(S + 1,) where each completion's tokens start and end when packed one after another."""
+        return torch.nn.functional.pad(self.lengths.cumsum(dim=0), (1, 0))
+
+    def unpack(self, values: Tensor) -> Tensor:
+        """(N,) values of the tokens that count, packed -> (S, T), 0 elsewhere."""
+        return values.new_zeros(self.completion_mask.shape).masked_scatter(self.completion_mask, values)
+
     def select(self, rows: Tensor) -> "CompletionBatch":
         """The given rows, without the columns that are padding in all of them."""
         part = CompletionBatch(**{name: tensor[rows] for name, tensor in self.state_dict().items()})

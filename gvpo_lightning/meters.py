@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from gvpo_kernels import FusedLoss
 from gvpo_lightning.batch import CompletionBatch
 from gvpo_lightning.objectives import gvpo_loss
 
@@ -16,19 +17,19 @@ class UpdateMeter:
         self._entropy: list[Tensor] = []
 
     @torch.no_grad()
-    def add(self, batch: CompletionBatch, token_logprobs: Tensor, entropy: Tensor | None) -> None:
-        """One micro-batch; `token_logprobs` and `entropy` (S, T)."""
+    def add(self, batch: CompletionBatch, result: FusedLoss) -> None:
+        """One micro-batch and its loss."""
         self._parts.append(
             (
-                token_logprobs.detach().sum(dim=1),
+                batch.unpack(result.token_logprobs).sum(dim=1),
                 batch.reference_logprobs.sum(dim=1),
                 batch.kept,
                 batch.rewards,
                 batch.group_ids,
             )
         )
-        if entropy is not None:
-            self._entropy.append(entropy[batch.completion_mask])
+        if result.entropies is not None:
+            self._entropy.append(result.entropies)
 
     @torch.no_grad()
     def compute(self, num_groups: int, world_size: int) -> dict[str, Tensor]:

@@ -11,24 +11,25 @@ import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from gvpo_kernels.inputs import choose_implementation
 from gvpo_lightning.checkpoint import gvpo_state, load_gvpo_state, load_position
 from gvpo_lightning.checks import check_prompts
 from gvpo_lightning.distributed import gather_objects
 from gvpo_lightning.meters import UpdateMeter
-from gvpo_lightning.objectives import gvpo_loss
 from gvpo_lightning.plan import Update, check_batch_sizes, plan_updates
 from gvpo_lightning.policy import (
     check_logprob_head,
-    completion_logprobs,
+    completion_loss,
     load_policy,
     load_tokenizer,
     prepare_policy,
@@ -65,6 +66,8 @@ class GVPOModule(L.LightningModule):
             is stepped once an update.
         max_skipped_updates: consecutive updates with log-ratios that are not finite, each of which is skipped
             whole, before training stops.
+        loss_implementation: "triton" (CUDA), "torch" (chunked, any device), "reference" (plain, all logits
+            stored) or "auto", "triton" where it can run and else "torch". Compared with eager at start-up.
 
     The run's seed is Lightning's (`seed_everything`), 0 without one.
 
@@ -88,6 +91,7 @@ class GVPOModule(L.LightningModule):
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6),
         lr_scheduler: LRSchedulerCallable | None = None,
         max_skipped_updates: int = 5,
+        loss_implementation: Literal["auto", "triton", "torch", "reference"] = "auto",
     ) -> None:
         super().__init__()
         check_reference_kind(reference)
@@ -104,6 +108,7 @@ class GVPOModule(L.LightningModule):
         self.generation = generation
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.max_skipped_updates = max_skipped_updates
+        self.loss_implementation = loss_implementation
 
         self.microstep = 0  # micro-batches trained so far: the run's only position, saved in checkpoints
         self.rollout: Rollout | None = None
@@ -171,7 +176,6 @@ class GVPOModule(L.LightningModule):
             self.policy = load_policy(self.policy_source)
         else:
             prepare_policy(self.policy)
-        check_logprob_head(self.policy)
         if not stop_token_ids(self.policy, self.tokenizer):
             raise ValueError(
                 "The policy has no end-of-sequence token: set generation_config.eos_token_id or tokenizer.eos_token."
@@ -203,6 +207,16 @@ class GVPOModule(L.LightningModule):
             "optimizer": optimizer,
             "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
         }
+
+    def on_fit_start(self) -> None:
+        """Hold the fused loss against eager on a few tokens, where the training will run it."""
+        with self.trainer.precision_plugin.forward_context():
+            error = check_logprob_head(self.policy, self.loss_implementation)
+            name = choose_implementation(self.loss_implementation, next(self.policy.parameters()))
+        rank_zero_info(
+            f"GVPO's loss runs in the '{name}' implementation (loss_implementation={self.loss_implementation!r}), "
+            f"{error:.1g} from eager."
+        )
 
     # -- training -----------------------------------------------------------------------------------------
 
@@ -269,21 +283,17 @@ class GVPOModule(L.LightningModule):
         update, rollout = self.updates[index], self.rollout
         assert rollout is not None
         part = rollout.micro_batch(update.micro_batches[slot])
-        token_logprobs, entropy = completion_logprobs(
-            self.policy, part, temperature=self.temperature, return_entropy=True
-        )
-        result = gvpo_loss(
-            token_logprobs,
-            part.reference_logprobs,
-            part.completion_mask,
-            part.rewards,
-            part.group_ids,
+        result = completion_loss(
+            self.policy,
+            part,
             self.beta,
-            num_groups=update.num_groups,
+            num_groups=max(update.num_groups, 1),
+            temperature=self.temperature,
+            implementation=self.loss_implementation,
         )
         finite = torch.isfinite(result.log_ratios).all()
         self._finite = finite if slot == 0 or self._finite is None else self._finite & finite
-        self._meter.add(part, token_logprobs, entropy)
+        self._meter.add(part, result)
         if slot == len(update.micro_batches) - 1:
             self._log_update(update, is_first=index == 0)
         self.microstep += 1

@@ -1,20 +1,21 @@
 """The policy: loading a Hugging Face causal LM, and its token log-probs without its logits.
 
 The model is called as a whole, so that every hook of DDP, FSDP and gradient checkpointing fires; only
-its head is overridden. While `completion_logprobs` is running, the head turns hidden states into
-log-probs itself, and of those only the positions that predict a completion token: prompt, padding and
-the [tokens, vocabulary] logits never reach memory.
+its head is overridden. While `completion_logprobs` or `completion_loss` is running, the head turns hidden
+states into log-probs or the whole loss itself, and of those only the positions that predict a completion
+token: prompt, padding and the [tokens, vocabulary] logits never reach memory.
 """
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from gvpo_kernels import linear_logprob
+from gvpo_kernels import FusedLoss, fused_gvpo_loss, gvpo_loss, linear_logprob
 from gvpo_lightning.batch import CompletionBatch
 
 
@@ -75,30 +76,18 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
 
 
 @dataclass
-class _LogprobRequest:
+class _HeadRequest:
+    """What the head is to do instead of logits: `compute` gets (N, H) hidden states, the weight and the bias."""
+
     positions: Tensor  # (S, L) bool: hidden states that predict a completion token
-    targets: Tensor  # (N,)
-    temperature: float
-    return_entropy: bool
-    entropy: Tensor | None = None
+    compute: Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def _head_forward(self: Any, hidden: Tensor) -> Tensor:
-    request: _LogprobRequest | None = self.logprob_request
+    request: _HeadRequest | None = self.head_request
     if request is None:
         return type(self).forward(self, hidden)
-    result: Any = linear_logprob(
-        hidden[request.positions],
-        self.weight,
-        request.targets,
-        bias=self.bias,
-        temperature=request.temperature,
-        return_entropy=request.return_entropy,
-    )
-    if not request.return_entropy:
-        return result
-    token_logprobs, request.entropy = result
-    return token_logprobs
+    return request.compute(hidden[request.positions], self.weight, self.bias)
 
 
 def install_logprob_head(model: PreTrainedModel) -> None:
@@ -113,12 +102,17 @@ def install_logprob_head(model: PreTrainedModel) -> None:
             f"The policy's head must be a plain linear layer, got {type(head).__name__}: "
             "leave lm_head out of the adapter's target_modules and modules_to_save."
         )
-    attributes: Any = {"logprob_request": None, "forward": functools.partial(_head_forward, head)}
+    attributes: Any = {"head_request": None, "forward": functools.partial(_head_forward, head)}
     vars(head).update(attributes)  # a partial, not a bound method, follows the head into copies and pickles
 
 
 def completion_logprobs(
-    model: PreTrainedModel, batch: CompletionBatch, *, temperature: float = 1.0, return_entropy: bool = False
+    model: PreTrainedModel,
+    batch: CompletionBatch,
+    *,
+    temperature: float = 1.0,
+    return_entropy: bool = False,
+    implementation: str = "auto",
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of the batch's completion tokens under the model.
 
@@ -126,51 +120,133 @@ def completion_logprobs(
         (S, T) float32 log-probs in nats, 0 where completion_mask is 0, differentiable in the weights; and
         the (S, T) entropies of the distributions they were drawn from, or None.
     """
+    targets, entropies = batch.completion_ids[batch.completion_mask], None
+
+    def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        nonlocal entropies
+        result: Any = linear_logprob(
+            hidden,
+            weight,
+            targets,
+            bias=bias,
+            temperature=temperature,
+            return_entropy=return_entropy,
+            implementation=implementation,
+        )
+        token_logprobs, entropies = result if return_entropy else (result, None)
+        return token_logprobs
+
+    token_logprobs = _call_with_head(model, batch, compute)
+    return batch.unpack(token_logprobs), None if entropies is None else batch.unpack(entropies)
+
+
+def completion_loss(
+    model: PreTrainedModel,
+    batch: CompletionBatch,
+    beta: float,
+    *,
+    num_groups: int | None = None,
+    temperature: float = 1.0,
+    implementation: str = "auto",
+) -> FusedLoss:
+    """GVPO's loss of the batch, fused with the model's head; arguments and record as in `fused_gvpo_loss`.
+
+    The record's `loss` is differentiable in the weights; `token_logprobs` and `entropies` are packed, (N,).
+    """
+    record: FusedLoss | None = None
+
+    def compute(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        nonlocal record
+        record = fused_gvpo_loss(
+            hidden,
+            weight,
+            batch.completion_ids[batch.completion_mask],
+            batch.reference_logprobs[batch.completion_mask],
+            batch.cu_seqlens,
+            batch.rewards,
+            batch.group_ids,
+            beta,
+            bias=bias,
+            temperature=temperature,
+            num_groups=num_groups,
+            implementation=implementation,
+            return_entropy=True,
+        )
+        return record.loss
+
+    loss = _call_with_head(model, batch, compute)
+    assert record is not None
+    return replace(record, loss=loss)  # as it came through the model's own hooks
+
+
+def _call_with_head(
+    model: PreTrainedModel, batch: CompletionBatch, compute: Callable[[Tensor, Tensor, Tensor | None], Tensor]
+) -> Tensor:
+    """One forward pass of the model in which its head runs `compute` instead; what that gave."""
     input_ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)
     attention_mask = torch.cat([batch.prompt_mask, batch.completion_mask], dim=1).to(torch.int64)
-    num_prompt_columns = batch.prompt_ids.shape[1]
     positions = torch.zeros_like(input_ids, dtype=torch.bool)
-    positions[:, num_prompt_columns - 1 : -1] = batch.completion_mask
-    request = _LogprobRequest(positions, batch.completion_ids[batch.completion_mask], temperature, return_entropy)
-
+    positions[:, batch.prompt_ids.shape[1] - 1 : -1] = batch.completion_mask
     head: Any = model.get_output_embeddings()
-    head.logprob_request = request
+    head.head_request = _HeadRequest(positions, compute)
     try:
-        flat = model(
+        return model(
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=(attention_mask.cumsum(dim=1) - 1).clamp(min=0),
             use_cache=False,
         ).logits
     finally:
-        head.logprob_request = None
-
-    def unflatten(values: Tensor) -> Tensor:
-        return values.new_zeros(batch.completion_mask.shape).masked_scatter(batch.completion_mask, values)
-
-    return unflatten(flat), None if request.entropy is None else unflatten(request.entropy)
+        head.head_request = None
 
 
-@torch.no_grad()
-def check_logprob_head(model: PreTrainedModel) -> None:
-    """Compare the log-prob head with the model's own logits on a few tokens.
+def check_logprob_head(model: PreTrainedModel, implementation: str = "auto") -> float:
+    """Compare the fused head with the model's own logits on a few tokens: log-probs, loss and a gradient.
+
+    Returns:
+        the largest difference, relative to 1 + the largest value.
 
     Raises:
-        ValueError: they differ: the model scales or caps its logits after the head.
+        ValueError: they differ (the model scales or caps its logits after the head), or the implementation
+            can't run here.
     """
-    vocab_size, device = model.get_output_embeddings().weight.shape[0], model.device
-    ids = torch.randint(vocab_size, (2, 8), generator=torch.Generator().manual_seed(0)).to(device)
-    mask = torch.ones_like(ids, dtype=torch.bool)
-    zeros = torch.zeros(2, device=device)
-    batch = CompletionBatch(
-        ids[:, :4], mask[:, :4], ids[:, 4:], mask[:, 4:], zeros, zeros.long(), zeros.bool(), zeros[:, None]
-    )
-    ours, _ = completion_logprobs(model, batch)
-    logits = model(input_ids=ids, attention_mask=mask.to(torch.int64), use_cache=False).logits[:, 3:-1]
-    own = torch.log_softmax(logits.float(), dim=-1).gather(-1, ids[:, 4:, None]).squeeze(-1)
-    error, tolerance = float((ours - own).abs().max()), 1e-4 if logits.dtype.itemsize >= 4 else 0.05
-    if not error <= tolerance * (1 + float(logits.abs().max())):
+    batch = _example_batch(model)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad][-1:]
+    record = completion_loss(model, batch, beta=1.0, implementation=implementation)
+    attention_mask = torch.ones((2, 8), dtype=torch.int64, device=model.device)
+    ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)
+    logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits[:, 3:-1]
+    own_logprobs = torch.log_softmax(logits.float(), dim=-1).gather(-1, ids[:, 4:, None]).squeeze(-1)
+    own_loss = gvpo_loss(
+        own_logprobs, batch.reference_logprobs, batch.completion_mask, batch.rewards, batch.group_ids, beta=1.0
+    ).loss
+    # log-probs that went through whatever the model does after its head: large numbers, so a cap shows
+    logprobs, _ = completion_logprobs(model, batch, implementation=implementation)
+    pairs = [(logprobs, own_logprobs), (record.loss, own_loss)]
+    if trainable and torch.is_grad_enabled():
+        pairs += zip(torch.autograd.grad(record.loss, trainable), torch.autograd.grad(own_loss, trainable), strict=True)
+    error = max(float((ours - own).abs().max() / (1 + own.abs().max())) for ours, own in pairs)
+    tolerance = 1e-4 if logits.dtype.itemsize >= 4 else 0.05
+    if not error <= tolerance:
         raise ValueError(
-            f"The log-probs from the policy's head differ from those of its own logits by {error:.2g} nat: "
-            f"{type(model).__name__} scales or caps its logits after the head, which is not supported yet."
+            f"The log-probs, loss or gradient from the policy's head differ by {error:.2g} from those of its own "
+            f"logits: {type(model).__name__} scales or caps its logits after the head, which is not supported yet."
         )
+    return error
+
+
+def _example_batch(model: PreTrainedModel) -> CompletionBatch:
+    """One group of two random completions of four tokens."""
+    head: Any = model.get_output_embeddings()
+    ids = torch.randint(len(head.weight), (2, 8), generator=torch.Generator().manual_seed(0)).to(model.device)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    return CompletionBatch(
+        prompt_ids=ids[:, :4],
+        prompt_mask=mask[:, :4],
+        completion_ids=ids[:, 4:],
+        completion_mask=mask[:, 4:],
+        rewards=torch.tensor([0.0, 1.0], device=model.device),
+        group_ids=torch.zeros(2, dtype=torch.int64, device=model.device),
+        truncated=~mask[:, 0],
+        reference_logprobs=torch.zeros((2, 4), dtype=torch.float32, device=model.device),
+    )

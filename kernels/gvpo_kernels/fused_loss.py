@@ -5,7 +5,7 @@ backward pass, one group's gradients can be kept instead of being computed twice
 known beforehand let each token be finished where it is met. The loss itself is `group_loss`, nowhere else.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
 
@@ -32,6 +32,7 @@ class FusedLoss:
         residuals: (S,) centred implicit reward minus advantage; 0 where it does not count, and everywhere when
             `sequence_coefficients` stand in for them.
         dropped_mass: scalar in [0, 1], the share of sum 2 |c| (1 - p) / T that `drop_below` left out.
+        entropies: (N,) in nats with `return_entropy`, else None.
     """
 
     loss: Tensor
@@ -39,6 +40,7 @@ class FusedLoss:
     log_ratios: Tensor
     residuals: Tensor
     dropped_mass: Tensor
+    entropies: Tensor | None = None
 
 
 @torch.compiler.disable  # which tokens count is known only at run time: a compiled caller runs this part eagerly
@@ -60,6 +62,7 @@ def fused_gvpo_loss(
     drop_below: float = 0.0,
     num_groups: int | None = None,
     sequence_coefficients: Tensor | None = None,
+    return_entropy: bool = False,
 ) -> FusedLoss:
     """GVPO's loss and, on backward, dHidden, dWeight and dBias, without the (N, V) logits.
 
@@ -77,6 +80,8 @@ def fused_gvpo_loss(
         sequence_coefficients: (S,) dL / d log pi(y_i|x) where it is already known (a group cut over
             micro-batches; a first update, where all log-ratios are 0). The loss is then sum c_i log_ratio_i, whose
             gradient this is; rewards and group_ids are not used and may be None.
+        return_entropy: also return the tokens' entropies; not where gradients are formed in the forward pass
+            (`stash`, streaming), which keeps too little for them.
 
     Raises:
         ValueError: names the argument that does not fit.
@@ -88,11 +93,15 @@ def fused_gvpo_loss(
     name = choose_implementation(implementation, hidden)
     call = HeadCall(hidden, weight, targets.to(torch.int64), bias, temperature, softcap)
     needs, batch = needs_of(call), count_batch_groups(batch, implementation)
+    way = _resolve(mode, batch, needs)
+    if return_entropy and way in ("stash", "stream"):
+        raise ValueError(f"return_entropy must be False in the way '{way}': use mode='recompute'.")
     with no_autocast(hidden):
         if name == "reference":
-            return _reference(call, batch, drop_below)
-        options = Options(load_implementation(name), _resolve(mode, batch, needs), drop_below)
-        return FusedLoss(*_FusedLoss.apply(hidden, weight, bias, call, needs, batch, options))
+            return _reference(call, batch, drop_below, return_entropy)
+        options = Options(load_implementation(name), way, drop_below, return_entropy)
+        record = FusedLoss(*_FusedLoss.apply(hidden, weight, bias, call, needs, batch, options))
+        return record if return_entropy else replace(record, entropies=None)
 
 
 @dataclass(frozen=True)
@@ -102,6 +111,7 @@ class Options:
     implementation: ModuleType
     mode: str
     drop_below: float
+    entropy: bool
 
 
 def _resolve(mode: str, batch: LossBatch, needs: Needs) -> str:
@@ -128,6 +138,7 @@ class _FusedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         call = HeadCall(hidden, weight, call.targets, bias, call.temperature, call.softcap)
         ctx.needs, ctx.options, ctx.gradients = needs, options, None
+        entropies = None
         if options.mode in ("stash", "stream"):
             token_logprobs, dropped_mass, ctx.gradients = forward_gradients(
                 call, needs, batch, options.implementation, options.mode, options.drop_below
@@ -136,15 +147,16 @@ class _FusedLoss(torch.autograd.Function):
             outcome = batch.outcome(token_logprobs, gradient=False)
         else:
             factor = options.mode == "factor"
-            statistics, hidden_factor = options.implementation.forward(call, factor=factor)
-            token_logprobs = statistics.token_logprobs
+            statistics, hidden_factor = options.implementation.forward(call, entropy=options.entropy, factor=factor)
+            token_logprobs, entropies = statistics.token_logprobs, statistics.entropies
             outcome = batch.outcome(token_logprobs, gradient=needs.any)
             coefficients, dropped_mass = drop_small(
                 outcome.coefficients, statistics.one_minus_p, call.temperature, options.drop_below
             )
             ctx.mode_coefficients = coefficients
             save_call(ctx, call, statistics, hidden_factor)
-        results = (outcome.loss, token_logprobs, outcome.log_ratios, outcome.residuals, dropped_mass)
+        entropies = token_logprobs.new_empty(0) if entropies is None else entropies
+        results = (outcome.loss, token_logprobs, outcome.log_ratios, outcome.residuals, dropped_mass, entropies)
         ctx.mark_non_differentiable(*results[1:])
         return results
 
@@ -192,12 +204,17 @@ def drop_small(
     return torch.where(kept, coefficients, zero), torch.where(total > 0, dropped / total, zero)
 
 
-def _reference(call: HeadCall, batch: LossBatch, drop_below: float) -> FusedLoss:
+def _reference(call: HeadCall, batch: LossBatch, drop_below: float, entropy: bool) -> FusedLoss:
     """The same by plain autograd through stored logits."""
-    token_logprobs = linear_logprob_reference(
-        call.hidden, call.weight, call.targets, bias=call.bias, temperature=call.temperature, softcap=call.softcap
+    token_logprobs, entropies = linear_logprob_reference(
+        call.hidden,
+        call.weight,
+        call.targets,
+        bias=call.bias,
+        temperature=call.temperature,
+        softcap=call.softcap,
+        return_entropy=True,
     )
-    assert isinstance(token_logprobs, Tensor)
     first = batch.outcome(token_logprobs, gradient=token_logprobs.requires_grad)
     coefficients, dropped_mass = drop_small(
         first.coefficients, -torch.expm1(token_logprobs.detach()), call.temperature, drop_below
@@ -205,4 +222,11 @@ def _reference(call: HeadCall, batch: LossBatch, drop_below: float) -> FusedLoss
     # a token that is left out keeps its value and loses its gradient
     passing = torch.where((coefficients != 0) | (first.coefficients == 0), token_logprobs, token_logprobs.detach())
     loss = batch.loss(passing)
-    return FusedLoss(loss, token_logprobs.detach(), first.log_ratios, first.residuals, dropped_mass)
+    return FusedLoss(
+        loss,
+        token_logprobs.detach(),
+        first.log_ratios,
+        first.residuals,
+        dropped_mass,
+        entropies if entropy else None,
+    )

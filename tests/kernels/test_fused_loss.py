@@ -216,7 +216,23 @@ def test_without_gradient(without, implementation, device):
         torch.testing.assert_close(getattr(record, name).double(), truth[name], rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("implementation", [*IMPLEMENTATIONS, "reference"])
+@pytest.mark.parametrize("options", [{}, {"trained": ("hidden",)}], ids=["recompute", "frozen head"])
+def test_entropies(options, implementation, device):
+    problem, batch, _ = case(options, device)
+    problem = problem.to(torch.float32)
+    leaves = problem.leaves()
+    arguments = (leaves["hidden"], leaves["weight"], problem.targets, *vars(batch).values())
+    record = fused_gvpo_loss(*arguments, implementation=implementation, return_entropy=True)
+    logits = (leaves["hidden"] @ leaves["weight"].T).double()
+    truth = torch.distributions.Categorical(logits=logits).entropy()
+    torch.testing.assert_close(record.entropies.double(), truth, rtol=1e-4, atol=1e-4)
+    assert not record.entropies.requires_grad
+    assert fused_gvpo_loss(*arguments, implementation=implementation).entropies is None
+
+
 WRONG = {
+    "entropy of a stash": ({"mode": "stash", "return_entropy": True}, "return_entropy must be False"),
     "mode": ({"mode": "fast"}, "mode must be one of auto, recompute, stash, got 'fast'"),
     "bound": ({"drop_below": -0.1}, "drop_below must be >= 0, got -0.1"),
     "bound with stash": ({"mode": "stash", "drop_below": 0.1}, r"drop_below must be 0 with mode='stash', got 0.1"),
@@ -234,6 +250,6 @@ WRONG = {
 @pytest.mark.parametrize(("change", "message"), WRONG.values(), ids=WRONG)
 def test_wrong_arguments(change, message):
     problem, batch, _ = case({}, "cpu")
-    arguments = {"hidden": problem.hidden, "weight": problem.weight, "targets": problem.targets}
+    arguments = {"hidden": problem.hidden, "weight": problem.weight.requires_grad_(), "targets": problem.targets}
     with pytest.raises(ValueError, match=message):
         fused_gvpo_loss(**{**arguments, **vars(batch), **change})

@@ -13,9 +13,9 @@ def recorded(module):
     records = []
     add = module._meter.add
 
-    def spy(batch, token_logprobs, entropy):
-        records.append((batch, token_logprobs.detach().clone()))
-        add(batch, token_logprobs, entropy)
+    def spy(batch, result):
+        records.append((batch, batch.unpack(result.token_logprobs)))
+        add(batch, result)
 
     module._meter.add = spy
     return records
