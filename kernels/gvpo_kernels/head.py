@@ -136,8 +136,11 @@ def capped(raw: Tensor, call: HeadCall) -> tuple[Tensor, Tensor]:
     """Scaled logits z of raw ones, and d cap / d raw; same shape as `raw`."""
     if call.softcap is None:
         return raw / call.temperature, torch.ones_like(raw)
-    bent = torch.tanh(raw / call.softcap)
-    return bent * (call.softcap / call.temperature), 1 - bent.square()
+    ratio = raw / call.softcap
+    decay = torch.exp(-2 * ratio.abs())
+    # sech^2; 1 - tanh^2 would cancel where the cap is reached
+    slope = decay.mul(4).div_(decay.add_(1).square_())
+    return ratio.tanh_().mul_(call.softcap / call.temperature), slope
 
 
 def fp16_gain(coefficients: Tensor, dtype: torch.dtype) -> float:
