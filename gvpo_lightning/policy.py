@@ -225,7 +225,7 @@ def check_logprob_head(model: PreTrainedModel, implementation: str = "auto") -> 
     pairs = [(logprobs, own_logprobs), (record.loss, own_loss)]
     if trainable and torch.is_grad_enabled():
         pairs += zip(torch.autograd.grad(record.loss, trainable), torch.autograd.grad(own_loss, trainable), strict=True)
-    error = max(float((ours - own).abs().max() / (1 + own.abs().max())) for ours, own in pairs)
+    error = max(float(((ours - own).abs().max() / (1 + own.abs().max())).detach()) for ours, own in pairs)
     tolerance = 1e-4 if logits.dtype.itemsize >= 4 else 0.05
     if not error <= tolerance:
         raise ValueError(
