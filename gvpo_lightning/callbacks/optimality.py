@@ -1,6 +1,7 @@
 """Where a run stands against its optimum, on tasks with one right answer string."""
 
 import math
+from itertools import islice
 from typing import Any
 
 import lightning as L
@@ -71,14 +72,20 @@ class OptimalityMeter(L.Callback):
 
 
 def validation_rows(trainer: L.Trainer) -> list[Row]:
-    """The run's validation prompts; empty without any."""
+    """The run's validation prompts, within limit_val_batches; empty without any."""
     datamodule: Any = getattr(trainer, "datamodule", None)
     # the trainer has no loaders yet where its first validation is far away
     loaders = trainer.val_dataloaders if datamodule is None else datamodule.val_dataloader()
     if loaders is None:
         return []
     loaders = loaders if isinstance(loaders, list) else [loaders]
-    return [row for loader in loaders for batch in loader for row in rows_of(batch)]
+    limit = trainer.limit_val_batches  # batches, or a fraction of them
+    return [
+        row
+        for loader in loaders
+        for batch in islice(loader, limit if isinstance(limit, int) else int(limit * len(loader)))
+        for row in rows_of(batch)
+    ]
 
 
 def optimal_accuracy(p: Tensor, beta: float) -> Tensor:

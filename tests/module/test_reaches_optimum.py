@@ -35,7 +35,7 @@ def train(arithmetic, beta: float, steps: int) -> tuple[float, float, dict[str, 
         enable_progress_bar=False,
         enable_model_summary=False,
         num_sanity_val_steps=0,
-        limit_val_batches=0,
+        check_val_every_n_epoch=10**6,
     )
     trainer.fit(module, datamodule=PromptDataModule(str(arithmetic / "sums"), validation_split="validation"))
     return meter.predicted, meter.reached, {name: float(v) for name, v in trainer.callback_metrics.items()}
