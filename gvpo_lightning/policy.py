@@ -87,7 +87,12 @@ def _head_forward(self: Any, hidden: Tensor) -> Tensor:
     request: _HeadRequest | None = self.head_request
     if request is None:
         return type(self).forward(self, hidden)
-    return request.compute(hidden[request.positions], self.weight, self.bias)
+    hidden, weight, bias = hidden[request.positions], self.weight, self.bias
+    if hidden.is_cuda and torch.is_autocast_enabled("cuda"):
+        # what autocast would do for the layer that this stands in for; float32 matmuls are many times slower
+        dtype = torch.get_autocast_dtype("cuda")
+        hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
+    return request.compute(hidden, weight, bias)
 
 
 def install_logprob_head(model: PreTrainedModel) -> None:
