@@ -6,24 +6,20 @@ optimizer updates that `plan_updates` lays out. Accumulation, clipping, precisio
 callbacks, limits and checkpoints are therefore Lightning's own.
 """
 
-import os
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any, Literal
 
-import lightning as L
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils.data import DataLoader
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_kernels.inputs import choose_implementation
 from gvpo_lightning.checkpoint import gvpo_state, load_gvpo_state, load_position
-from gvpo_lightning.checks import check_prompts
 from gvpo_lightning.distributed import gather_objects
 from gvpo_lightning.meters import UpdateMeter
 from gvpo_lightning.plan import Update, check_batch_sizes, plan_updates
@@ -31,14 +27,11 @@ from gvpo_lightning.policy import (
     check_logprob_head,
     completion_loss,
     load_policy,
-    load_tokenizer,
-    prepare_policy,
-    stop_token_ids,
 )
 from gvpo_lightning.reference import ReferenceKind, check_reference_kind, frozen_copy, score
 from gvpo_lightning.rewards import Reward
 from gvpo_lightning.rollout.generation import GenerationSettings
-from gvpo_lightning.rollout.loader import RolloutLoader, Row, rows_of
+from gvpo_lightning.rollout.loader import RolloutLoader, Row
 from gvpo_lightning.rollout.sampling import (
     Rollout,
     RolloutSettings,
@@ -46,10 +39,11 @@ from gvpo_lightning.rollout.sampling import (
     rollout_metrics,
     sample_rollout,
 )
+from gvpo_lightning.sampling_module import SamplingModule
 from gvpo_lightning.seeding import derive_seed
 
 
-class GVPOModule(L.LightningModule):
+class GVPOModule(SamplingModule):
     """A policy and the reference it is measured against, trained with GVPO.
 
     Args:
@@ -75,7 +69,6 @@ class GVPOModule(L.LightningModule):
         ValueError: settings that contradict each other or the model, before anything is trained.
     """
 
-    policy: Any  # a PreTrainedModel once `configure_model` has run
     reference_model: PreTrainedModel | None  # the frozen one, while training against it
 
     def __init__(
@@ -93,19 +86,14 @@ class GVPOModule(L.LightningModule):
         max_skipped_updates: int = 5,
         loss_implementation: Literal["auto", "triton", "torch", "reference"] = "auto",
     ) -> None:
-        super().__init__()
+        super().__init__(policy, reward, tokenizer, generation, rollout.group_size)
         check_reference_kind(reference)
         for name, value in (("beta", beta), ("temperature", temperature)):
             if not value > 0:
                 raise ValueError(f"{name} must be > 0, got {value}.")
-        self.policy_source = policy
-        self.policy = None if isinstance(policy, str) else policy
-        self.reward = reward
-        self.tokenizer = self._resolve_tokenizer(tokenizer)
         self.reference = reference
         self.beta, self.temperature = beta, temperature
         self.rollout_settings = rollout
-        self.generation = generation
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.max_skipped_updates = max_skipped_updates
         self.loss_implementation = loss_implementation
@@ -120,23 +108,7 @@ class GVPOModule(L.LightningModule):
         self._meter = UpdateMeter(beta)
         self._finite: Tensor | None = None
 
-    def _resolve_tokenizer(self, tokenizer: str | PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
-        if tokenizer is None and not isinstance(self.policy_source, str):
-            raise ValueError("A policy given as a model object needs its tokenizer: pass tokenizer=…")
-        source: Any = self.policy_source if tokenizer is None else tokenizer
-        return load_tokenizer(source) if isinstance(source, str) else source
-
     # -- building and checking ----------------------------------------------------------------------------
-
-    @property
-    def world_size(self) -> int:
-        """Ranks that share a rollout."""
-        return self.trainer.world_size
-
-    @property
-    def seed(self) -> int:
-        """The run's seed, as set by `lightning.seed_everything`."""
-        return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
     @property
     def updates_per_pass(self) -> int:
@@ -171,32 +143,13 @@ class GVPOModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Load the policy and, for training against it, the frozen reference."""
-        if self.policy is None:
-            assert isinstance(self.policy_source, str)
-            self.policy = load_policy(self.policy_source)
-        else:
-            prepare_policy(self.policy)
-        if not stop_token_ids(self.policy, self.tokenizer):
-            raise ValueError(
-                "The policy has no end-of-sequence token: set generation_config.eos_token_id or tokenizer.eos_token."
-            )
+        super().configure_model()
         training = self._trainer is not None and self.trainer.state.fn == "fit"
         if training and self.reference == "frozen" and self.reference_model is None:
             source = self.policy_source
             model: Any = frozen_copy(load_policy(source) if isinstance(source, str) else self.policy)
             model = self.trainer.precision_plugin.convert_module(model)
             self.__dict__["reference_model"] = model.to(self.trainer.strategy.root_device)
-
-    def check_prompts(self, rows: Iterable[Row]) -> None:
-        """Raise ValueError, naming the row, for prompts that this module can't be trained or evaluated on."""
-        source = self.policy_source
-        check_prompts(
-            rows,
-            tokenizer=self.tokenizer,
-            config=AutoConfig.from_pretrained(source) if isinstance(source, str) else source.config,
-            reward=self.reward,
-            max_new_tokens=self.generation.max_new_tokens,
-        )
 
     def configure_optimizers(self) -> Any:
         """The optimizer over all trainable parameters, and the scheduler, stepped every update."""
@@ -337,47 +290,6 @@ class GVPOModule(L.LightningModule):
         start = time.perf_counter()
         yield
         self.seconds[phase] += time.perf_counter() - start
-
-    # -- evaluation ---------------------------------------------------------------------------------------
-
-    def sample(self, batch: Any, *purpose: int | str, generation: GenerationSettings | None = None) -> Rollout:
-        """Completions and rewards for a batch of prompts; the same `purpose` draws the same samples."""
-        rows = rows_of(batch)
-        seed = derive_seed(self.seed, *purpose, self.global_rank)
-        with self.trainer.precision_plugin.forward_context():
-            rollout = sample_rollout(
-                self.policy,
-                self.tokenizer,
-                rows,
-                self.rollout_settings.group_size,
-                generation or self.generation,
-                seed=seed,
-            )
-        reward_rollout(rollout, self.reward, rows)
-        return rollout
-
-    def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> None:
-        rollout = self.sample(batch, stage, batch_idx)
-        metrics = {f"{stage}/{name}": value for name, value in rollout_metrics(rollout.batch).items()}
-        self.log_dict(metrics, sync_dist=self.world_size > 1, batch_size=len(rollout.prompts))
-
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Sample and reward `group_size` completions of each prompt."""
-        self._evaluate(batch, batch_idx, "validation")
-
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """As validation, on the test prompts."""
-        self._evaluate(batch, batch_idx, "test")
-
-    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
-        """One dict a prompt: `prompt`, `completions`, `rewards` (None where there is none)."""
-        return self.sample(batch, "predict", batch_idx).rows()
-
-    def export(self, folder: str | Path) -> None:
-        """Write the policy, its tokenizer and generation config as a Hugging Face folder."""
-        if self.global_rank == 0:
-            self.policy.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
 
     # -- checkpoints --------------------------------------------------------------------------------------
 

@@ -1,0 +1,117 @@
+"""`SamplingModule`: the part of `GVPOModule` that trains nothing: a policy that samples and is rewarded."""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from gvpo_lightning.checks import check_prompts
+from gvpo_lightning.policy import load_policy, load_tokenizer, prepare_policy, stop_token_ids
+from gvpo_lightning.rewards import Reward
+from gvpo_lightning.rollout.generation import GenerationSettings
+from gvpo_lightning.rollout.loader import Row, rows_of
+from gvpo_lightning.rollout.sampling import Rollout, reward_rollout, rollout_metrics, sample_rollout
+from gvpo_lightning.seeding import derive_seed
+
+
+class SamplingModule(L.LightningModule):
+    """Loads and checks a policy; validates, tests and predicts by sampling. Arguments as in `GVPOModule`."""
+
+    policy: Any  # a PreTrainedModel once `configure_model` has run
+
+    def __init__(
+        self,
+        policy: str | PreTrainedModel,
+        reward: Reward,
+        tokenizer: str | PreTrainedTokenizerBase | None,
+        generation: GenerationSettings,
+        group_size: int,
+    ) -> None:
+        super().__init__()
+        self.policy_source = policy
+        self.policy = None if isinstance(policy, str) else policy
+        self.reward = reward
+        self.tokenizer = self._resolve_tokenizer(tokenizer)
+        self.generation = generation
+        self.group_size = group_size
+
+    def _resolve_tokenizer(self, tokenizer: str | PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
+        if tokenizer is None and not isinstance(self.policy_source, str):
+            raise ValueError("A policy given as a model object needs its tokenizer: pass tokenizer=…")
+        source: Any = self.policy_source if tokenizer is None else tokenizer
+        return load_tokenizer(source) if isinstance(source, str) else source
+
+    @property
+    def world_size(self) -> int:
+        """Ranks that share a rollout."""
+        return self.trainer.world_size
+
+    @property
+    def seed(self) -> int:
+        """The run's seed, as set by `lightning.seed_everything`."""
+        return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    def configure_model(self) -> None:
+        """Load the policy and check that its completions can end."""
+        if self.policy is None:
+            assert isinstance(self.policy_source, str)
+            self.policy = load_policy(self.policy_source)
+        else:
+            prepare_policy(self.policy)
+        if not stop_token_ids(self.policy, self.tokenizer):
+            raise ValueError(
+                "The policy has no end-of-sequence token: set generation_config.eos_token_id or tokenizer.eos_token."
+            )
+
+    def check_prompts(self, rows: Iterable[Row]) -> None:
+        """Raise ValueError, naming the row, for prompts that this module can't be trained or evaluated on."""
+        source = self.policy_source
+        check_prompts(
+            rows,
+            tokenizer=self.tokenizer,
+            config=AutoConfig.from_pretrained(source) if isinstance(source, str) else source.config,
+            reward=self.reward,
+            max_new_tokens=self.generation.max_new_tokens,
+        )
+
+    def sample(self, batch: Any, *purpose: int | str, generation: GenerationSettings | None = None) -> Rollout:
+        """Completions and rewards for a batch of prompts; the same `purpose` draws the same samples."""
+        rows = rows_of(batch)
+        seed = derive_seed(self.seed, *purpose, self.global_rank)
+        with self.trainer.precision_plugin.forward_context():
+            rollout = sample_rollout(
+                self.policy,
+                self.tokenizer,
+                rows,
+                self.group_size,
+                generation or self.generation,
+                seed=seed,
+            )
+        reward_rollout(rollout, self.reward, rows)
+        return rollout
+
+    def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> None:
+        rollout = self.sample(batch, stage, batch_idx)
+        metrics = {f"{stage}/{name}": value for name, value in rollout_metrics(rollout.batch).items()}
+        self.log_dict(metrics, sync_dist=self.world_size > 1, batch_size=len(rollout.prompts))
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Sample and reward `group_size` completions of each prompt."""
+        self._evaluate(batch, batch_idx, "validation")
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        """As validation, on the test prompts."""
+        self._evaluate(batch, batch_idx, "test")
+
+    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
+        """One dict a prompt: `prompt`, `completions`, `rewards` (None where there is none)."""
+        return self.sample(batch, "predict", batch_idx).rows()
+
+    def export(self, folder: str | Path) -> None:
+        """Write the policy, its tokenizer and generation config as a Hugging Face folder."""
+        if self.global_rank == 0:
+            self.policy.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
