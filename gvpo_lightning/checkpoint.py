@@ -74,6 +74,12 @@ def load_position(module: "GVPOModule", state: dict[str, Any]) -> None:
             f"A run can't be resumed with another {changed[0]}: the checkpoint was saved with {saved[changed[0]]}, "
             f"the settings say {units[changed[0]]}. Set it back, or start a new run from the exported policy."
         )
+    if state["microstep"] % units["accumulate_grad_batches"]:
+        raise ValueError(
+            f"This checkpoint was saved within an optimizer update, at micro-batch {state['microstep']} with "
+            f"accumulate_grad_batches={units['accumulate_grad_batches']}: the update's first gradients are lost. "
+            "Resume from another one."
+        )
     rollouts = state["rollouts"]
     if not any(rollouts):
         return

@@ -1,12 +1,17 @@
-"""What must hold of prompts before any of them is trained or evaluated on."""
+"""What must hold of prompts and of the Trainer's settings before anything is trained."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from gvpo_lightning.plan import check_batch_sizes
 from gvpo_lightning.rewards import Reward, check_reward_columns
 from gvpo_lightning.rollout.generation import encode_prompt
-from gvpo_lightning.rollout.loader import Row
+from gvpo_lightning.rollout.loader import RolloutLoader, Row
+from gvpo_lightning.rollout.sampling import RolloutSettings
 
 
 def check_prompts(
@@ -24,6 +29,8 @@ def check_prompts(
     """
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"Row {number} of the prompts must be a dict with a 'prompt', got {type(row).__name__}.")
         if "prompt" not in row:
             raise ValueError(f"Row {number} has no 'prompt': its columns are {sorted(row)}.")
         if number == 0:
@@ -40,3 +47,54 @@ def check_prompts(
                 f"Row {number}: the prompt's {length} tokens and generation.max_new_tokens={max_new_tokens} exceed the "
                 f"model's context of {context}: shorten the prompt or max_new_tokens, or leave the row out."
             )
+
+
+def check_trainer(trainer: Trainer, settings: RolloutSettings) -> None:
+    """Raise ValueError for what `fit` was given that rollouts can't be trained with."""
+    # the earliest place that shows what `fit` was given; a property that says so comes only much later
+    if isinstance(trainer.fit_loop._data_source.instance, DataLoader):
+        raise ValueError(
+            "GVPOModule trains micro-batches of rollouts, so its prompts can't come from a bare DataLoader: "
+            "write trainer.fit(module, RolloutLoader(dataloader, module))."
+        )
+    overfit_batches: float = trainer.overfit_batches  # type: ignore[attr-defined]
+    if overfit_batches:
+        raise ValueError(
+            f"overfit_batches={overfit_batches} repeats batches, but every rollout samples anew: "
+            "train on a dataset of a few prompts instead."
+        )
+    callbacks: list[object] = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
+        raise ValueError(
+            "GradientAccumulationScheduler changes how a rollout is cut into updates in the middle of it: "
+            "set Trainer(accumulate_grad_batches=…) for the whole run."
+        )
+    check_batch_sizes(
+        group_size=settings.group_size,
+        prompts_per_rollout=settings.prompts_per_rollout,
+        prompts_per_update=settings.prompts_per_update,
+        micro_batch_size=settings.micro_batch_size,
+        accumulate=trainer.accumulate_grad_batches,
+        world_size=trainer.world_size,
+    )
+
+
+def check_training_batches(trainer: Trainer) -> None:
+    """Raise ValueError where an epoch or a validation would cut an optimizer update in two."""
+    if not isinstance(trainer.train_dataloader, RolloutLoader):
+        raise ValueError("The training prompts must come from RolloutLoader(prompts, module).")
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    accumulate = trainer.accumulate_grad_batches
+    batches, validation = trainer.num_training_batches, trainer.val_check_batch
+    if batches % accumulate:
+        raise ValueError(
+            f"An epoch must hold whole optimizer updates: limit_train_batches leaves {batches} micro-batches, not "
+            f"a multiple of accumulate_grad_batches={accumulate}."
+        )
+    if isinstance(validation, int) and validation % accumulate and validation < batches:
+        raise ValueError(
+            f"Validation must not fall within an optimizer update, where a checkpoint would lose gradients: it comes "
+            f"every {validation} micro-batches (val_check_interval), not a multiple of "
+            f"accumulate_grad_batches={accumulate}."
+        )

@@ -5,10 +5,13 @@ scheduler and position, and no settings.
 """
 
 import argparse
+import itertools
 import sys
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
@@ -20,6 +23,13 @@ from gvpo_lightning.module import GVPOModule
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
 
+def keep_old_metrics(path: Path) -> None:
+    """Rename an earlier run's file to the next free metrics.<n>.csv: CSVLogger would delete it."""
+    if path.exists():
+        number = next(n for n in itertools.count(1) if not path.with_suffix(f".{n}.csv").exists())
+        path.rename(path.with_suffix(f".{number}.csv"))
+
+
 class GVPOCLI(LightningCLI):
     """LightningCLI with GVPO's defaults."""
 
@@ -28,15 +38,30 @@ class GVPOCLI(LightningCLI):
         parser.add_lightning_class_args(CompletionsTable, "completions_table")
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """CSV and TensorBoard in the run's folder unless the config names loggers."""
+        """CSV and TensorBoard in the run's folder, and checkpoints every epoch, unless the config says otherwise."""
         config = self._get(self.config_init, "trainer")
+        folder = Path(config.get("default_root_dir") or ".")
         if config.get("logger") in (None, True) and not config.get("fast_dev_run"):
-            folder = config.get("default_root_dir") or "."
-            kwargs["logger"] = [
-                CSVLogger(folder, name="", version=""),
-                TensorBoardLogger(folder, name="tensorboard", version=""),
-            ]
+            kwargs["logger"] = False
+            if self.subcommand == "fit":
+                keep_old_metrics(folder / "metrics.csv")
+                kwargs["logger"] = [
+                    CSVLogger(folder, name="", version=""),
+                    TensorBoardLogger(folder, name="tensorboard", version=""),
+                ]
+        has_own = any(isinstance(callback, ModelCheckpoint) for callback in config.get("callbacks") or [])
+        if config.get("enable_checkpointing") is not False and not has_own:
+            self.trainer_defaults["callbacks"].append(ModelCheckpoint(save_last=True, save_on_train_epoch_end=True))
         return super().instantiate_trainer(**kwargs)
+
+    def _run_subcommand(self, subcommand: str) -> None:
+        """As Lightning does; a ValueError from within training is a defect to be traced, not a setting to be mended."""
+        try:
+            super()._run_subcommand(subcommand)
+        except ValueError as error:
+            if self.trainer.global_step or self.model.rollout is not None:
+                raise RuntimeError(f"{subcommand} failed at step {self.trainer.global_step}: {error}") from error
+            raise
 
     def _parse_ckpt_path(self) -> None:
         """Do nothing: Lightning would let the checkpoint's settings override the command line."""
@@ -59,7 +84,7 @@ def main(args: ArgsType = None) -> None:
             # without the pages of usage that jsonargparse prints in front of its own errors
             parser_kwargs={"exit_on_error": False} | {name: {"exit_on_error": False} for name in SUBCOMMANDS},
         )
-    except (ValueError, argparse.ArgumentError, MisconfigurationException) as error:
+    except (ValueError, FileNotFoundError, argparse.ArgumentError, MisconfigurationException) as error:
         print(f"gvpo: error: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from error
 

@@ -13,6 +13,10 @@ class UpdateMeter:
 
     def __init__(self, beta: float) -> None:
         self.beta = beta
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget what has been added."""
         self._parts: list[tuple[Tensor, ...]] = []
         self._entropy: list[Tensor] = []
 
@@ -44,5 +48,5 @@ class UpdateMeter:
             metrics[name.replace("/", "/policy/")] = metrics.pop(name)
         if self._entropy:
             metrics["entropy"] = torch.cat(self._entropy).mean()
-        self._parts, self._entropy = [], []
+        self.reset()
         return metrics

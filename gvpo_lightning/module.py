@@ -6,6 +6,7 @@ optimizer updates that `plan_updates` lays out. Accumulation, clipping, precisio
 callbacks, limits and checkpoints are therefore Lightning's own.
 """
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,16 +14,16 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
-from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_kernels.inputs import choose_implementation
 from gvpo_lightning.checkpoint import gvpo_state, load_gvpo_state, load_position
+from gvpo_lightning.checks import check_trainer, check_training_batches
 from gvpo_lightning.distributed import gather_objects
 from gvpo_lightning.meters import UpdateMeter
-from gvpo_lightning.plan import Update, check_batch_sizes, plan_updates
+from gvpo_lightning.plan import Update, plan_updates
 from gvpo_lightning.policy import (
     check_logprob_head,
     completion_loss,
@@ -31,7 +32,7 @@ from gvpo_lightning.policy import (
 from gvpo_lightning.reference import ReferenceKind, check_reference_kind, frozen_copy, score
 from gvpo_lightning.rewards import Reward
 from gvpo_lightning.rollout.generation import GenerationSettings
-from gvpo_lightning.rollout.loader import RolloutLoader, Row
+from gvpo_lightning.rollout.loader import Row
 from gvpo_lightning.rollout.sampling import (
     Rollout,
     RolloutSettings,
@@ -50,8 +51,9 @@ class GVPOModule(SamplingModule):
         policy: the causal LM to train: a hub id, a folder, or a transformers model that you built.
         reward: a callable `(prompts, completions, **columns) -> list of float or None`.
         tokenizer: a hub id, a folder or a tokenizer; default: the policy's own (needed for a model object).
-        reference: "frozen", a copy of the policy as it is when training starts, or "previous", the policy
-            at the start of each rollout (which needs several updates a rollout to be more than REINFORCE).
+        reference: "frozen", the policy as its folder or hub id holds it (of a model object, a copy made when
+            training starts), or "previous", the policy at the start of each rollout (which needs several updates a
+            rollout to be more than REINFORCE).
         beta: strength of the implicit reward; the optimum is reference * exp(reward / beta) / Z.
         temperature: the log-probs of policy and reference are taken at this temperature.
         rollout: group size, prompts per rollout and per update, epochs, micro-batch.
@@ -107,6 +109,8 @@ class GVPOModule(SamplingModule):
         self.__dict__["reference_model"] = None  # unregistered: neither trained, nor saved, nor wrapped
         self._meter = UpdateMeter(beta)
         self._finite: Tensor | None = None
+        self._update: Update | None = None
+        self._rollout_length: int | None = None  # micro-batches, in the fit before this one
 
     # -- building and checking ----------------------------------------------------------------------------
 
@@ -123,23 +127,8 @@ class GVPOModule(SamplingModule):
 
     def setup(self, stage: str) -> None:
         """Check what can be checked without the model."""
-        if stage != "fit":
-            return
-        # the earliest place that shows what `fit` was given; a property that says so comes only much later
-        if isinstance(self.trainer.fit_loop._data_source.instance, DataLoader):
-            raise ValueError(
-                "GVPOModule trains micro-batches of rollouts, so its prompts can't come from a bare DataLoader: "
-                "write trainer.fit(module, RolloutLoader(dataloader, module))."
-            )
-        settings = self.rollout_settings
-        check_batch_sizes(
-            group_size=settings.group_size,
-            prompts_per_rollout=settings.prompts_per_rollout,
-            prompts_per_update=settings.prompts_per_update,
-            micro_batch_size=settings.micro_batch_size,
-            accumulate=self.trainer.accumulate_grad_batches,
-            world_size=self.world_size,
-        )
+        if stage == "fit":
+            check_trainer(self.trainer, self.rollout_settings)
 
     def configure_model(self) -> None:
         """Load the policy and, for training against it, the frozen reference."""
@@ -170,19 +159,23 @@ class GVPOModule(SamplingModule):
             f"GVPO's loss runs in the '{name}' implementation (loss_implementation={self.loss_implementation!r}), "
             f"{error:.1g} from eager."
         )
+        if self.generation.top_k or self.generation.top_p < 1:
+            rank_zero_warn(
+                f"top_k={self.generation.top_k} and top_p={self.generation.top_p} never sample some of what the "
+                "reference allows: GVPO's optimum is then not unique. Set top_k=0 and top_p=1.0 to keep it so."
+            )
 
     # -- training -----------------------------------------------------------------------------------------
 
     def on_train_start(self) -> None:
-        """Check the prompts' loader, and that epochs hold whole optimizer updates."""
-        if not isinstance(self.trainer.train_dataloader, RolloutLoader):
-            raise ValueError("The training prompts must come from RolloutLoader(prompts, module).")
-        batches, accumulate = self.trainer.num_training_batches, self.trainer.accumulate_grad_batches
-        if batches % accumulate and not self.trainer.fast_dev_run:  # type: ignore[attr-defined]
-            raise ValueError(
-                f"An epoch must hold whole optimizer updates: limit_train_batches leaves {batches} micro-batches, not "
-                f"a multiple of accumulate_grad_batches={accumulate}."
-            )
+        """Check that updates stay whole, and start at one."""
+        check_training_batches(self.trainer)
+        accumulate = self.trainer.accumulate_grad_batches
+        if self._rollout_length not in (None, self.micro_batches_per_rollout):  # another fit with other settings
+            self.microstep = math.ceil(self.microstep / self._rollout_length) * self.micro_batches_per_rollout
+        self._rollout_length = self.micro_batches_per_rollout
+        self.microstep -= self.microstep % accumulate  # an earlier fit may have stopped within an update
+        self._meter.reset()
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Roll out at the first micro-batch of a rollout."""
@@ -190,7 +183,7 @@ class GVPOModule(SamplingModule):
             self.rollout = self._roll_out(batch["rows"], batch["rollout"])
         assert self.rollout is not None
         assert self.rollout.index == batch["rollout"]
-        if not self.updates or batch["slot"] == 0:
+        if batch["slot"] == 0 or len(self.updates) * self.trainer.accumulate_grad_batches != self._rollout_length:
             self.updates = self._plan_updates(self.rollout)
         self._train_started = time.perf_counter()
 
@@ -247,26 +240,38 @@ class GVPOModule(SamplingModule):
         finite = torch.isfinite(result.log_ratios).all()
         self._finite = finite if slot == 0 or self._finite is None else self._finite & finite
         self._meter.add(part, result)
+        self._update = update
         if slot == len(update.micro_batches) - 1:
             self._log_update(update, is_first=index == 0)
         self.microstep += 1
         return result.loss * update.scale
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Skip the whole update, on every rank, if one of its log-ratios is not finite."""
-        if self.trainer.strategy.reduce_boolean_decision(bool(self._finite), all=True):
+        """Skip the whole update, on every rank, if a log-ratio or a gradient is not finite, or nothing counts."""
+        assert self._update is not None
+        finite = bool(self._finite) and self._gradients_are_finite()
+        finite = self.trainer.strategy.reduce_boolean_decision(finite, all=True)
+        if finite and self._update.num_groups:
             self.consecutive_skips = 0
             return
         for parameter in self.parameters():
-            parameter.grad = None  # an optimizer passes over parameters without gradient
+            parameter.grad = None  # an optimizer passes over parameters without gradient: no momentum, no decay
+        if finite:
+            return
         self.skipped_updates += 1
         self.consecutive_skips += 1
         if self.consecutive_skips > self.max_skipped_updates:
             raise RuntimeError(
-                f"{self.consecutive_skips} updates in a row had log-ratios that are not finite and were skipped "
+                f"{self.consecutive_skips} updates in a row had log-ratios or gradients that are not finite "
                 f"(max_skipped_updates={self.max_skipped_updates}): the policy has diverged. Lower the learning rate, "
                 "or raise beta, and resume from an earlier checkpoint."
             )
+
+    def _gradients_are_finite(self) -> bool:
+        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
+            return True  # infinite float16 gradients are the loss scaler's own affair
+        checks = [torch.isfinite(p.grad).all() for p in self.parameters() if p.grad is not None]
+        return bool(torch.stack(checks).all()) if checks else True
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
         """Count the time."""
@@ -280,6 +285,7 @@ class GVPOModule(SamplingModule):
         metrics |= self.rollout.metrics
         metrics |= {f"time/{name}": seconds for name, seconds in self.seconds.items()}
         metrics["throughput/tokens_per_second"] = self.num_completion_tokens / max(sum(self.seconds.values()), 1e-9)
+        metrics["group/dropped"] = float(update.num_dropped)
         metrics["update/skipped"] = float(self.skipped_updates)
         shown = {name: metrics.pop(name) for name in ("reward/mean", "loss", "residual/rms")}
         self.log_dict(shown, prog_bar=True, sync_dist=self.world_size > 1, batch_size=1)
@@ -299,6 +305,8 @@ class GVPOModule(SamplingModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up what `on_save_checkpoint` left."""
+        if "gvpo" not in checkpoint:
+            raise ValueError("This checkpoint is not one of a GVPOModule: it has no 'gvpo' entry.")
         load_gvpo_state(self, checkpoint["gvpo"])
         if self._trainer is not None and self.trainer.state.fn == "fit":
             load_position(self, checkpoint["gvpo"])

@@ -19,12 +19,14 @@ class Update:
         micro_batches: exactly `accumulate` tuples of this rank's group indices; some may be empty and
             are stepped through all the same.
         num_groups: groups with two or more kept completions over ALL ranks: the loss's denominator.
+        num_dropped: the update's other groups, over all ranks.
         scale: a micro-batch's loss (its groups' sum / num_groups) is multiplied by this, because
             Lightning divides by the accumulation and DDP by the number of ranks.
     """
 
     micro_batches: tuple[tuple[int, ...], ...]
     num_groups: int
+    num_dropped: int
     scale: int
 
 
@@ -58,7 +60,8 @@ def plan_updates(
         members = [order[start : start + per_rank] for order in orders]
         num_groups = sum(group_sizes[r][group] >= 2 for r, groups in enumerate(members) for group in groups)
         micro_batches = _pack(members[rank], group_sizes[rank], accumulate)
-        updates.append(Update(micro_batches, num_groups, accumulate * world_size))
+        num_dropped = sum(map(len, members)) - num_groups
+        updates.append(Update(micro_batches, num_groups, num_dropped, accumulate * world_size))
     return updates
 
 

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -15,6 +15,16 @@ from gvpo_lightning.rollout.generation import GenerationSettings
 from gvpo_lightning.rollout.loader import Row, rows_of
 from gvpo_lightning.rollout.sampling import Rollout, reward_rollout, rollout_metrics, sample_rollout
 from gvpo_lightning.seeding import derive_seed
+
+# what is logged of validation and test: the metric, the completions that it is a mean over, how batches are joined
+EVALUATION_METRICS: tuple[tuple[str, str, Literal["mean", "min", "max"]], ...] = (
+    ("reward/mean", "kept", "mean"),
+    ("completion/length_mean", "kept", "mean"),
+    ("completion/length_min", "kept", "min"),
+    ("completion/length_max", "kept", "max"),
+    ("completion/truncated_fraction", "all", "mean"),
+    ("completion/dropped_fraction", "all", "mean"),
+)
 
 
 class SamplingModule(L.LightningModule):
@@ -95,8 +105,19 @@ class SamplingModule(L.LightningModule):
 
     def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> None:
         rollout = self.sample(batch, stage, batch_idx)
-        metrics = {f"{stage}/{name}": value for name, value in rollout_metrics(rollout.batch).items()}
-        self.log_dict(metrics, sync_dist=self.world_size > 1, batch_size=len(rollout.prompts))
+        metrics, num_kept = rollout_metrics(rollout.batch), int(rollout.batch.kept.sum())
+        for name, weight, reduction in EVALUATION_METRICS:
+            batch_size = num_kept if weight == "kept" else len(rollout.completions)
+            if batch_size:
+                self.log(
+                    f"{stage}/{name}",
+                    metrics[name],
+                    on_step=False,
+                    on_epoch=True,
+                    sync_dist=self.world_size > 1,
+                    batch_size=batch_size,
+                    reduce_fx=reduction,
+                )
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Sample and reward `group_size` completions of each prompt."""
@@ -113,5 +134,9 @@ class SamplingModule(L.LightningModule):
     def export(self, folder: str | Path) -> None:
         """Write the policy, its tokenizer and generation config as a Hugging Face folder."""
         if self.global_rank == 0:
+            generation_config = self.policy.generation_config
+            if not generation_config.do_sample and generation_config.temperature is not None:
+                generation_config.do_sample = True  # transformers refuses to save the one without the other
             self.policy.save_pretrained(folder)
+            generation_config.save_pretrained(folder)  # which peft leaves out
             self.tokenizer.save_pretrained(folder)

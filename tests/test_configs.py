@@ -18,14 +18,16 @@ def test_every_config_is_tested(root):
 
 
 @pytest.mark.parametrize("name", ["arithmetic.yaml", "gsm8k_tiny.yaml"])
-def test_config_runs_fast_dev_run(root, name, request, monkeypatch, tmp_path):
+def test_config_runs_fast_dev_run(root, name, request, monkeypatch, tmp_path, caplog):
     monkeypatch.chdir(root)  # the configs name their policies relative to the repository
     arguments = ["fit", "--config", f"configs/{name}"]
     if name in DATA:
         folder = request.getfixturevalue("shared_data") / "gsm_8k"
         arguments += ["--config", f"configs/{DATA[name]}", f"--data.path={folder}"]
+    caplog.set_level("INFO", logger="lightning.pytorch")
     main([*arguments, "--trainer.fast_dev_run=true", f"--trainer.default_root_dir={tmp_path}"])
-    assert (tmp_path / "summary.json").exists()
+    assert "`Trainer.fit` stopped: `max_steps=1` reached." in caplog.text
+    assert not (tmp_path / "summary.json").exists()  # a trial overwrites nothing that a run has left
 
 
 def test_gsm8k_runs_the_whole_path(root, shared_data, monkeypatch, tmp_path):

@@ -35,7 +35,8 @@ class CompletionsTable(L.Callback):
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A new run starts a new file, a resumed one goes on with it."""
-        if trainer.global_step == 0:
+        self._file(trainer).parent.mkdir(parents=True, exist_ok=True)
+        if trainer.global_step == 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self._file(trainer).unlink(missing_ok=True)
 
     @staticmethod
@@ -48,7 +49,8 @@ class CompletionsTable(L.Callback):
     ) -> None:
         """Show the table if it is due."""
         step = trainer.global_step
-        if not self.every_n_steps or step == self._last_step or step % self.every_n_steps:
+        due = self.every_n_steps and step != self._last_step and step % self.every_n_steps == 0
+        if not due or trainer.fast_dev_run:  # type: ignore[attr-defined]
             return
         self._last_step = step
         assert isinstance(pl_module, GVPOModule)

@@ -6,10 +6,12 @@ from typing import Any
 
 import lightning as L
 import torch
+from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_lightning.batch import collate_completions
+from gvpo_lightning.data import PromptDataModule
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.policy import stop_token_ids
 from gvpo_lightning.reference import score
@@ -39,7 +41,10 @@ class OptimalityMeter(L.Callback):
         """The prediction, from the reference; there is none against the previous policy."""
         assert isinstance(pl_module, GVPOModule)
         self._rows = validation_rows(trainer)
-        if not self._rows or pl_module.reference_model is None:
+        if not self._rows:
+            rank_zero_warn("OptimalityMeter predicts nothing: the trainer has no validation prompts at its start.")
+            return
+        if pl_module.reference_model is None:
             return
         p = self._probabilities(pl_module, pl_module.reference_model)
         self.predicted = float(optimal_accuracy(p, pl_module.beta).mean())
@@ -74,8 +79,9 @@ class OptimalityMeter(L.Callback):
 def validation_rows(trainer: L.Trainer) -> list[Row]:
     """The run's validation prompts, within limit_val_batches; empty without any."""
     datamodule: Any = getattr(trainer, "datamodule", None)
-    # the trainer has no loaders yet where its first validation is far away
-    loaders = trainer.val_dataloaders if datamodule is None else datamodule.val_dataloader()
+    loaders = trainer.val_dataloaders
+    if loaders is None and isinstance(datamodule, PromptDataModule):  # the first validation is far away
+        loaders = datamodule.val_dataloader()
     if loaders is None:
         return []
     loaders = loaders if isinstance(loaders, list) else [loaders]

@@ -55,7 +55,7 @@ class RunSummary(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The reward to start from."""
         assert isinstance(pl_module, GVPOModule)
-        if self.reward_before is None:
+        if self.reward_before is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
             self.reward_before = mean_validation_reward(trainer, pl_module)
 
     def on_train_batch_end(
@@ -70,9 +70,11 @@ class RunSummary(L.Callback):
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure, write, show."""
         assert isinstance(pl_module, GVPOModule)
+        if trainer.fast_dev_run:  # type: ignore[attr-defined]
+            return  # a trial must not overwrite what a run has left
         reward_after = mean_validation_reward(trainer, pl_module)
         folder = Path(trainer.default_root_dir)
-        pl_module.export(folder / "export")
+        folder.mkdir(parents=True, exist_ok=True)
         meters = [callback for callback in trainer.callbacks if isinstance(callback, OptimalityMeter)]  # type: ignore[attr-defined]
         metrics, seconds = trainer.callback_metrics, pl_module.seconds
         summary = {
@@ -87,6 +89,7 @@ class RunSummary(L.Callback):
             "export_dir": "export",
         }
         self._write(folder, summary)
+        pl_module.export(folder / "export")
 
     @rank_zero_only
     def _write(self, folder: Path, summary: dict[str, Any]) -> None:

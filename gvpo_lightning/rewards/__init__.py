@@ -33,7 +33,7 @@ def compute_rewards(
     name = reward_name(reward)
     check_reward_columns(reward, set(columns))
     try:
-        values = reward(prompts, completions, **columns)
+        values = _call(reward, prompts, completions, columns)
     except Exception as error:
         raise RuntimeError(
             f"The reward {name} raised {type(error).__name__}: {error} (on {len(completions)} completions, the first "
@@ -52,6 +52,17 @@ def compute_rewards(
     return [float(v) if v is not None and math.isfinite(v) else math.nan for v in values]
 
 
+def _call(reward: Reward, prompts: list[Any], completions: list[str], columns: dict[str, list[Any]]) -> Any:
+    """By name where the reward names its `completions`, so in whatever order; else by position."""
+    parameters = inspect.signature(reward).parameters
+    if "completions" not in parameters:
+        return reward(prompts, completions, **columns)
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if "prompts" in parameters or takes_any:
+        columns = {"prompts": prompts} | columns
+    return reward(completions=completions, **columns)
+
+
 def reward_name(reward: Reward) -> str:
     """The function's or the class's name."""
     return getattr(reward, "__name__", type(reward).__name__)
@@ -60,8 +71,12 @@ def reward_name(reward: Reward) -> str:
 def check_reward_columns(reward: Reward, columns: set[str]) -> None:
     """Raise ValueError where the reward's arguments and the dataset's columns do not fit."""
     needed = getattr(reward, "required_columns", None)
-    parameters = list(inspect.signature(reward).parameters.values())[2:]
+    parameters = list(inspect.signature(reward).parameters.values())
     plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    if any(p.name == "completions" for p in parameters):
+        parameters = [p for p in parameters if p.name not in ("prompts", "completions")]
+    else:
+        parameters = parameters[2:]
     if needed is None:
         needed = [p.name for p in parameters if p.kind in plain and p.default is inspect.Parameter.empty]
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)

@@ -9,11 +9,10 @@ checkpoints hold, and every order is a function of the seed; so a resumed run go
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 
 from gvpo_lightning.seeding import derive_seed, seeded_permutation
 
@@ -50,7 +49,11 @@ class RolloutLoader:
         if not num_prompts:
             raise ValueError("There are no prompts to train on: the dataset is empty.")
         self.num_prompts = num_prompts
-        module.check_prompts(rows_of(prompts.dataset if isinstance(prompts, DataLoader) else prompts))
+        self._pass: tuple[int, list[Row]] | None = None  # the pass over a DataLoader that is being read
+        dataset: Any = prompts.dataset if isinstance(prompts, DataLoader) else prompts
+        module.check_prompts(dataset[index] for index in range(len(dataset)))
+        if isinstance(prompts, DataLoader) and prompts.collate_fn is default_collate:
+            check_default_collate(dataset[0])
 
     @property
     def rollouts_per_epoch(self) -> int:
@@ -69,8 +72,10 @@ class RolloutLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         micro_batches = self.module.micro_batches_per_rollout
-        epoch_start = self.module.microstep - self.module.microstep % len(self)
-        for step in range(self.module.microstep, epoch_start + len(self)):
+        limit = self.module.trainer.num_training_batches  # limit_train_batches may cut an epoch
+        length = int(min(len(self), limit))
+        epoch_start = self.module.microstep - self.module.microstep % length
+        for step in range(self.module.microstep, epoch_start + length):
             rollout, slot = divmod(step, micro_batches)
             yield {"rows": self._rollout_rows(rollout) if slot == 0 else None, "slot": slot, "rollout": rollout}
 
@@ -94,11 +99,22 @@ class RolloutLoader:
         """Up to `count` rows of one pass over the prompts, from position `start`."""
         seed = self.module.seed
         if isinstance(self.prompts, DataLoader):
-            with seeded_order(self.prompts, derive_seed(seed, "prompt order", pass_index)):
-                rows = (row for batch in self.prompts for row in rows_of(batch))
-                return list(islice(rows, start, start + count))
+            if self._pass is None or self._pass[0] != pass_index:
+                with seeded_order(self.prompts, derive_seed(seed, "prompt order", pass_index)):
+                    self._pass = (pass_index, [row for batch in self.prompts for row in rows_of(batch)])
+            return self._pass[1][start : start + count]
         order = seeded_permutation(self.num_prompts, seed, "prompt order", pass_index)
         return [self.prompts[index] for index in order[start : start + count]]
+
+
+def check_default_collate(row: Row) -> None:
+    """Raise ValueError for rows that torch's default collate would take apart."""
+    nested = [name for name, value in row.items() if isinstance(value, (list, tuple, dict))]
+    if nested:
+        raise ValueError(
+            f"torch's default collate takes the lists in the columns {nested} apart and mixes up the rows: "
+            "give the DataLoader collate_fn=list."
+        )
 
 
 def count_prompts(loader: DataLoader) -> int:

@@ -59,7 +59,7 @@ def test_fit_leaves_summary_curve_checkpoint_metrics_and_export(config, tmp_path
     assert set(seconds) == {"total", "rollout", "reward", "reference", "train"}
     assert seconds["total"] >= sum(value for key, value in seconds.items() if key != "total")
     assert (run / "learning_curve.png").read_bytes().startswith(b"\x89PNG")
-    assert list((run / "checkpoints").glob("*.ckpt"))
+    assert (run / "checkpoints" / "last.ckpt").exists()
     assert list((run / "tensorboard").glob("events*"))
     header = (run / "metrics.csv").read_text().splitlines()[0].split(",")
     assert {"loss", "reward/mean", "residual/rms", "kl/reference", "validation/reward/mean"} <= set(header)
@@ -75,7 +75,7 @@ def test_the_export_reproduces_the_policy_exactly(config, tmp_path):
     summary = json.loads((run / "summary.json").read_text())
     export = run / summary["export_dir"]
     model, tokenizer = AutoModelForCausalLM.from_pretrained(export), AutoTokenizer.from_pretrained(export)
-    (checkpoint,) = (run / "checkpoints").glob("*.ckpt")
+    checkpoint = run / "checkpoints" / "last.ckpt"
     trained = load_policy(str(export))
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
     trained.load_state_dict({name.removeprefix("policy."): value for name, value in state.items()})
@@ -114,16 +114,47 @@ def test_resume_from_the_command_line_goes_on_where_it_was(config, tmp_path):
 
     through = run("through", "--trainer.max_steps=8")
     run("first", "--trainer.max_steps=4")
-    (checkpoint,) = (tmp_path / "first" / "checkpoints").glob("*.ckpt")
+    checkpoint = tmp_path / "first" / "checkpoints" / "last.ckpt"
     resumed = run("second", "--trainer.max_steps=8", f"--ckpt_path={checkpoint}")
     assert resumed == through
     before = [json.loads((tmp_path / n / "summary.json").read_text())["reward_before"] for n in ("through", "second")]
     assert before[0] == before[1]
 
 
+def test_later_commands_keep_what_fit_left(config, tmp_path):
+    path, run = config(trainer__log_every_n_steps=1), tmp_path / "run"
+    main(quiet("fit", "--config", path))
+    metrics, summary = (run / "metrics.csv").read_text(), (run / "summary.json").read_text()
+    export = (run / "export" / "model.safetensors").read_bytes()
+    main(quiet("predict", "--config", path))
+    main(["fit", "--config", path, "--trainer.fast_dev_run=true"])
+    assert (run / "metrics.csv").read_text() == metrics
+    assert (run / "summary.json").read_text() == summary
+    assert (run / "export" / "model.safetensors").read_bytes() == export
+    main(quiet("fit", "--config", path, "--trainer.max_steps=6", f"--ckpt_path={run / 'checkpoints' / 'last.ckpt'}"))
+    assert (run / "metrics.1.csv").read_text() == metrics
+
+
+def test_an_error_after_training_began_keeps_its_traceback(config):
+    path = config(model__reward="tests.cli.test_cli.gives_text_at_the_second_rollout")
+    with pytest.raises(RuntimeError, match=r"fit failed at step 2: The reward .* must return numbers") as failed:
+        main(quiet("fit", "--config", path))
+    assert isinstance(failed.value.__cause__, ValueError)
+
+
+def gives_text_at_the_second_rollout(prompts, completions, calls=[], **columns):  # noqa: B006
+    """In the evaluation before training and the first rollout it behaves."""
+    calls.append(len(completions))
+    return ["high"] * len(completions) if len(calls) == 4 else [0.5] * len(completions)
+
+
+def test_missing_checkpoint_is_one_line(config, capsys):
+    assert "nowhere.ckpt" in one_line_error(["fit", "--config", config(), "--ckpt_path=nowhere.ckpt"], capsys)
+
+
 def test_the_command_line_wins_over_the_checkpoint(config, tmp_path):
     main(quiet("fit", "--config", config(), "--trainer.max_steps=2"))
-    (checkpoint,) = (tmp_path / "run" / "checkpoints").glob("*.ckpt")
+    checkpoint = tmp_path / "run" / "checkpoints" / "last.ckpt"
     main(quiet("validate", "--config", config(), "--model.rollout.group_size=2", f"--ckpt_path={checkpoint}"))
     main(quiet("predict", "--config", config(), "--model.rollout.group_size=2", f"--ckpt_path={checkpoint}"))
     first = json.loads((tmp_path / "run" / "predictions.jsonl").read_text().splitlines()[0])

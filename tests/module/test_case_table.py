@@ -80,7 +80,9 @@ def test_group_of_one_after_drops_is_counted_and_not_in_the_mean(make_module, fi
     trainer = fit(module, max_steps=2)
     assert module.rollout.batch.kept.view(-1, 4).sum(1).tolist() == [1, 4, 4, 4, 4, 4, 4, 4]
     assert sorted(update.num_groups for update in module.updates) == [3, 4]
-    assert "group/dropped" in trainer.callback_metrics
+    dropped = [update.num_dropped for update in module.updates]
+    assert sorted(dropped) == [0, 1]
+    assert float(trainer.callback_metrics["group/dropped"]) == dropped[-1]
 
 
 def _varied(count):
@@ -152,6 +154,43 @@ def test_log_ratio_that_is_not_finite_skips_the_whole_update(make_module, fit, w
     assert module.consecutive_skips == 0
     assert not torch.equal(weights(module), before)
     assert torch.isfinite(weights(module)).all()
+
+
+def test_gradient_that_is_not_finite_skips_the_update_too(make_module, fit, weights):
+    module = make_module()
+    start = weights(module)
+
+    def poison():
+        next(module.policy.parameters()).grad[0, 0] = torch.nan
+
+    module.on_after_backward = poison
+    fit(module, max_steps=1)
+    assert torch.equal(weights(module), start)
+    assert module.skipped_updates == 1
+
+
+def test_update_in_which_nothing_counts_moves_nothing_by_momentum_or_decay(make_module, fit, weights):
+    rewards = {"missing": False}
+
+    def reward(prompts, completions, **_):
+        return [None] * len(completions) if rewards["missing"] else _varied(len(completions))
+
+    module = make_module(reward=reward, optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.5))
+    after = []
+    module.on_train_batch_end = lambda *_: after.append(weights(module))
+    module.on_train_epoch_start = lambda: None
+    original = module._roll_out
+
+    def roll_out(rows, index):
+        rewards["missing"] = index == 1
+        return original(rows, index)
+
+    module._roll_out = roll_out
+    fit(module, max_steps=6)
+    assert torch.equal(after[1], after[2])  # the second rollout's two updates
+    assert torch.equal(after[2], after[3])
+    assert not torch.equal(after[3], after[4])
+    assert module.skipped_updates == 0
 
 
 def test_too_many_skipped_updates_stop_the_run(make_module, fit, monkeypatch):

@@ -3,9 +3,10 @@
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
+from gvpo_lightning.rollout.generation import GenerationSettings
 from gvpo_lightning.rollout.loader import RolloutLoader
 from gvpo_lightning.rollout.sampling import RolloutSettings
 
@@ -214,6 +215,84 @@ def test_a_bare_dataloader_is_refused_with_the_line_to_write(make_module, prompt
 def test_epochs_that_would_cut_an_update_are_refused(make_module, fit):
     with pytest.raises(ValueError, match="limit_train_batches"):
         fit(make_module(), accumulate_grad_batches=2, limit_train_batches=3)
+
+
+def test_validation_that_would_cut_an_update_is_refused(make_module, prompts, tmp_path):
+    module = make_module()
+    loader = torch.utils.data.DataLoader(prompts[:4], batch_size=2)
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        max_steps=4,
+        accumulate_grad_batches=2,
+        val_check_interval=3,
+        default_root_dir=tmp_path,
+    )
+    with pytest.raises(ValueError, match="Validation must not fall within an optimizer update"):
+        trainer.fit(module, RolloutLoader(prompts, module), loader)
+
+
+def test_a_checkpoint_from_within_an_update_is_refused(make_module, fit, tmp_path):
+    class SaveWithin(Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            if module.microstep == 3:
+                trainer.save_checkpoint(tmp_path / "within.ckpt")
+
+    fit(make_module(), max_steps=2, accumulate_grad_batches=2, callbacks=[SaveWithin()])
+    with pytest.raises(ValueError, match="saved within an optimizer update, at micro-batch 3"):
+        fit(make_module(), max_steps=4, accumulate_grad_batches=2, ckpt_path=tmp_path / "within.ckpt")
+
+
+def test_a_checkpoint_of_something_else_is_refused(make_module, fit, tmp_path):
+    torch.save({"state_dict": {}, "pytorch-lightning_version": "2.6.0"}, tmp_path / "other.ckpt")
+    with pytest.raises(ValueError, match="not one of a GVPOModule"):
+        fit(make_module(), ckpt_path=tmp_path / "other.ckpt")
+
+
+def test_fit_after_a_trial_or_with_another_accumulation_trains_whole_updates(make_module, fit):
+    module = make_module()
+    fit(module, fast_dev_run=3, accumulate_grad_batches=2)  # stops within the second update
+    assert module.microstep == 3
+    assert fit(module, max_steps=3, accumulate_grad_batches=2).global_step == 3
+    assert module.microstep == 2 + 6
+    assert fit(module, max_steps=2, accumulate_grad_batches=3).global_step == 2
+    assert module.microstep % 6 == 0
+
+
+def test_limited_epochs_are_all_of_one_length(make_module, prompts, tmp_path):
+    module, lengths = make_module(), []
+
+    class Lengths(Callback):
+        def on_train_epoch_end(self, trainer, module):
+            lengths.append(trainer.fit_loop.epoch_loop.batch_progress.current.completed)
+
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        max_epochs=4,
+        limit_train_batches=4,
+        callbacks=[Lengths()],
+        default_root_dir=tmp_path,
+    )
+    trainer.fit(module, RolloutLoader(prompts, module))  # 6 micro-batches in a whole epoch
+    assert lengths == [4, 4, 4, 4]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"overfit_batches": 2}, "overfit_batches=2"),
+        ({"callbacks": [GradientAccumulationScheduler({0: 1, 1: 2})]}, "GradientAccumulationScheduler"),
+    ],
+)
+def test_what_rollouts_can_not_be_trained_with_is_refused(make_module, fit, arguments, message):
+    with pytest.raises(ValueError, match=message):
+        fit(make_module(), **arguments)
+
+
+def test_truncated_sampling_is_warned_of(make_module, fit):
+    with pytest.warns(UserWarning, match="top_k=3"):
+        fit(make_module(generation=GenerationSettings(max_new_tokens=4, top_k=3)), max_steps=1)
 
 
 def test_micro_batch_size_that_can_not_hold_is_refused_before_training(make_module, fit):

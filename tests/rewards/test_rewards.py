@@ -216,3 +216,16 @@ def test_every_answer_of_gsm8k_is_read(shared_data):
     shifted = answers[1:] + answers[:1]
     assert sum(exact(answers, shifted, answer=answers)) < 0.05 * len(answers)
     assert exact(["30000 dollars"], ["30000 dollars"], answer=[next(a for a in answers if a == "30,000")]) == [1.0]
+
+
+def test_arguments_are_passed_by_name_whatever_their_order():
+    def swapped(completions, prompts, **columns):
+        return [
+            float(completion == "y" and prompt == "x") for completion, prompt in zip(completions, prompts, strict=True)
+        ]
+
+    def of_completions_alone(completions, answer):
+        return [float(completion == a) for completion, a in zip(completions, answer, strict=True)]
+
+    assert compute_rewards(swapped, ["x"], ["y"], {}) == [1.0]
+    assert compute_rewards(of_completions_alone, ["x"], ["y"], {"answer": ["y"]}) == [1.0]

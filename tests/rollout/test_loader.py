@@ -187,9 +187,45 @@ def test_conversations_need_collate_fn_list(make_module, tokenizer):
     kept = RolloutLoader(DataLoader(talks, batch_size=2, collate_fn=list), make_module(tokenizer=tokenizer))
     assert numbers(epoch(kept)) == [[0, 1, 2, 3]]
     for batch_size in (1, 2):
-        mixed_up = RolloutLoader(DataLoader(talks, batch_size=batch_size), make_module(tokenizer=tokenizer))
         with pytest.raises(ValueError, match="collate_fn=list"):
-            epoch(mixed_up)
+            RolloutLoader(DataLoader(talks, batch_size=batch_size), make_module(tokenizer=tokenizer))
+
+
+def test_default_collate_would_mix_up_columns_of_lists(make_module):
+    data = [{"prompt": "1+1=", "alternatives": ["2", "two"]}, {"prompt": "1+2=", "alternatives": ["3", "three"]}]
+    with pytest.raises(ValueError, match=r"\['alternatives'\].*collate_fn=list"):
+        RolloutLoader(DataLoader(data, batch_size=2), make_module())
+
+
+class WithoutIndexError(torch.utils.data.Dataset):
+    """An ordinary torch dataset: computed rows and a length; iterating over it would never end."""
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return {"prompt": f"{index}+1=", "number": index}
+
+
+def test_a_dataset_without_index_error_is_read_by_its_length(make_module):
+    loader = RolloutLoader(DataLoader(WithoutIndexError(), batch_size=4), make_module())
+    assert loader.num_prompts == 8
+    assert RolloutLoader(WithoutIndexError(), make_module()).num_prompts == 8
+
+
+class CountingDataset(WithoutIndexError):
+    reads = 0
+
+    def __getitem__(self, index):
+        CountingDataset.reads += 1
+        return super().__getitem__(index)
+
+
+def test_a_pass_over_a_dataloader_is_read_once(make_module):
+    loader = RolloutLoader(DataLoader(CountingDataset(), batch_size=1, shuffle=True), make_module())
+    before = CountingDataset.reads
+    epoch(loader)
+    assert CountingDataset.reads - before == 8
 
 
 class Endless(IterableDataset):
