@@ -178,7 +178,6 @@ def test_update_in_which_nothing_counts_moves_nothing_by_momentum_or_decay(make_
     module = make_module(reward=reward, optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.5))
     after = []
     module.on_train_batch_end = lambda *_: after.append(weights(module))
-    module.on_train_epoch_start = lambda: None
     original = module._roll_out
 
     def roll_out(rows, index):
