@@ -22,8 +22,8 @@ import torch
 from benchmarks.loss_measure import Settings, measure
 from benchmarks.loss_problem import Shape
 from benchmarks.loss_providers import Provider, providers
-from benchmarks.loss_report import plot, table, update_readme
 from benchmarks.recording import RESULTS, Recording
+from benchmarks.report import plot, table, update_readme
 
 SWEEPS = ("tokens", "vocabulary", "groups", "head")
 IN_SWEEPS = {("ours", "recompute"), ("ours", "stash"), ("TRL", "GVPO"), ("eager", "all logits")}

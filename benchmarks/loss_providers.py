@@ -74,7 +74,8 @@ def ours(implementation: str) -> list[Provider]:
         return fused_gvpo_loss(*columns, implementation=implementation, **options).loss
 
     def stream(problem: Problem) -> Tensor:
-        columns = (problem.hidden, problem.weight, problem.targets, *problem.batch)
+        zeros = torch.zeros_like(problem.reference_logprobs)  # log-ratios, summed with either sign, would cancel
+        columns = (problem.hidden, problem.weight, problem.targets, zeros, *problem.batch[1:])
         known = problem.rewards / len(problem.targets)
         return fused_gvpo_loss(*columns, implementation=implementation, sequence_coefficients=known).loss
 
@@ -97,9 +98,9 @@ def ours(implementation: str) -> list[Provider]:
 
 
 def known_coefficients(problem: Problem) -> Tensor:
-    """What streaming computes: the sum of each completion's coefficient times its log-ratio."""
+    """What streaming computes: the sum of each completion's coefficient times its log-prob."""
     coefficients = torch.repeat_interleave(problem.rewards, problem.cu_seqlens.diff()) / len(problem.targets)
-    return (coefficients * (eager_logprobs(problem) - problem.reference_logprobs)).sum()
+    return (coefficients * eager_logprobs(problem)).sum()
 
 
 def eager() -> list[Provider]:

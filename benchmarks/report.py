@@ -1,4 +1,4 @@
-"""Tables and plots from the JSON files of `benchmarks.loss`; nothing is measured here."""
+"""Tables and plots from the JSON files of `benchmarks.loss` and `benchmarks.train_step`; nothing is measured here."""
 
 import json
 from pathlib import Path
@@ -8,6 +8,7 @@ from benchmarks.recording import RESULTS
 
 README = Path(__file__).parent.parent / "kernels" / "README.md"
 START, END = "<!-- measured: python -m benchmarks.loss --table -->\n", "<!-- end of measured -->"
+STEP_COLUMNS = "model|path|objective|completions|step ms|tokens / s|peak GB|loss|largest batch|tokens / s there"
 HEADER = "| provider | mode | forward ms | backward ms | total / floor | extra MB | error | eager's |"
 Row = dict[str, Any]
 
@@ -25,6 +26,23 @@ def line(row: Row) -> str:
     cells += [f"{row['forward_ms']:.1f}", f"{row['backward_ms']:.1f}", f"{row['ratio_to_floor']:.2f}"]
     cells += [f"{row['peak_extra_bytes'] / 1e6:.0f}", f"{row['error']:.1e}", f"{row['eager_error']:.1e}"]
     return "| " + " | ".join(cells) + " |"
+
+
+def step_table(rows: list[Row]) -> str:
+    """Rows of whole optimizer steps as Markdown."""
+    lines = ["| " + " | ".join(STEP_COLUMNS.split("|")) + " |", "|---" * 10 + "|"]
+    for row in rows:
+        name = f"{row['model']}{', LoRA' if row['lora'] else ''}, {row['dtype']}"
+        cells = [name, f"{row['provider']} ({row['implementation']})", row["objective"]]
+        if row["step_ms"] is None:
+            cells += [row["note"] or "not measured", *[""] * 4]
+        else:
+            cells += [str(row["batch"]), f"{row['step_ms']:.0f}", f"{row['tokens_per_second']:,.0f}"]
+            cells += [f"{row['peak_bytes'] / 1e9:.2f}", f"{row['loss']:.5g}"]
+        largest = row["largest"]
+        cells += [str(largest["batch"]), f"{largest['tokens_per_second']:,.0f}"] if largest else ["not measured", ""]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
 
 
 def shape_of(row: Row) -> tuple:
@@ -45,6 +63,18 @@ def section(path: Path, device: str) -> str:
     return f"{title}V = {V:,}, {dtype}.\n\n{table(list(reversed(first.values())))}"
 
 
+def step_section(path: Path, device: str) -> str:
+    """A device's table of whole steps, or that there is none."""
+    if not path.exists():
+        return f"Whole optimizer steps (`python -m benchmarks.train_step`) on {device}: not measured."
+    record = json.loads(path.read_text())
+    shortest, longest = record["lengths"]
+    title = (
+        f"Whole optimizer steps, completions of {shortest} to {longest} tokens, {record['device']}, {record['date']}."
+    )
+    return f"{title}\n\n{step_table(record['rows'])}"
+
+
 def update_readme(readme: Path = README, results: Path = RESULTS) -> None:
     """Replace what stands between the README's markers by tables of the results, and draw their plots."""
     sections = []
@@ -53,6 +83,8 @@ def update_readme(readme: Path = README, results: Path = RESULTS) -> None:
         sections.append(section(path, device))
         if path.exists() and plot(path):
             sections.append(f"![time and memory against tokens](../benchmarks/results/{path.stem}.png)")
+    for device, name in (("a GPU", "cuda"), ("a CPU", "cpu")):
+        sections.append(step_section(results / f"train_step_{name}.json", device))
     before, rest = readme.read_text().split(START)
     readme.write_text(before + START + "\n" + "\n\n".join(sections) + "\n\n" + END + rest.split(END)[1])
 
