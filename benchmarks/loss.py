@@ -51,7 +51,9 @@ def parse() -> argparse.Namespace:
     """The command line; what is left out follows the device."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="a small shape and few rounds")
-    parser.add_argument("--sweep", nargs="+", choices=SWEEPS, default=[], help="further shapes, fewer providers")
+    parser.add_argument(
+        "--sweep", nargs="+", choices=SWEEPS, default=[], help="further shapes, fewer providers, half the rounds"
+    )
     parser.add_argument("--table", action="store_true", help="measure nothing; table and plots from the JSON")
     parser.add_argument("--dtype")
     parser.add_argument("--output", type=Path)
@@ -81,6 +83,7 @@ def main() -> int:
     settings = Settings(device, arguments.dtype, arguments.rounds, arguments.warm_up)
     measure(shape, providers(device), settings, recording)
     print(table(recording.rows), flush=True)
+    settings = replace(settings, rounds=(settings.rounds + 1) // 2)
     chosen = [provider for provider in providers(device) if in_sweep(provider)]
     for name in arguments.sweep:
         for other in sweep_shapes(name, shape):

@@ -56,11 +56,13 @@ def section(path: Path, device: str) -> str:
         return f"On {device}: not measured."
     record = json.loads(path.read_text())
     rows = [row for row in record["rows"] if shape_of(row) == shape_of(record["rows"][0])]
-    first = {tuple(row[name] for name in ("provider", "implementation", "mode")): row for row in reversed(rows)}
+    first: dict[tuple, Row] = {}
+    for row in rows:  # sweeps may have met the same shape again
+        first.setdefault(tuple(row[name] for name in ("provider", "implementation", "mode")), row)
     N, H, V, *_, dtype = shape_of(rows[0])
     versions = ", ".join(f"{name} {record['versions'][name]}" for name in ("torch", "triton"))
     title = f"{record['device']}, {record['threads']} thread(s), {versions}, {record['date']}: N = {N:,}, H = {H:,}, "
-    return f"{title}V = {V:,}, {dtype}.\n\n{table(list(reversed(first.values())))}"
+    return f"{title}V = {V:,}, {dtype}.\n\n{table(list(first.values()))}"
 
 
 def step_section(path: Path, device: str) -> str:
@@ -95,7 +97,7 @@ def plot(path: Path) -> bool:
     same = [row for row in rows if row["total_ms"] is not None and shape_of(row)[1:] == shape_of(rows[0])[1:]]
     curves: dict[str, dict[int, Row]] = {}
     for row in same:
-        curves.setdefault(f"{row['provider']} ({row['implementation']}), {row['mode']}", {})[row["N"]] = row
+        curves.setdefault(f"{row['provider']} ({row['implementation']}), {row['mode']}", {}).setdefault(row["N"], row)
     curves = {name: points for name, points in curves.items() if len(points) > 1}
     if not curves:
         return False
