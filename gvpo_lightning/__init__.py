@@ -1,11 +1,19 @@
-"""GVPO (Group Variance Policy Optimization, arXiv 2504.19599) on PyTorch Lightning."""
+"""GVPO (Group Variance Policy Optimization, arXiv 2504.19599) on PyTorch Lightning.
 
-from gvpo_lightning.data import PromptDataModule
-from gvpo_lightning.module import GVPOModule
-from gvpo_lightning.objectives import gvpo_loss
-from gvpo_lightning.rollout.generation import GenerationSettings
-from gvpo_lightning.rollout.loader import RolloutLoader
-from gvpo_lightning.rollout.sampling import RolloutSettings
+The public names are imported when they are first used: whoever needs the policy or the batch alone is not asked
+for `datasets` and `jsonargparse`.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from gvpo_lightning.data import PromptDataModule
+    from gvpo_lightning.module import GVPOModule
+    from gvpo_lightning.objectives import gvpo_loss
+    from gvpo_lightning.rollout.generation import GenerationSettings
+    from gvpo_lightning.rollout.loader import RolloutLoader
+    from gvpo_lightning.rollout.sampling import RolloutSettings
 
 __all__ = [
     "GVPOModule",
@@ -15,3 +23,22 @@ __all__ = [
     "RolloutSettings",
     "gvpo_loss",
 ]
+
+_HOMES = {
+    "GVPOModule": "module",
+    "GenerationSettings": "rollout.generation",
+    "PromptDataModule": "data",
+    "RolloutLoader": "rollout.loader",
+    "RolloutSettings": "rollout.sampling",
+    "gvpo_loss": "objectives",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])
