@@ -1,6 +1,6 @@
 """Compile the kernels that can be launched, for GPUs that need not be here, and print what they use as JSON.
 
-    python tests/kernels/compile_ahead_of_time.py [--all] 80 90 100
+    python tests/kernels/compile_ahead_of_time.py 80 90 100
 
 Run without TRITON_INTERPRET: an interpreted kernel cannot be compiled in the same process.
 """
@@ -32,7 +32,6 @@ class Case:
     types: dict  # argument -> type, but for compile-time constants
     constants: dict
     options: dict
-    ordinary: bool = False  # compiled by every run of the tests
 
     def source(self) -> ASTSource:
         names = self.kernel.arg_names
@@ -44,14 +43,14 @@ class Case:
         return ASTSource(self.kernel, signature, constants, attributes)
 
 
-def tiled(name: str, kernel, types: dict, constants: dict, **more) -> Case:
+def tiled(name: str, kernel, types: dict, constants: dict) -> Case:
     launch = triton_launch.tile_launch()
     options = {"num_warps": launch.pop("num_warps")}
     scalars = {"temperature": "fp32", "softcap": "fp32", "targets": "*i64"}
     integers = ("num_rows", "num_columns", "first_column", "slice_columns", "logits_stride", "grad_stride")
     scalars |= dict.fromkeys((*integers, "exponentials_stride", "stash_stride", "scales_stride"), "i32")
     floats = dict.fromkeys(kernel.arg_names, "*fp32")
-    return Case(name, kernel, floats | scalars | types, constants | launch, options, **more)
+    return Case(name, kernel, floats | scalars | types, constants | launch, options)
 
 
 def head_cases() -> Iterator[Case]:
@@ -59,20 +58,18 @@ def head_cases() -> Iterator[Case]:
         flags = {"HAS_BIAS": bias, "SOFTCAP": softcap}
         pointers = {"bias": f"*{dtype}" if bias else "*fp32"}
         label = f"{dtype}{' bias' * bias}{' softcap' * softcap}"
-        hardest = dtype == "bf16" and bias and softcap
         for entropy, store in itertools.product((False, True), (False, True)):
             yield tiled(
                 f"statistics {label}{' entropy' * entropy}{' store' * store}",
                 triton_statistics._statistics_kernel,
                 pointers | {"exponentials": f"*{dtype}" if store else "*fp32"},
                 flags | {"ENTROPY": entropy, "STORE": store},
-                ordinary=hardest and entropy and store,
             )
         kernel = triton_grad_logits._grad_logits_kernel
-        yield tiled(f"grad_logits {label}", kernel, pointers | {"grad": f"*{dtype}"}, flags, ordinary=hardest)
+        yield tiled(f"grad_logits {label}", kernel, pointers | {"grad": f"*{dtype}"}, flags)
     for dtype in ("fp32", *HALF):
         kernel = triton_grad_logits._stash_gradients_kernel
-        yield tiled(f"stash_gradients {dtype}", kernel, {"stash": f"*{dtype}"}, {}, ordinary=dtype == "bf16")
+        yield tiled(f"stash_gradients {dtype}", kernel, {"stash": f"*{dtype}"}, {})
 
 
 def group_cases() -> Iterator[Case]:
@@ -93,9 +90,8 @@ def group_cases() -> Iterator[Case]:
         for size in sizes:
             launch = triton_group_loss.forward_launch(size)
             options = {"num_warps": launch.pop("num_warps")}
-            ordinary = dtype == "fp32" and offsets == "i32" and size in (8, 512)
             name = f"group forward {dtype} {offsets} {size}"
-            yield Case(name, kernel, floats | types, launch, options, ordinary)
+            yield Case(name, kernel, floats | types, launch, options)
         kernel = triton_group_loss._backward_kernel
         constants = {"BLOCK_TOKENS": triton_group_loss.BACKWARD_BLOCK}
         yield Case(f"group backward {dtype} {offsets}", kernel, {"coefficients": f"*{wide}"} | types, constants, {})
@@ -116,12 +112,10 @@ def compiled(case: Case, capability: int) -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("capabilities", type=int, nargs="+")
-    parser.add_argument("--all", action="store_true")
     arguments = parser.parse_args()
     for case in (*head_cases(), *group_cases()):
-        if case.ordinary or arguments.all:
-            for capability in arguments.capabilities:
-                print(json.dumps(compiled(case, capability)), flush=True)
+        for capability in arguments.capabilities:
+            print(json.dumps(compiled(case, capability)), flush=True)
 
 
 if __name__ == "__main__":
