@@ -55,10 +55,10 @@ class GVPOCLI(LightningCLI):
         return super().instantiate_trainer(**kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:
-        """As Lightning does; a ValueError from within training is a defect to be traced, not a setting to be mended."""
+        """As Lightning does; what fails within training is a defect to be traced, not a setting to be mended."""
         try:
             super()._run_subcommand(subcommand)
-        except ValueError as error:
+        except (ValueError, FileNotFoundError) as error:
             if self.trainer.global_step or self.model.rollout is not None:
                 raise RuntimeError(f"{subcommand} failed at step {self.trainer.global_step}: {error}") from error
             raise
