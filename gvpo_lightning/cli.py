@@ -5,8 +5,12 @@ scheduler and position, and no settings.
 """
 
 import argparse
+import functools
+import inspect
 import itertools
+import operator
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,19 @@ from gvpo_lightning.data import PromptDataModule
 from gvpo_lightning.module import GVPOModule
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
+
+
+def prefer_integers() -> None:
+    """Let `--trainer.limit_val_batches=1` mean one batch, whatever was imported before Lightning.
+
+    typing caches `Union`s that compare equal, so Lightning's `int | float` may come out as `float | int`, and
+    the first type that fits is what jsonargparse takes: 1.0, which is all batches.
+    """
+    annotations = inspect.unwrap(Trainer.__init__).__annotations__
+    for name, annotation in annotations.items():
+        types = typing.get_args(annotation)
+        if {int, float} <= set(types) and all(isinstance(t, type) for t in types):
+            annotations[name] = functools.reduce(operator.or_, sorted(types, key=lambda t: t is float))
 
 
 def keep_old_metrics(path: Path) -> None:
@@ -72,6 +89,7 @@ def main(args: ArgsType = None) -> None:
 
     A mistake in the settings or the data ends it with one line on stderr and exit status 2.
     """
+    prefer_integers()
     try:
         GVPOCLI(
             GVPOModule,

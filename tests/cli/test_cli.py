@@ -1,12 +1,15 @@
 """The `gvpo` command, called in process on the shipped arithmetic task."""
 
+import inspect
 import json
+import typing
 
+import lightning as L
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from gvpo_lightning.cli import main
+from gvpo_lightning.cli import main, prefer_integers
 from gvpo_lightning.policy import load_policy
 
 
@@ -83,6 +86,17 @@ def test_the_export_reproduces_the_policy_exactly(config, tmp_path):
     with torch.no_grad():
         assert torch.equal(model.eval()(ids).logits, trained.eval()(ids).logits)
     assert model.generation_config.eos_token_id == tokenizer.eos_token_id
+
+
+def test_a_whole_number_of_batches_is_a_number_not_a_fraction(config, tmp_path, monkeypatch):
+    annotations = inspect.unwrap(L.Trainer.__init__).__annotations__
+    for name in ("limit_predict_batches", "overfit_batches"):
+        monkeypatch.setitem(annotations, name, float | int | None)  # as typing's cache may leave it
+    prefer_integers()
+    assert typing.get_args(annotations["limit_predict_batches"])[0] is int
+    path = config(data__batch_size=4)
+    main(quiet("predict", "--config", path, "--trainer.limit_predict_batches=1"))
+    assert len((tmp_path / "run" / "predictions.jsonl").read_text().splitlines()) == 4
 
 
 def test_same_command_same_weights(config, tmp_path):

@@ -220,7 +220,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(build_model, ragged, na
     expected = gradients(model, completion_logprobs(model, ragged)[0])
     calls = []
     handle = model.model.layers[0].self_attn.register_forward_hook(lambda *_: calls.append(1))
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     found = gradients(model, completion_logprobs(model, ragged)[0])
     handle.remove()
     assert len(calls) == 2  # the layer ran again in the backward pass

@@ -196,7 +196,7 @@ def test_the_training_mode_is_as_before(policy, tokenizer, training):
 
 def test_gradient_checkpointing_changes_no_sample(policy, tokenizer):
     expected = sample(policy, tokenizer)
-    policy.activation_checkpointing_enable()
+    policy.gradient_checkpointing_enable()
     assert torch.equal(sample(policy, tokenizer).completion_ids, expected.completion_ids)
 
 
