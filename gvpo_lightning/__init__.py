@@ -11,20 +11,37 @@ if TYPE_CHECKING:
     from gvpo_lightning.data import PromptDataModule
     from gvpo_lightning.module import GVPOModule
     from gvpo_lightning.objectives import gvpo_loss
+    from gvpo_lightning.reference import ReferenceSettings
     from gvpo_lightning.rollout.generation import GenerationSettings
     from gvpo_lightning.rollout.loader import RolloutLoader
     from gvpo_lightning.rollout.sampling import RolloutSettings
+    from gvpo_lightning.sources.settings import (
+        DemonstrationSettings,
+        FileSettings,
+        ReplaySettings,
+        SourceSettings,
+    )
 
 __all__ = [
+    "DemonstrationSettings",
+    "FileSettings",
     "GVPOModule",
     "GenerationSettings",
     "PromptDataModule",
+    "ReferenceSettings",
+    "ReplaySettings",
     "RolloutLoader",
     "RolloutSettings",
+    "SourceSettings",
     "gvpo_loss",
 ]
 
 _HOMES = {
+    "DemonstrationSettings": "sources.settings",
+    "FileSettings": "sources.settings",
+    "ReferenceSettings": "reference",
+    "ReplaySettings": "sources.settings",
+    "SourceSettings": "sources.settings",
     "GVPOModule": "module",
     "GenerationSettings": "rollout.generation",
     "PromptDataModule": "data",

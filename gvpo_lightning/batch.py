@@ -6,6 +6,32 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+# of the offline format, what a row says of its completions; the other columns are the prompt's
+COMPLETION_COLUMNS = ("completions", "rewards", "token_ids", "truncated", "sources", "reference_logprobs", "reference")
+
+
+@dataclass
+class Completion:
+    """One completion on its own, as a source gives it.
+
+    Attributes:
+        token_ids: (T,) int64 on the CPU, the end token included where there is one.
+        text: what people and rewards read, without special tokens.
+        source: where it comes from, such as "policy" or "replay".
+        truncated: it has no end token.
+        reward: None = still to be asked for; NaN = asked for, and there is none.
+        reference_logprobs: (T,) float32 on the CPU under the reference, or None = still to be computed.
+        reference_version: which version of the reference that was.
+    """
+
+    token_ids: Tensor
+    text: str
+    source: str
+    truncated: bool
+    reward: float | None = None
+    reference_logprobs: Tensor | None = None
+    reference_version: int = 0
+
 
 @dataclass
 class CompletionBatch:
@@ -18,6 +44,7 @@ class CompletionBatch:
         rewards: (S,) float32; NaN where the completion was dropped for want of a reward.
         group_ids: (S,) int64; completions of one prompt share an id.
         truncated: (S,) bool; no EOS within the token limit.
+        source_ids: (S,) int64, which of the run's sources a completion comes from.
         reference_logprobs: (S, T) float32 log-probs under the reference, 0 where completion_mask is 0.
     """
 
@@ -28,6 +55,7 @@ class CompletionBatch:
     rewards: Tensor
     group_ids: Tensor
     truncated: Tensor
+    source_ids: Tensor
     reference_logprobs: Tensor
 
     def __len__(self) -> int:
@@ -77,12 +105,12 @@ class CompletionBatch:
 
 def collate_completions(
     prompts: Sequence[Sequence[int]],
-    completions: Sequence[Sequence[int]],
+    completions: Sequence[Sequence[int] | Tensor],
     truncated: Sequence[bool],
     group_ids: Sequence[int],
     pad_token_id: int,
 ) -> CompletionBatch:
-    """Token-id lists, one pair a completion -> a batch on the CPU, rewards NaN and reference log-probs 0.
+    """Token ids, one pair a completion -> a batch on the CPU; rewards NaN, reference log-probs and source ids 0.
 
     Dtypes are explicit: Lightning's "true" low precisions change torch's default dtype around this.
     """
@@ -96,16 +124,17 @@ def collate_completions(
         rewards=torch.full((len(prompts),), torch.nan, dtype=torch.float32),
         group_ids=torch.tensor(group_ids, dtype=torch.int64),
         truncated=torch.tensor(truncated, dtype=torch.bool),
+        source_ids=torch.zeros(len(prompts), dtype=torch.int64),
         reference_logprobs=torch.zeros(completion_ids.shape, dtype=torch.float32),
     )
 
 
-def _pad(sequences: Sequence[Sequence[int]], pad_token_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
+def _pad(sequences: Sequence[Sequence[int] | Tensor], pad_token_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
     width = max((len(s) for s in sequences), default=0) or 1
     ids = torch.full((len(sequences), width), pad_token_id, dtype=torch.int64)
     mask = torch.zeros(len(sequences), width, dtype=torch.bool)
     for row, sequence in enumerate(sequences):
         columns = slice(width - len(sequence), width) if left else slice(0, len(sequence))
-        ids[row, columns] = torch.tensor(sequence, dtype=torch.int64)
+        ids[row, columns] = torch.as_tensor(sequence, dtype=torch.int64)
         mask[row, columns] = True
     return ids, mask

@@ -6,13 +6,12 @@ Only tensors, numbers, strings, lists and dicts, so that it loads with weights_o
 from typing import TYPE_CHECKING, Any
 
 from gvpo_lightning.distributed import gather_objects
-from gvpo_lightning.reference import fingerprint
 from gvpo_lightning.rollout.sampling import Rollout
 
 if TYPE_CHECKING:
     from gvpo_lightning.module import GVPOModule
 
-COUNTERS = ("microstep", "num_completion_tokens", "skipped_updates", "consecutive_skips")
+COUNTERS = ("microstep", "num_updates", "num_completion_tokens", "skipped_updates", "consecutive_skips")
 
 
 def position_units(module: "GVPOModule") -> dict[str, int]:
@@ -27,16 +26,19 @@ def position_units(module: "GVPOModule") -> dict[str, int]:
 
 
 def gvpo_state(module: "GVPOModule") -> dict[str, Any]:
-    """The module's counters, its rollout if that is half trained, and what identifies the reference."""
+    """The module's counters, its rollout if that is half trained, its replay buffer, and what the reference needs."""
     unfinished = module.rollout if module.microstep % module.micro_batches_per_rollout else None
     state: dict[str, Any] = {name: getattr(module, name) for name in COUNTERS}
     state["units"] = position_units(module)
     state["seconds"] = dict(module.seconds)
     state["rollouts"] = gather_objects(None if unfinished is None else unfinished.state_dict())
-    if module.reference_model is not None:
-        state["reference_fingerprint"] = fingerprint(module.reference_model)
-        if not isinstance(module.policy_source, str):  # it can't be loaded again from where it came
-            state["reference_state"] = module.reference_model.state_dict()
+    state["group_size"] = module.rollout_settings.group_size
+    if module.sources.replay is not None:
+        state["replay"] = module.sources.replay.state_dict()
+    if module.reference_settings.kind == "cached":
+        state["cache"] = module.sources.references
+    state["reference_kind"] = module.reference_settings.kind
+    state["reference"] = module.reference.state_dict()
     return state
 
 
@@ -49,16 +51,22 @@ def load_gvpo_state(module: "GVPOModule", state: dict[str, Any]) -> None:
     for name in COUNTERS:
         setattr(module, name, state[name])
     module.seconds.update(state["seconds"])
-    if module.reference_model is None:  # not training, or the reference is the policy itself
+    if module.sources.replay is not None and "replay" in state:
+        module.sources.replay.load_state_dict(state["replay"])
+    if module.trainer.state.fn != "fit":  # nothing is measured against the reference
         return
-    if "reference_state" in state:
-        module.reference_model.load_state_dict(state["reference_state"])
-    found, expected = fingerprint(module.reference_model), state.get("reference_fingerprint", "none")
-    if found != expected:
+    kind = module.reference_settings.kind
+    if kind != state["reference_kind"]:
         raise ValueError(
-            f"The reference loaded from {module.policy_source!r} is not the one that this checkpoint was trained "
-            f"against (fingerprint {found}, expected {expected}): its files, its dtype or `reference` have changed."
+            f"This checkpoint was trained with reference: {state['reference_kind']}, the settings say {kind}: set it "
+            "back, or start a new run from the exported policy."
         )
+    if kind == "cached" and module.sources.references != state["cache"]:
+        raise ValueError(
+            f"This checkpoint was trained on cached log-probs from {state['cache']}, {module.sources.settings.file} "
+            f"has some from {module.sources.references}."
+        )
+    module.reference.load_state_dict(state["reference"])
 
 
 def load_position(module: "GVPOModule", state: dict[str, Any]) -> None:
@@ -89,7 +97,7 @@ def load_position(module: "GVPOModule", state: dict[str, Any]) -> None:
             f"{module.world_size}: resume it with {len(rollouts)}, or take one saved at a rollout's end."
         )
     rollout = Rollout.from_state_dict(rollouts[module.global_rank], module.trainer.strategy.root_device)
-    size = len(rollout.completions) // len(rollout.prompts)
+    size = state["group_size"]
     if size != module.rollout_settings.group_size:
         raise ValueError(
             f"This checkpoint was saved within a rollout of group_size={size} and can't be resumed with "

@@ -8,8 +8,8 @@ from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from gvpo_lightning.plan import check_batch_sizes
-from gvpo_lightning.rewards import Reward, check_reward_columns
-from gvpo_lightning.rollout.generation import encode_prompt
+from gvpo_lightning.rewards import Reward, check_reward_columns, reward_columns
+from gvpo_lightning.rollout.generation import GenerationSettings, encode_prompt
 from gvpo_lightning.rollout.loader import RolloutLoader, Row
 from gvpo_lightning.rollout.sampling import RolloutSettings
 
@@ -19,7 +19,7 @@ def check_prompts(
     *,
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
-    reward: Reward,
+    reward: Reward | None,
     max_new_tokens: int,
 ) -> None:
     """Raise ValueError, naming the row, for prompts that a policy with this config can't be given.
@@ -35,7 +35,8 @@ def check_prompts(
             raise ValueError(f"Row {number} has no 'prompt': its columns are {sorted(row)}.")
         if number == 0:
             columns = set(row)
-            check_reward_columns(reward, columns - {"prompt"})
+            if reward is not None:
+                check_reward_columns(reward, set(reward_columns(row)))
         if set(row) != columns:
             raise ValueError(f"Row {number} has the columns {sorted(row)}, but row 0 has {sorted(columns)}.")
         try:
@@ -49,7 +50,9 @@ def check_prompts(
             )
 
 
-def check_trainer(trainer: Trainer, settings: RolloutSettings) -> None:
+def check_trainer(
+    trainer: Trainer, settings: RolloutSettings, generation: GenerationSettings, *, generates: bool
+) -> None:
     """Raise ValueError for what `fit` was given that rollouts can't be trained with."""
     # the earliest place that shows what `fit` was given; a property that says so comes only much later
     if isinstance(trainer.fit_loop._data_source.instance, DataLoader):
@@ -73,7 +76,8 @@ def check_trainer(trainer: Trainer, settings: RolloutSettings) -> None:
         group_size=settings.group_size,
         prompts_per_rollout=settings.prompts_per_rollout,
         prompts_per_update=settings.prompts_per_update,
-        micro_batch_size=settings.micro_batch_size,
+        limits=settings.limits,
+        longest_completion=generation.max_new_tokens if generates else 0,
         accumulate=trainer.accumulate_grad_batches,
         world_size=trainer.world_size,
     )

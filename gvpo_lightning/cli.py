@@ -1,4 +1,4 @@
-"""`gvpo fit | validate | test | predict --config FILE`: Lightning's CLI around `GVPOModule`.
+"""`gvpo fit | validate | test | predict | reference --config FILE`: Lightning's CLI around `GVPOModule`.
 
 What wins on resume: the config and the command line, always; a checkpoint brings weights, optimizer,
 scheduler and position, and no settings.
@@ -23,8 +23,9 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 from gvpo_lightning.callbacks import CompletionsTable, PredictionWriter, RunSummary
 from gvpo_lightning.data import PromptDataModule
 from gvpo_lightning.module import GVPOModule
+from gvpo_lightning.reference_cache import fill_cache
 
-SUBCOMMANDS = ("fit", "validate", "test", "predict")
+SUBCOMMANDS = ("fit", "validate", "test", "predict", "reference")
 
 
 def prefer_integers() -> None:
@@ -47,8 +48,29 @@ def keep_old_metrics(path: Path) -> None:
         path.rename(path.with_suffix(f".{number}.csv"))
 
 
+class GVPOTrainer(Trainer):
+    """Lightning's Trainer, with a function for the one subcommand that it lacks."""
+
+    def reference(
+        self, model: GVPOModule, datamodule: PromptDataModule | None = None, output: str | None = None
+    ) -> None:
+        """Score recorded completions under the reference, for `reference: cached`.
+
+        Args:
+            model: its `sources.file` is scored by the model that `reference.model`, or else `policy`, names.
+            datamodule: not used; the prompts are the file's.
+            output: a .jsonl or .parquet file; default: the recorded one is replaced.
+        """
+        print(f"Reference log-probs are in {fill_cache(model, self, output)}")
+
+
 class GVPOCLI(LightningCLI):
     """LightningCLI with GVPO's defaults."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """Lightning's, and `reference`."""
+        return LightningCLI.subcommands() | {"reference": {"model", "datamodule"}}
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """`completions_table.*` configures the table that every run has."""
@@ -94,6 +116,7 @@ def main(args: ArgsType = None) -> None:
         GVPOCLI(
             GVPOModule,
             PromptDataModule,
+            trainer_class=GVPOTrainer,
             args=args,
             auto_configure_optimizers=False,
             seed_everything_default=0,

@@ -143,7 +143,7 @@ def with_prompt(
     return {"prompt": prompt}
 
 
-def load_splits(path: str, name: str | None = None) -> DatasetDict:
+def load_splits(path: str, name: str | None = None, key: str = "data.path") -> DatasetDict:
     """Every split of a dataset: hub name, `save_to_disk` folder, JSON lines or parquet file.
 
     Raises:
@@ -159,10 +159,10 @@ def load_splits(path: str, name: str | None = None) -> DatasetDict:
             loaded = load_dataset(path, name)
     except Exception as error:  # the libraries beneath raise dozens of types; the user needs one line
         if location.is_file() and not location.stat().st_size:
-            raise ValueError(f"data.path={path!r} is an empty file.") from error
+            raise ValueError(f"{key}={path!r} is an empty file.") from error
         reasons = [error, *causes(error)]
         chain = "; ".join(f"{type(reason).__name__}: {reason}" for reason in reasons)
-        raise ValueError(f"data.path={path!r} can't be read as a dataset: {chain}") from error
+        raise ValueError(f"{key}={path!r} can't be read as a dataset: {chain}") from error
     return loaded if isinstance(loaded, DatasetDict) else DatasetDict(train=loaded)
 
 

@@ -1,47 +1,51 @@
 """`GVPOModule`: GVPO as a LightningModule, with automatic optimization over a buffered rollout.
 
-One batch of the fit loop is one micro-batch. The first of a rollout samples completions, asks for their
-rewards and scores them under the reference; all are then trained on, `epochs_per_rollout` times, in the
+One batch of the fit loop is one micro-batch. The first of a rollout gets completions from the run's sources, asks for
+their rewards and scores them under the reference; all are then trained on, `epochs_per_rollout` times, in the
 optimizer updates that `plan_updates` lays out. Accumulation, clipping, precision, schedulers, loggers,
 callbacks, limits and checkpoints are therefore Lightning's own.
 """
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_kernels.inputs import choose_implementation
+from gvpo_lightning.batch import Completion
 from gvpo_lightning.checkpoint import gvpo_state, load_gvpo_state, load_position
 from gvpo_lightning.checks import check_trainer, check_training_batches
 from gvpo_lightning.distributed import gather_objects
-from gvpo_lightning.meters import UpdateMeter
+from gvpo_lightning.guards import Guard
+from gvpo_lightning.meters import UpdateMeter, measure_rollout
 from gvpo_lightning.plan import Update, plan_updates
-from gvpo_lightning.policy import (
-    check_logprob_head,
-    completion_loss,
-    load_policy,
-)
-from gvpo_lightning.reference import ReferenceKind, check_reference_kind, frozen_copy, score
+from gvpo_lightning.policy import check_logprob_head, completion_loss, stop_token_ids
+from gvpo_lightning.reference import ReferenceKind, ReferenceSettings, make_reference, score
+from gvpo_lightning.reference_cache import check_cache
 from gvpo_lightning.rewards import Reward
-from gvpo_lightning.rollout.generation import GenerationSettings
+from gvpo_lightning.rollout.generation import GenerationSettings, encode_prompt
 from gvpo_lightning.rollout.loader import Row
 from gvpo_lightning.rollout.sampling import (
     Rollout,
     RolloutSettings,
-    reward_rollout,
-    rollout_metrics,
-    sample_rollout,
+    assemble_rollout,
+    drop_by_settings,
+    reward_groups,
+    sample_groups,
 )
 from gvpo_lightning.sampling_module import SamplingModule
 from gvpo_lightning.seeding import derive_seed
+from gvpo_lightning.sources.mixture import SourceMixture
+from gvpo_lightning.sources.settings import SourceSettings
+from gvpo_lightning.two_passes import sequence_coefficients
 
 
 class GVPOModule(SamplingModule):
@@ -49,11 +53,13 @@ class GVPOModule(SamplingModule):
 
     Args:
         policy: the causal LM to train: a hub id, a folder, or a transformers model that you built.
-        reward: a callable `(prompts, completions, **columns) -> list of float or None`.
+        reward: a callable `(prompts, completions, **columns) -> list of float or None`; None where every
+            completion brings its own and nothing is validated.
         tokenizer: a hub id, a folder or a tokenizer; default: the policy's own (needed for a model object).
-        reference: "frozen", the policy as its folder or hub id holds it (of a model object, a copy made when
-            training starts), or "previous", the policy at the start of each rollout (which needs several updates a
-            rollout to be more than REINFORCE).
+        reference: a kind, such as "frozen" (the policy as its folder or hub id holds it; of a model object, as
+            training finds it) or "previous" (the policy at the start of each rollout, which needs several updates
+            a rollout to be more than REINFORCE), or `ReferenceSettings`, which lists them all.
+        sources: where completions come from, mixed in every group; fresh ones of the policy by default.
         beta: strength of the implicit reward; the optimum is reference * exp(reward / beta) / Z.
         temperature: the log-probs of policy and reference are taken at this temperature.
         rollout: group size, prompts per rollout and per update, epochs, micro-batch.
@@ -71,14 +77,13 @@ class GVPOModule(SamplingModule):
         ValueError: settings that contradict each other or the model, before anything is trained.
     """
 
-    reference_model: PreTrainedModel | None  # the frozen one, while training against it
-
     def __init__(
         self,
         policy: str | PreTrainedModel,
-        reward: Reward,
+        reward: Reward | None = None,
         tokenizer: str | PreTrainedTokenizerBase | None = None,
-        reference: ReferenceKind = "frozen",
+        reference: ReferenceKind | ReferenceSettings = "frozen",
+        sources: SourceSettings = SourceSettings(),
         beta: float = 0.1,
         temperature: float = 1.0,
         rollout: RolloutSettings = RolloutSettings(),
@@ -89,11 +94,21 @@ class GVPOModule(SamplingModule):
         loss_implementation: Literal["auto", "triton", "torch", "reference"] = "auto",
     ) -> None:
         super().__init__(policy, reward, tokenizer, generation, rollout.group_size)
-        check_reference_kind(reference)
+        if not isinstance(reference, ReferenceSettings):
+            reference = ReferenceSettings(reference)
         for name, value in (("beta", beta), ("temperature", temperature)):
             if not value > 0:
                 raise ValueError(f"{name} must be > 0, got {value}.")
-        self.reference = reference
+        self.reference_settings = reference
+        self.reference = make_reference(reference, can_be_reloaded=isinstance(policy, str))
+        self.sources = SourceMixture(
+            sources, rollout.group_size, cached=reference.kind == "cached", max_tokens=rollout.max_completion_tokens
+        )
+        if reward is None and sources.generates:
+            raise ValueError(
+                "A reward is needed for completions that are sampled: set model.reward, or train offline on "
+                "completions with rewards of their own (sources.policy: 0)."
+            )
         self.beta, self.temperature = beta, temperature
         self.rollout_settings = rollout
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
@@ -101,13 +116,16 @@ class GVPOModule(SamplingModule):
         self.loss_implementation = loss_implementation
 
         self.microstep = 0  # micro-batches trained so far: the run's only position, saved in checkpoints
+        self.num_updates = 0  # finished optimizer updates, which references count in
         self.rollout: Rollout | None = None
         self.updates: list[Update] = []
         self.skipped_updates = self.consecutive_skips = 0
         self.seconds = dict.fromkeys(("rollout", "reward", "reference", "train"), 0.0)
         self.num_completion_tokens = 0
-        self.__dict__["reference_model"] = None  # unregistered: neither trained, nor saved, nor wrapped
         self._meter = UpdateMeter(beta)
+        self._guard = Guard()
+        self._coefficients: list[Tensor] | None = None  # of a cut update's micro-batches
+        self._entropies: list[Tensor | None] = []
         self._finite: Tensor | None = None
         self._update: Update | None = None
         self._rollout_length: int | None = None  # micro-batches, in the fit before this one
@@ -115,30 +133,32 @@ class GVPOModule(SamplingModule):
     # -- building and checking ----------------------------------------------------------------------------
 
     @property
-    def updates_per_pass(self) -> int:
-        """Optimizer updates that one pass over a rollout makes."""
-        return self.rollout_settings.prompts_per_rollout // self.rollout_settings.prompts_per_update
-
-    @property
     def micro_batches_per_rollout(self) -> int:
         """Steps of the fit loop from one rollout to the next."""
-        accumulate = self.trainer.accumulate_grad_batches
-        return self.updates_per_pass * self.rollout_settings.epochs_per_rollout * accumulate
+        settings = self.rollout_settings
+        return settings.updates_per_pass * settings.epochs_per_rollout * self.trainer.accumulate_grad_batches
 
     def setup(self, stage: str) -> None:
         """Check what can be checked without the model."""
         if stage == "fit":
-            check_trainer(self.trainer, self.rollout_settings)
+            check_trainer(
+                self.trainer, self.rollout_settings, self.generation, generates=self.sources.settings.generates
+            )
+
+    def check_training_prompts(self, rows: Sequence[Row]) -> None:
+        """Raise ValueError for prompts that this module can't be trained on, or can't be given completions."""
+        self.check_prompts(rows, sampled=self.sources.settings.generates)
+        self.sources.open(self.tokenizer, self.vocab_size())
+        self.sources.check(rows, has_reward=self.reward is not None)
 
     def configure_model(self) -> None:
-        """Load the policy and, for training against it, the frozen reference."""
+        """Load the policy and, for training, take what the reference needs of it."""
         super().configure_model()
-        training = self._trainer is not None and self.trainer.state.fn == "fit"
-        if training and self.reference == "frozen" and self.reference_model is None:
-            source = self.policy_source
-            model: Any = frozen_copy(load_policy(source) if isinstance(source, str) else self.policy)
-            model = self.trainer.precision_plugin.convert_module(model)
-            self.__dict__["reference_model"] = model.to(self.trainer.strategy.root_device)
+        self.sources.stops = stop_token_ids(self.policy, self.tokenizer)
+        if self._trainer is not None and self.trainer.state.fn == "fit":
+            if self.reference_settings.kind == "cached":
+                check_cache(self)
+            self.reference.prepare(self.policy)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over all trainable parameters, and the scheduler, stepped every update."""
@@ -159,10 +179,12 @@ class GVPOModule(SamplingModule):
             f"GVPO's loss runs in the '{name}' implementation (loss_implementation={self.loss_implementation!r}), "
             f"{error:.1g} from eager."
         )
-        if self.generation.top_k or self.generation.top_p < 1:
-            rank_zero_warn(
-                f"top_k={self.generation.top_k} and top_p={self.generation.top_p} never sample some of what the "
-                "reference allows: GVPO's optimum is then not unique. Set top_k=0 and top_p=1.0 to keep it so."
+        if self.sources.settings.generates:
+            self._guard.sampler(self.generation)
+        if self.rollout_settings.zero_variance == "drop":
+            rank_zero_info(
+                "rollout.zero_variance='drop' changes the objective: groups with equal rewards would pull the policy "
+                "towards the reference."
             )
 
     # -- training -----------------------------------------------------------------------------------------
@@ -188,38 +210,67 @@ class GVPOModule(SamplingModule):
         self._train_started = time.perf_counter()
 
     def _roll_out(self, rows: list[Row], index: int) -> Rollout:
-        settings = self.rollout_settings
-        seed = derive_seed(self.seed, "completions", index, self.global_rank)
+        prompts = [row["prompt"] for row in rows]
+        prompt_ids = [encode_prompt(prompt, self.tokenizer) for prompt in prompts]
+        self.reference.refresh(self.policy, rollout=index, update=self.num_updates)
         with self._timed("rollout"), self.trainer.precision_plugin.forward_context():
-            rollout = sample_rollout(
-                self.policy, self.tokenizer, rows, settings.group_size, self.generation, seed=seed, index=index
+            recorded = self.sources.draw(rows, derive_seed(self.seed, "sources", index), self.reference.version)
+            fresh = sample_groups(
+                self.policy,
+                self.tokenizer,
+                prompt_ids,
+                self.sources.num_fresh(recorded),
+                self.generation,
+                derive_seed(self.seed, "completions", index, self.global_rank),
             )
+            groups = [[*new, *old] for new, old in zip(fresh, recorded, strict=True)]
         with self._timed("reward"):
-            reward_rollout(rollout, self.reward, rows)
-        if settings.truncated == "drop":
-            rollout.batch.drop(rollout.batch.truncated)
-        with self._timed("reference"), self.trainer.precision_plugin.forward_context():
-            rollout.batch.reference_logprobs = score(
-                self.reference_model or self.policy,
-                rollout.batch,
-                temperature=self.temperature,
-                batch_size=settings.micro_batch_size or self.generation.batch_size,
-            )
+            if self.reward is not None:
+                reward_groups(groups, prompts, rows, self.reward)
+        rollout = assemble_rollout(index, prompts, prompt_ids, groups, self.sources.names, self.policy.device)
+        flat_groups = drop_by_settings(rollout, self.rollout_settings)
+        with self._timed("reference"):
+            self._score(rollout, groups)
+        self.sources.remember(prompts, groups)
         self.num_completion_tokens += int(rollout.batch.lengths.sum())
-        rollout.metrics = rollout_metrics(rollout.batch)
+        rollout.metrics = measure_rollout(rollout, self.sources.names, self.vocab_size(), flat_groups)
+        self._guard.negligible(
+            {name: rollout.metrics.get(f"source/{name}/negligible_fraction", 0.0) for name in self.sources.names},
+            self.vocab_size(),
+        )
         return rollout
+
+    def _score(self, rollout: Rollout, groups: list[list[Completion]]) -> None:
+        """Reference log-probs of the kept completions that have none of this version yet."""
+        batch = rollout.batch
+        completions = [completion for group in groups for completion in group]
+        unscored = torch.tensor([c.reference_logprobs is None for c in completions], dtype=torch.bool)
+        rows = (unscored.to(batch.kept.device) & batch.kept).nonzero().squeeze(-1)
+        if len(rows):
+            width = batch.prompt_ids.shape[1] + batch.completion_ids.shape[1]
+            limits = self.rollout_settings.limits
+            size = limits.completions or (limits.tokens or 0) // width or self.generation.batch_size
+            with self.trainer.precision_plugin.forward_context(), self.reference.applied(self.policy) as model:
+                values = score(model, batch.select(rows), temperature=self.temperature, batch_size=size)
+            batch.reference_logprobs[rows, : values.shape[1]] = values
+        for row in batch.kept.nonzero().squeeze(-1).tolist():
+            length = len(completions[row].token_ids)
+            completions[row].reference_logprobs = batch.reference_logprobs[row, :length].cpu().clone()
+            completions[row].reference_version = self.reference.version
 
     def _plan_updates(self, rollout: Rollout) -> list[Update]:
         """The optimizer updates of a rollout, all passes over it, the same on every rank."""
+        shapes = gather_objects(rollout.group_shapes())
         return [
             update
             for epoch in range(self.rollout_settings.epochs_per_rollout)
             for update in plan_updates(
-                gather_objects(rollout.group_sizes),
+                shapes,
                 rank=self.global_rank,
-                prompts_per_update=self.rollout_settings.prompts_per_update,
+                num_updates=self.rollout_settings.updates_per_pass,
                 accumulate=self.trainer.accumulate_grad_batches,
                 seed=derive_seed(self.seed, "update", rollout.index, epoch),
+                limits=self.rollout_settings.limits,
             )
         ]
 
@@ -228,23 +279,55 @@ class GVPOModule(SamplingModule):
         index, slot = divmod(batch["slot"], self.trainer.accumulate_grad_batches)
         update, rollout = self.updates[index], self.rollout
         assert rollout is not None
+        if slot == 0:
+            self._start_update(update, rollout)
         part = rollout.micro_batch(update.micro_batches[slot])
         result = completion_loss(
             self.policy,
             part,
             self.beta,
             num_groups=max(update.num_groups, 1),
+            sequence_coefficients=self._coefficients[slot] if self._coefficients else None,
             temperature=self.temperature,
             implementation=self.loss_implementation,
         )
-        finite = torch.isfinite(result.log_ratios).all()
-        self._finite = finite if slot == 0 or self._finite is None else self._finite & finite
+        if self._coefficients:
+            result = replace(result, entropies=self._entropies[slot])
+        assert self._finite is not None
+        self._finite &= torch.isfinite(result.log_ratios).all()
         self._meter.add(part, result)
-        self._update = update
         if slot == len(update.micro_batches) - 1:
             self._log_update(update, is_first=index == 0)
+            self.num_updates += 1
         self.microstep += 1
         return result.loss * update.scale
+
+    def _start_update(self, update: Update, rollout: Rollout) -> None:
+        """Of an update whose groups are cut, the pass that must come first."""
+        self._update, self._coefficients = update, None
+        self._finite = torch.ones((), dtype=torch.bool, device=rollout.batch.kept.device)
+        if update.over_limit:
+            self._guard.say(
+                "over limit",
+                f"A micro-batch of this rollout holds more than {self.rollout_settings.limits} allow, since its update "
+                f"has only "
+                f"{len(update.micro_batches)} micro-batches. Raise trainer.accumulate_grad_batches.",
+            )
+        if update.is_cut:
+            self._guard.info(
+                "two passes",
+                "Groups are cut over micro-batches: each such update makes a pass without gradient first, for the "
+                "groups' means. Larger micro-batches (rollout.micro_batch_size, micro_batch_tokens) or fewer of them "
+                "(trainer.accumulate_grad_batches) would save it.",
+            )
+            self._coefficients, self._entropies, self._finite = sequence_coefficients(
+                self.policy,
+                [rollout.micro_batch(rows) for rows in update.micro_batches],
+                self.beta,
+                num_groups=max(update.num_groups, 1),
+                temperature=self.temperature,
+                implementation=self.loss_implementation,
+            )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Skip the whole update, on every rank, if a log-ratio or a gradient is not finite, or nothing counts."""
@@ -279,17 +362,19 @@ class GVPOModule(SamplingModule):
 
     def _log_update(self, update: Update, is_first: bool) -> None:
         assert self.rollout is not None
-        metrics: dict[str, Any] = self._meter.compute(update.num_groups, self.world_size)
-        if is_first:  # the rollout's completions are the policy's own samples only before its first update
-            self.rollout.metrics["kl/reference"] = metrics["log_ratio/policy/mean"]
+        metrics: dict[str, Any] = self._meter.compute(max(update.num_groups, 1), self.sources.names)
+        self._guard.log_ratios(metrics["implicit_reward/spread"], metrics["reward/spread"])
+        if is_first and "log_ratio/policy/mean" in metrics:  # only then are these the policy's own samples
+            self.rollout.metrics["kl/reference"] = float(metrics["log_ratio/policy/mean"])
         metrics |= self.rollout.metrics
         metrics |= {f"time/{name}": seconds for name, seconds in self.seconds.items()}
         metrics["throughput/tokens_per_second"] = self.num_completion_tokens / max(sum(self.seconds.values()), 1e-9)
         metrics["group/dropped"] = float(update.num_dropped)
         metrics["update/skipped"] = float(self.skipped_updates)
+        metrics["update/passes"] = 2.0 if update.is_cut else 1.0
         shown = {name: metrics.pop(name) for name in ("reward/mean", "loss", "residual/rms")}
-        self.log_dict(shown, prog_bar=True, sync_dist=self.world_size > 1, batch_size=1)
-        self.log_dict(metrics, sync_dist=self.world_size > 1, batch_size=1)
+        self.log_dict(shown, prog_bar=True, batch_size=1)  # these are over all ranks already
+        self.log_dict(metrics, batch_size=1)
 
     @contextmanager
     def _timed(self, phase: str) -> Iterator[None]:

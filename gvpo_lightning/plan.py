@@ -1,9 +1,11 @@
 """The update plan: which completions an optimizer update trains, in which micro-batch, at which scale.
 
 A pure function of sizes and a seed, so that every rank works out the same plan, and so that it can be
-tested alone: the gradient of an update must not depend on how the update is cut.
+tested alone: the gradient of an update must not depend on how the update is cut. Nothing has to divide
+anything: updates and micro-batches are as equal as they can be, and remainders are trained like the rest.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,67 +14,182 @@ from gvpo_lightning.seeding import seeded_permutation
 
 
 @dataclass(frozen=True)
+class GroupShape:
+    """The kept completions of one prompt: their rows in the rollout's batch, and how many tokens they have."""
+
+    rows: tuple[int, ...]
+    prompt_tokens: int
+    completion_tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one micro-batch may hold: completions, and tokens as the model sees them, prompt and padding included."""
+
+    completions: int | None = None
+    tokens: int | None = None
+
+    def hold(self, micro_batch: "Sequence[_Piece]") -> bool:
+        """Whether these fit."""
+        return (self.completions is None or sum(len(piece.rows) for piece in micro_batch) <= self.completions) and (
+            self.tokens is None or padded_tokens(micro_batch) <= self.tokens
+        )
+
+
+@dataclass(frozen=True)
 class Update:
     """One optimizer update, as one rank sees it.
 
     Attributes:
-        micro_batches: exactly `accumulate` tuples of this rank's group indices; some may be empty and
-            are stepped through all the same.
+        micro_batches: exactly `accumulate` tuples of this rank's rows; some may be empty and are stepped
+            through all the same.
         num_groups: groups with two or more kept completions over ALL ranks: the loss's denominator.
         num_dropped: the update's other groups, over all ranks.
-        scale: a micro-batch's loss (its groups' sum / num_groups) is multiplied by this, because
-            Lightning divides by the accumulation and DDP by the number of ranks.
+        scale: a micro-batch's loss (its share of the sum over groups / num_groups) is multiplied by this,
+            because Lightning divides by the accumulation and DDP by the number of ranks.
+        is_cut: on some rank a group lies in several micro-batches, so a pass without gradient must give the
+            group means before the one with gradient.
+        over_limit: on some rank a micro-batch holds more than the limits allow.
     """
 
     micro_batches: tuple[tuple[int, ...], ...]
     num_groups: int
     num_dropped: int
     scale: int
+    is_cut: bool = False
+    over_limit: bool = False
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Completions that are packed as one: a whole group, or one completion of it."""
+
+    group: int
+    rows: tuple[int, ...]
+    prompt_tokens: int
+    completion_tokens: int  # the longest one's
 
 
 def plan_updates(
-    group_sizes: Sequence[Sequence[int]],
+    groups: Sequence[Sequence[GroupShape]],
     *,
     rank: int,
-    prompts_per_update: int,
+    num_updates: int,
     accumulate: int,
     seed: int,
+    limits: Limits = Limits(),
 ) -> list[Update]:
-    """Cut one pass over a rollout into optimizer updates of whole groups.
+    """Cut one pass over a rollout into optimizer updates.
 
     Args:
-        group_sizes: for each rank, the number of kept completions of each of its groups.
+        groups: for each rank, its groups.
         rank: the rank whose micro-batches are wanted.
-        prompts_per_update: groups in one update, over all ranks; `check_batch_sizes` holds.
+        num_updates: updates to be made; over all ranks their numbers of groups differ by one at most.
         accumulate: micro-batches in one update.
         seed: decides the order of the groups.
+        limits: what a micro-batch may hold.
 
     Returns:
-        the updates, in order. Groups with fewer than two kept completions are in no micro-batch. Within an
-        update groups are spread so that micro-batches hold nearly equal numbers of completions and no more
-        than ceil(groups / accumulate) groups.
+        the updates, in order. Groups with fewer than two kept completions are in no micro-batch. Groups stay
+        whole where that keeps within the limits (without limits: where there are as many groups as
+        micro-batches); else their completions are packed one by one.
     """
-    world_size = len(group_sizes)
-    per_rank = prompts_per_update // world_size
-    orders = [seeded_permutation(len(sizes), seed, "update order", r) for r, sizes in enumerate(group_sizes)]
+    members = _deal(groups, num_updates, seed)
     updates = []
-    for start in range(0, len(group_sizes[rank]), per_rank):
-        members = [order[start : start + per_rank] for order in orders]
-        num_groups = sum(group_sizes[r][group] >= 2 for r, groups in enumerate(members) for group in groups)
-        micro_batches = _pack(members[rank], group_sizes[rank], accumulate)
-        num_dropped = sum(map(len, members)) - num_groups
-        updates.append(Update(micro_batches, num_groups, num_dropped, accumulate * world_size))
+    for per_rank in members:
+        counting = [[(g, groups[r][g]) for g in mine if len(groups[r][g].rows) >= 2] for r, mine in enumerate(per_rank)]
+        packed = [_micro_batches(mine, accumulate, limits) for mine in counting]
+        num_groups = sum(map(len, counting))
+        updates.append(
+            Update(
+                micro_batches=tuple(tuple(sorted(row for p in pieces for row in p.rows)) for pieces in packed[rank]),
+                num_groups=num_groups,
+                num_dropped=sum(map(len, per_rank)) - num_groups,
+                scale=accumulate * len(groups),
+                is_cut=any(_cuts_groups(bins) for bins in packed),
+                over_limit=not all(limits.hold(pieces) for bins in packed for pieces in bins),
+            )
+        )
     return updates
 
 
-def _pack(groups: Sequence[int], sizes: Sequence[int], num_bins: int) -> tuple[tuple[int, ...], ...]:
-    """Longest group first into the emptiest bin that has room."""
-    room = math.ceil(len(groups) / num_bins)
-    bins: list[list[int]] = [[] for _ in range(num_bins)]
-    for group in sorted((g for g in groups if sizes[g] >= 2), key=lambda g: -sizes[g]):
-        open_bins = [b for b in bins if len(b) < room]
-        min(open_bins, key=lambda b: sum(sizes[g] for g in b)).append(group)
-    return tuple(tuple(b) for b in bins)
+def _deal(groups: Sequence[Sequence[GroupShape]], num_updates: int, seed: int) -> list[list[list[int]]]:
+    """[update][rank] -> group indices; each rank's groups in seeded order, spread evenly over the updates."""
+    orders = [seeded_permutation(len(mine), seed, "update order", r) for r, mine in enumerate(groups)]
+    dealt = sorted(
+        ((position + 0.5) / len(order), r, group)
+        for r, order in enumerate(orders)
+        for position, group in enumerate(order)
+    )
+    bounds = [len(dealt) * u // num_updates for u in range(num_updates + 1)]
+    return [
+        [[group for _, of_rank, group in dealt[start:stop] if of_rank == r] for r in range(len(groups))]
+        for start, stop in itertools.pairwise(bounds)
+    ]
+
+
+def _micro_batches(groups: Sequence[tuple[int, GroupShape]], num_bins: int, limits: Limits) -> list[list[_Piece]]:
+    """Whole groups if they fit, else single completions, in exactly `num_bins` bins."""
+    whole = [_Piece(g, shape.rows, shape.prompt_tokens, max(shape.completion_tokens)) for g, shape in groups]
+    bins = _pack(whole, num_bins, limits.completions)
+    fits = len(whole) >= num_bins or not whole if limits == Limits() else all(limits.hold(pieces) for pieces in bins)
+    if fits:
+        return bins
+    single = [
+        _Piece(g, (row,), shape.prompt_tokens, tokens)
+        for g, shape in groups
+        for row, tokens in zip(shape.rows, shape.completion_tokens, strict=True)
+    ]
+    return _pack(single, num_bins, limits.completions)
+
+
+def _cuts_groups(bins: Sequence[Sequence[_Piece]]) -> bool:
+    homes: dict[int, int] = {}
+    return any(homes.setdefault(p.group, number) != number for number, pieces in enumerate(bins) for p in pieces)
+
+
+def padded_tokens(pieces: Sequence[_Piece]) -> int:
+    """Tokens that the model sees of a micro-batch: every completion as wide as the widest prompt and completion."""
+    widths = (max((p.prompt_tokens for p in pieces), default=0), max((p.completion_tokens for p in pieces), default=0))
+    return sum(len(piece.rows) for piece in pieces) * sum(widths)
+
+
+def _pack(pieces: Sequence[_Piece], num_bins: int, max_completions: int | None) -> list[list[_Piece]]:
+    """Longest first, into exactly `num_bins` runs of which the largest has as few padded tokens as can be.
+
+    Where `max_completions` a bin cannot be kept, it is as if it had not been given.
+    """
+    ordered = sorted(pieces, key=lambda p: (-(p.prompt_tokens + p.completion_tokens), p.group, p.rows))
+    for limit in (max_completions, None):
+        low, high = 0, padded_tokens(ordered)  # the smallest capacity that does lies in (low, high]
+        if limit is not None and len(_fill(ordered, high, limit)) > num_bins:
+            continue
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if len(_fill(ordered, middle, limit)) <= num_bins else (middle, high)
+        bins = _fill(ordered, high, limit)
+        break
+    return bins + [[] for _ in range(num_bins - len(bins))]
+
+
+def _fill(pieces: Sequence[_Piece], capacity: int, max_completions: int | None) -> list[list[_Piece]]:
+    """Runs of pieces that have at most `capacity` padded tokens each; one piece may be more."""
+    bins: list[list[_Piece]] = []
+    rows = prompt = completion = 0  # of the last run: what `padded_tokens` multiplies, kept up piece by piece
+    for piece in pieces:
+        rows += len(piece.rows)
+        prompt, completion = max(prompt, piece.prompt_tokens), max(completion, piece.completion_tokens)
+        if bins and rows * (prompt + completion) <= capacity and (max_completions is None or rows <= max_completions):
+            bins[-1].append(piece)
+        else:
+            bins.append([piece])
+            rows, prompt, completion = len(piece.rows), piece.prompt_tokens, piece.completion_tokens
+    return bins
+
+
+def rank_share(count: int, rank: int, world_size: int) -> range:
+    """Which of `count` things one rank has, where all have as equal shares as can be."""
+    return range(count * rank // world_size, count * (rank + 1) // world_size)
 
 
 def check_batch_sizes(
@@ -80,37 +197,29 @@ def check_batch_sizes(
     group_size: int,
     prompts_per_rollout: int,
     prompts_per_update: int,
-    micro_batch_size: int | None,
+    limits: Limits,
+    longest_completion: int,
     accumulate: int,
     world_size: int,
 ) -> None:
-    """Raise ValueError, with the numbers and the mend, where a rollout can't be cut into updates as asked."""
-    if prompts_per_update % world_size:
-        update = world_size * math.ceil(prompts_per_update / world_size)
-        rollout = update * math.ceil(prompts_per_rollout / update)
+    """Raise ValueError, with the numbers and the mend, where micro-batches can't hold what they must."""
+    if prompts_per_update > prompts_per_rollout:
         raise ValueError(
-            f"Every rank trains whole groups: prompts_per_update={prompts_per_update} is not a multiple of the "
-            f"{world_size} ranks. Set prompts_per_update={update} and prompts_per_rollout={rollout}."
+            f"An update trains prompts of one rollout: prompts_per_update={prompts_per_update} is more than "
+            f"prompts_per_rollout={prompts_per_rollout}. Set prompts_per_rollout={prompts_per_update}, "
+            f"or prompts_per_update={prompts_per_rollout}."
         )
-    if prompts_per_rollout % prompts_per_update:
-        rollout = prompts_per_update * math.ceil(prompts_per_rollout / prompts_per_update)
+    completions = math.ceil(prompts_per_update / world_size) * group_size
+    if limits.completions is not None and limits.completions * accumulate < completions:
         raise ValueError(
-            f"A rollout must be cut into whole updates: prompts_per_rollout={prompts_per_rollout} is not a multiple of "
-            f"prompts_per_update={prompts_per_update}. Set prompts_per_rollout={rollout}."
+            f"An update has up to {completions} completions a rank, more than {accumulate} micro-batches "
+            f"(trainer.accumulate_grad_batches) of micro_batch_size={limits.completions} hold. Set "
+            f"accumulate_grad_batches={math.ceil(completions / limits.completions)}, or micro_batch_size="
+            f"{math.ceil(completions / accumulate)}."
         )
-    if micro_batch_size is None:
-        return
-    groups_per_rank = prompts_per_update // world_size
-    largest = math.ceil(groups_per_rank / accumulate) * group_size
-    if micro_batch_size < group_size:
+    if limits.tokens is not None and limits.tokens <= longest_completion:
         raise ValueError(
-            f"A micro-batch holds whole groups: micro_batch_size={micro_batch_size} completions is less than "
-            f"group_size={group_size}. Set micro_batch_size={largest}, or leave it out."
-        )
-    if largest > micro_batch_size:
-        needed = math.ceil(groups_per_rank / (micro_batch_size // group_size))
-        raise ValueError(
-            f"An update of {groups_per_rank} groups of {group_size} completions a rank makes {accumulate} "
-            f"micro-batches (trainer.accumulate_grad_batches) of up to {largest} completions, over micro_batch_size="
-            f"{micro_batch_size}. Set accumulate_grad_batches={needed}, or micro_batch_size={largest}."
+            f"A micro-batch must hold one completion with its prompt: micro_batch_tokens={limits.tokens} is not more "
+            f"than the {longest_completion} tokens that a completion may have. Set micro_batch_tokens="
+            f"{2 * longest_completion}, or leave it out."
         )

@@ -151,12 +151,14 @@ def completion_loss(
     beta: float,
     *,
     num_groups: int | None = None,
+    sequence_coefficients: Tensor | None = None,
     temperature: float = 1.0,
     implementation: str = "auto",
 ) -> FusedLoss:
     """GVPO's loss of the batch, fused with the model's head; arguments and record as in `fused_gvpo_loss`.
 
-    The record's `loss` is differentiable in the weights; `token_logprobs` and `entropies` are packed, (N,).
+    The record's `loss` is differentiable in the weights; `token_logprobs` and `entropies` are packed, (N,). With
+    `sequence_coefficients`, known from a pass before, there are no entropies.
     """
     record: FusedLoss | None = None
 
@@ -174,8 +176,9 @@ def completion_loss(
             bias=bias,
             temperature=temperature,
             num_groups=num_groups,
+            sequence_coefficients=sequence_coefficients,
             implementation=implementation,
-            return_entropy=True,
+            return_entropy=sequence_coefficients is None,
         )
         return record.loss
 
@@ -253,5 +256,6 @@ def _example_batch(model: PreTrainedModel) -> CompletionBatch:
         rewards=torch.tensor([0.0, 1.0], device=model.device),
         group_ids=torch.zeros(2, dtype=torch.int64, device=model.device),
         truncated=~mask[:, 0],
+        source_ids=torch.zeros(2, dtype=torch.int64, device=model.device),
         reference_logprobs=torch.zeros((2, 4), dtype=torch.float32, device=model.device),
     )

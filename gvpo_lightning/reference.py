@@ -1,32 +1,279 @@
-"""The reference, what the implicit reward is measured against: a frozen copy or the previous policy.
+"""The reference, what the implicit reward is measured against: which weights, when they are refreshed.
 
-`frozen` (the default) keeps a second model. `previous` keeps none: it is the policy at the start of each
-rollout, so its log-probs are taken from the policy itself, before the first update on that rollout.
+| kind            | in memory beside the policy            | a checkpoint holds            | refreshed                |
+|-----------------|----------------------------------------|-------------------------------|--------------------------|
+| `frozen`        | the trained weights' first values      | their fingerprint (1)         | never                    |
+| `previous`      | nothing                                | nothing                       | every rollout            |
+| `every_n_steps` | one copy of the trained weights        | that copy                     | after n updates or more  |
+| `ema`           | one copy of the trained weights        | that copy                     | every rollout, by average|
+| `adapter_off`   | nothing                                | nothing                       | never                    |
+| `cached`        | nothing                                | the cache's fingerprint       | never                    |
+
+(1) and the values themselves where the policy was a model object, which can't be loaded again.
+
+Copies hold the weights that are trained and no others, so with LoRA only the adapter's, and lie in host memory:
+they take the policy's place on the device while it is asked as the reference. A reference changes only at the
+start of a rollout, so all completions of a group are measured against one version of it; log-probs are computed
+once a completion, with the training forward, and kept with it.
 """
 
-import copy
-from typing import Literal, get_args
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from gvpo_lightning.batch import CompletionBatch
-from gvpo_lightning.policy import completion_logprobs
+from gvpo_lightning.policy import completion_logprobs, load_policy
 from gvpo_lightning.rollout.generation import evaluating
 
-ReferenceKind = Literal["frozen", "previous"]
+ReferenceKind = Literal["frozen", "previous", "every_n_steps", "ema", "adapter_off", "cached"]
 
 
-def check_reference_kind(kind: str) -> None:
-    """Raise ValueError for an unknown kind of reference."""
-    if kind not in get_args(ReferenceKind):
-        raise ValueError(f"reference must be one of {get_args(ReferenceKind)}, got {kind!r}.")
+@dataclass(frozen=True)
+class ReferenceSettings:
+    """What the reference is.
+
+    Attributes:
+        kind: "frozen", the policy as training found it; "previous", the policy at the start of each rollout;
+            "every_n_steps", the policy as it was n or more updates ago; "ema", an average of the policies at the
+            rollouts' starts; "adapter_off", a LoRA policy without its adapter; "cached", log-probs that the
+            completions bring along.
+        model: for "frozen" and "cached", a hub id or folder of another model than the policy's own start.
+        every_n_steps: optimizer updates; the reference is renewed at the first rollout after as many.
+        decay: in (0, 1); at each rollout's start, reference = decay * reference + (1 - decay) * policy.
+    """
+
+    kind: ReferenceKind = "frozen"
+    model: str | None = None
+    every_n_steps: int | None = None
+    decay: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(ReferenceKind):
+            raise ValueError(f"reference must be one of {get_args(ReferenceKind)}, got {self.kind!r}.")
+        for name, owners in (
+            ("model", ("frozen", "cached")),
+            ("every_n_steps", ("every_n_steps",)),
+            ("decay", ("ema",)),
+        ):
+            if getattr(self, name) is not None and self.kind not in owners:
+                raise ValueError(
+                    f"reference.{name} belongs to the kinds {owners}, got {getattr(self, name)!r} with {self.kind!r}."
+                )
+        if self.kind == "every_n_steps" and not (self.every_n_steps and self.every_n_steps >= 1):
+            raise ValueError(
+                f"reference.every_n_steps must be at least 1, got {self.every_n_steps}: "
+                "write reference: {kind: every_n_steps, every_n_steps: 64}."
+            )
+        if self.kind == "ema" and not (self.decay is not None and 0 < self.decay < 1):
+            raise ValueError(
+                f"reference.decay must be in (0, 1), got {self.decay}: write reference: {{kind: ema, decay: 0.9}}."
+            )
 
 
-def frozen_copy(policy: PreTrainedModel) -> PreTrainedModel:
-    """A copy that no optimizer touches, in evaluation mode."""
-    return copy.deepcopy(policy).requires_grad_(False).eval()
+class Reference:
+    """Scores completions as the reference would; this one is the policy itself, at the start of each rollout.
+
+    `version` changes with every refresh: log-probs of another version are out of date.
+    """
+
+    is_fixed = False
+
+    def __init__(self) -> None:
+        self.version = 0
+
+    def prepare(self, policy: Any) -> None:
+        """Take what is needed of the policy before it is trained; called again, it does nothing."""
+
+    def refresh(self, policy: Any, *, rollout: int, update: int) -> None:
+        """At the start of a rollout, after so many updates."""
+        self.version = rollout
+
+    @contextmanager
+    def applied(self, policy: Any) -> Iterator[Any]:
+        """Inside, the model that the reference is; the policy must not be trained there."""
+        yield policy
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint holds of it: tensors, numbers and strings."""
+        return {"version": self.version}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take up what `state_dict` left; ValueError where it belongs to another reference."""
+        self.version = state["version"]
+
+
+class AdapterOffReference(Reference):
+    """A LoRA policy without its adapter."""
+
+    is_fixed = True
+
+    def prepare(self, policy: Any) -> None:
+        """Check that there is an adapter to switch off."""
+        if not hasattr(policy, "disable_adapter") and not getattr(policy, "_hf_peft_config_loaded", False):
+            raise ValueError(
+                f"reference: adapter_off needs a policy with an adapter, got a plain {type(policy).__name__}: "
+                "wrap it with peft.get_peft_model, or use reference: frozen."
+            )
+
+    def refresh(self, policy: Any, *, rollout: int, update: int) -> None:
+        """It never changes."""
+
+    @contextmanager
+    def applied(self, policy: Any) -> Iterator[Any]:
+        """The policy with its adapter off."""
+        if hasattr(policy, "disable_adapter"):  # a PeftModel
+            with policy.disable_adapter():
+                yield policy
+            return
+        policy.disable_adapters()  # transformers' own integration
+        try:
+            yield policy
+        finally:
+            policy.enable_adapters()
+
+
+class WeightsReference(Reference):
+    """The policy with other values of its trained weights: `frozen`, `every_n_steps` or `ema`."""
+
+    def __init__(self, settings: ReferenceSettings, *, can_be_reloaded: bool) -> None:
+        super().__init__()
+        self.settings = settings
+        self.is_fixed = settings.kind == "frozen"
+        self.can_be_reloaded = can_be_reloaded  # from where the policy comes from
+        self.weights: dict[str, Tensor] = {}
+        self.last_refresh = 0  # in updates
+
+    def prepare(self, policy: Any) -> None:
+        """Copy the weights that will be trained."""
+        if self.weights:
+            return
+        for name, parameter in policy.named_parameters():
+            if parameter.requires_grad:
+                self.weights[name] = parameter.detach().to("cpu", copy=True)
+                if self.settings.kind == "ema" and parameter.dtype.itemsize < 4:
+                    self.weights[name] = self.weights[name].float()  # an average's steps are below bf16's
+
+    @torch.no_grad()
+    def refresh(self, policy: Any, *, rollout: int, update: int) -> None:
+        """Renew or average the weights, if it is time."""
+        kind, every = self.settings.kind, self.settings.every_n_steps
+        if (
+            kind == "frozen"
+            or (every is not None and update - self.last_refresh < every)
+            or update == self.last_refresh
+        ):
+            return
+        share = 1.0 if self.settings.decay is None else 1.0 - self.settings.decay
+        for name, parameter in policy.named_parameters():
+            if name in self.weights:
+                own = self.weights[name]
+                own.lerp_(parameter.detach().to(own.device, own.dtype), share)
+        self.last_refresh = update
+        self.version += 1
+
+    @contextmanager
+    def applied(self, policy: Any) -> Iterator[Any]:
+        """The policy with these weights in place of its own."""
+        own = {name: p.data for name, p in policy.named_parameters() if name in self.weights}
+        try:
+            for name, parameter in policy.named_parameters():
+                if name in own:
+                    parameter.data = self.weights[name].to(parameter.device, parameter.dtype)
+            yield policy
+        finally:
+            for name, parameter in policy.named_parameters():
+                if name in own:
+                    parameter.data = own[name]
+
+    def state_dict(self) -> dict[str, Any]:
+        """A fingerprint where the weights can be loaded again, else the weights too."""
+        state = super().state_dict() | {"last_refresh": self.last_refresh}
+        state["fingerprint"] = fingerprint(self.weights.values())
+        if not (self.is_fixed and self.can_be_reloaded):
+            state["weights"] = self.weights
+        return state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """ValueError where the weights are not the checkpoint's."""
+        super().load_state_dict(state)
+        self.last_refresh = state.get("last_refresh", 0)
+        if "weights" in state:
+            self.weights = {name: value.to("cpu", copy=True) for name, value in state["weights"].items()}
+        check_fingerprint(fingerprint(self.weights.values()), state.get("fingerprint"))
+
+
+class ModelReference(Reference):
+    """Another model than the policy's own start, frozen and held beside it."""
+
+    is_fixed = True
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.source = source
+        self.model: Any = None  # a PreTrainedModel, once prepared
+
+    def prepare(self, policy: Any) -> None:
+        """Load it."""
+        if self.model is None:
+            self.model = load_policy(self.source).requires_grad_(False)
+
+    def refresh(self, policy: Any, *, rollout: int, update: int) -> None:
+        """It never changes."""
+
+    @contextmanager
+    def applied(self, policy: Any) -> Iterator[Any]:
+        """The model, on the policy's device and in its dtype while it is used."""
+        assert self.model is not None
+        like = next(policy.parameters())
+        self.model.to(device=like.device, dtype=like.dtype)
+        try:
+            yield self.model
+        finally:
+            self.model.to("cpu")
+
+    def state_dict(self) -> dict[str, Any]:
+        """Its fingerprint."""
+        assert self.model is not None
+        return super().state_dict() | {"fingerprint": fingerprint(self.model.parameters())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """ValueError where it is not the checkpoint's."""
+        super().load_state_dict(state)
+        assert self.model is not None
+        check_fingerprint(fingerprint(self.model.parameters()), state.get("fingerprint"))
+
+
+class CachedReference(Reference):
+    """Log-probs that the completions bring along; no model is held, and none can be asked."""
+
+    is_fixed = True
+
+    def refresh(self, policy: Any, *, rollout: int, update: int) -> None:
+        """It never changes."""
+
+    @contextmanager
+    def applied(self, policy: Any) -> Iterator[Any]:
+        """Refused."""
+        raise ValueError("reference: cached can't score completions: all of them must bring their log-probs along.")
+        yield  # a generator, as its siblings are
+
+
+def make_reference(settings: ReferenceSettings, *, can_be_reloaded: bool) -> Reference:
+    """The reference of these settings; `can_be_reloaded`: the policy comes from a hub id or a folder."""
+    if settings.kind == "previous":
+        return Reference()
+    if settings.kind == "adapter_off":
+        return AdapterOffReference()
+    if settings.kind == "cached":
+        return CachedReference()
+    if settings.model is not None:
+        return ModelReference(settings.model)
+    return WeightsReference(settings, can_be_reloaded=can_be_reloaded)
 
 
 @torch.no_grad()
@@ -42,11 +289,22 @@ def score(model: PreTrainedModel, batch: CompletionBatch, *, temperature: float,
 
 
 @torch.no_grad()
-def fingerprint(model: PreTrainedModel) -> str:
-    """A checksum of the weights' bits, exact and independent of the order of summation."""
+def fingerprint(weights: Iterable[Tensor]) -> str:
+    """A checksum of the weights' bits, exact and independent of the order of summation within one of them."""
     integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     checksum = 0
-    for index, parameter in enumerate(model.parameters()):
-        bits = parameter.detach().contiguous().view(integers[parameter.element_size()]).to(torch.int64)
-        checksum = (checksum + (index + 1) * int((bits * bits + bits).sum())) % 2**63
+    for index, weight in enumerate(weights):
+        flat = weight.detach().contiguous().view(integers[weight.element_size()]).flatten()
+        for part in flat.split(2**20):  # as 64-bit numbers a whole weight would be many times its size
+            bits = part.to(torch.int64)
+            checksum = (checksum + (index + 1) * int((bits * bits + bits).sum())) % 2**63
     return f"{checksum:016x}"
+
+
+def check_fingerprint(found: str, expected: str | None) -> None:
+    """Raise ValueError where the reference at hand is not the one that a checkpoint was trained against."""
+    if found != expected:
+        raise ValueError(
+            "The reference is not the one that this checkpoint was trained against (fingerprint "
+            f"{found}, expected {expected}): its files, its dtype or `reference` have changed."
+        )

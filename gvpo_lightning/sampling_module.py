@@ -6,14 +6,14 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-from transformers import AutoConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_lightning.checks import check_prompts
 from gvpo_lightning.policy import load_policy, load_tokenizer, prepare_policy, stop_token_ids
-from gvpo_lightning.rewards import Reward
+from gvpo_lightning.rewards import Reward, reward_columns
 from gvpo_lightning.rollout.generation import GenerationSettings
 from gvpo_lightning.rollout.loader import Row, rows_of
-from gvpo_lightning.rollout.sampling import Rollout, reward_rollout, rollout_metrics, sample_rollout
+from gvpo_lightning.rollout.sampling import Rollout, rollout_metrics, sample_rollout
 from gvpo_lightning.seeding import derive_seed
 
 # what is logged of validation and test: the metric, the completions that it is a mean over, how batches are joined
@@ -35,7 +35,7 @@ class SamplingModule(L.LightningModule):
     def __init__(
         self,
         policy: str | PreTrainedModel,
-        reward: Reward,
+        reward: Reward | None,
         tokenizer: str | PreTrainedTokenizerBase | None,
         generation: GenerationSettings,
         group_size: int,
@@ -76,15 +76,23 @@ class SamplingModule(L.LightningModule):
                 "The policy has no end-of-sequence token: set generation_config.eos_token_id or tokenizer.eos_token."
             )
 
-    def check_prompts(self, rows: Iterable[Row]) -> None:
+    def model_config(self) -> PretrainedConfig:
+        """The policy's, also before it is loaded."""
+        source = self.policy_source if self.policy is None else self.policy
+        return AutoConfig.from_pretrained(source) if isinstance(source, str) else source.config
+
+    def vocab_size(self) -> int:
+        """Token ids that the policy has."""
+        return self.model_config().get_text_config().vocab_size
+
+    def check_prompts(self, rows: Iterable[Row], *, sampled: bool = True) -> None:
         """Raise ValueError, naming the row, for prompts that this module can't be trained or evaluated on."""
-        source = self.policy_source
         check_prompts(
             rows,
             tokenizer=self.tokenizer,
-            config=AutoConfig.from_pretrained(source) if isinstance(source, str) else source.config,
+            config=self.model_config(),
             reward=self.reward,
-            max_new_tokens=self.generation.max_new_tokens,
+            max_new_tokens=self.generation.max_new_tokens if sampled else 1,
         )
 
     def sample(self, batch: Any, *purpose: int | str, generation: GenerationSettings | None = None) -> Rollout:
@@ -92,18 +100,19 @@ class SamplingModule(L.LightningModule):
         rows = rows_of(batch)
         seed = derive_seed(self.seed, *purpose, self.global_rank)
         with self.trainer.precision_plugin.forward_context():
-            rollout = sample_rollout(
+            return sample_rollout(
                 self.policy,
                 self.tokenizer,
                 rows,
                 self.group_size,
                 generation or self.generation,
+                self.reward,
                 seed=seed,
             )
-        reward_rollout(rollout, self.reward, rows)
-        return rollout
 
     def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> None:
+        if self.reward is None:
+            raise ValueError(f"{stage} measures the reward of sampled completions: set model.reward, or leave it out.")
         rollout = self.sample(batch, stage, batch_idx)
         metrics, num_kept = rollout_metrics(rollout.batch), int(rollout.batch.kept.sum())
         for name, weight, reduction in EVALUATION_METRICS:
@@ -128,8 +137,16 @@ class SamplingModule(L.LightningModule):
         self._evaluate(batch, batch_idx, "test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
-        """One dict a prompt: `prompt`, `completions`, `rewards` (None where there is none)."""
-        return self.sample(batch, "predict", batch_idx).rows()
+        """One dict a prompt in the offline format, with the prompt's other columns."""
+        rows = rows_of(batch)
+        sampled = self.sample(rows, "predict", batch_idx).rows()
+        if self.reward is None:
+            for row in sampled:
+                del row["rewards"]  # not asked for, rather than none given
+        return [
+            {"prompt": row["prompt"]} | {name: row[name] for name in reward_columns(row)} | recorded
+            for row, recorded in zip(rows, sampled, strict=True)
+        ]
 
     def export(self, folder: str | Path) -> None:
         """Write the policy, its tokenizer and generation config as a Hugging Face folder."""

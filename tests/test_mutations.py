@@ -109,6 +109,10 @@ def ranks_forgotten_in_the_scale(monkeypatch):
     change_updates(monkeypatch, lambda update: dataclasses.replace(update, scale=len(update.micro_batches)))
 
 
+def cut_groups_trained_like_whole_ones(monkeypatch):
+    change_updates(monkeypatch, lambda update: dataclasses.replace(update, is_cut=False))
+
+
 def dropped_completion_left_in_the_mean(monkeypatch):
     right = reference.group_statistics
 
@@ -195,21 +199,27 @@ MUTATIONS = {
     ],
     sum_instead_of_mean: [
         (test_gvpo_loss.test_equals_the_definition, {}),
-        (test_plan.check_plan, [[3, 2, 4, 1]], 4, 2),
+        (test_plan.check_plan, [[3, 2, 4, 1]], 1, 2),
     ],
     mean_of_each_micro_batch: [
         (test_gvpo_loss.test_num_groups_is_the_denominator,),
         (test_gvpo_loss.test_micro_batches_of_whole_groups_add_up_to_the_batch,),
-        (test_plan.check_plan, [[3, 2, 4, 1]], 4, 2),
-        (test_plan.check_plan, [[3, 2], [4, 1]], 4, 1),
+        (test_plan.check_plan, [[3, 2, 4, 1]], 1, 2),
+        (test_plan.check_plan, [[3, 2], [4, 1]], 1, 1),
     ],
-    accumulation_forgotten: [(test_plan.check_plan, [[3, 2, 4, 1]], 4, 2)],
-    ranks_forgotten_in_the_scale: [(test_plan.check_plan, [[3, 2], [4, 1]], 4, 1)],
+    cut_groups_trained_like_whole_ones: [
+        (test_plan.check_plan, [[3, 2]], 1, 5),
+        (test_plan.check_plan, [[4, 3, 2]], 1, 3, 0, plan.Limits(completions=3)),
+    ],
+    accumulation_forgotten: [
+        (test_plan.check_plan, [[3, 2, 4, 1]], 1, 2),
+        (test_plan.check_plan, [[3, 2]], 1, 5),
+    ],
+    ranks_forgotten_in_the_scale: [(test_plan.check_plan, [[3, 2], [4, 1]], 1, 1)],
     dropped_completion_left_in_the_mean: [
         (test_gvpo_loss.test_equals_the_definition, {"dropped": 2}),
         (test_case_table.test_a_completion_with_an_empty_mask_leaves_its_group,),
         (test_case_table.test_a_group_of_one_or_none_adds_nothing_and_is_counted, (1, 0), 1),
-        (test_plan.check_plan, [[3, 2, 4, 1]], 4, 2),
     ],
     reference_of_another_group: [
         (test_gvpo_loss.test_equals_the_definition, {}),

@@ -15,7 +15,7 @@ from rich.text import Text
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.rollout.sampling import Rollout
 
-COLUMNS = ("group", "prompt", "completion", "reward")
+COLUMNS = ("group", "prompt", "completion", "source", "reward")
 
 
 class CompletionsTable(L.Callback):
@@ -73,7 +73,15 @@ def table_rows(rollout: Rollout, num_completions: int) -> list[dict[str, Any]]:
         prompt = rollout.prompts[groups[row]]
         text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
         reward = None if rewards[row] != rewards[row] else rewards[row]
-        rows.append({"group": groups[row], "prompt": text, "completion": completion, "reward": reward})
+        rows.append(
+            {
+                "group": groups[row],
+                "prompt": text,
+                "completion": completion,
+                "source": rollout.sources[row],
+                "reward": reward,
+            }
+        )
     return rows
 
 
@@ -86,7 +94,7 @@ def render_table(rows: list[dict[str, Any]], title: str) -> Table:
         shown = row["group"]
         cells = {name: Text(str(value)[:200]) for name, value in row.items()}
         prompt = cells["prompt"] if first else Text()
-        table.add_row(cells["group"], prompt, cells["completion"], cells["reward"])
+        table.add_row(cells["group"], prompt, cells["completion"], cells["source"], cells["reward"])
     return table
 
 
@@ -100,7 +108,7 @@ def markdown_table(rows: list[dict[str, Any]]) -> str:
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes what `predict` samples as JSON lines: prompt, completions, rewards.
+    """Writes what `predict` samples as JSON lines in the offline format (`gvpo_lightning.sources.offline`).
 
     The file is `predictions.jsonl` in the run's folder, one more per rank from the second rank on; it is
     written batch by batch, so what was sampled before a failure is kept.

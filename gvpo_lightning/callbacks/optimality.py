@@ -38,15 +38,16 @@ class OptimalityMeter(L.Callback):
         self._rows: list[Row] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The prediction, from the reference; there is none against the previous policy."""
+        """The prediction, from the reference; there is none against one that moves, or that is no model at hand."""
         assert isinstance(pl_module, GVPOModule)
         self._rows = validation_rows(trainer)
         if not self._rows:
             rank_zero_warn("OptimalityMeter predicts nothing: the trainer has no validation prompts at its start.")
             return
-        if pl_module.reference_model is None:
+        if not pl_module.reference.is_fixed or pl_module.reference_settings.kind == "cached":
             return
-        p = self._probabilities(pl_module, pl_module.reference_model)
+        with pl_module.reference.applied(pl_module.policy) as reference:
+            p = self._probabilities(pl_module, reference)
         self.predicted = float(optimal_accuracy(p, pl_module.beta).mean())
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:

@@ -101,9 +101,9 @@ class RunSummary(L.Callback):
 def mean_validation_reward(trainer: L.Trainer, module: GVPOModule) -> float | None:
     """Mean reward of sampled completions of the validation prompts, on this rank; None without any."""
     rows = validation_rows(trainer)
-    if not rows:
+    if not rows or module.reward is None:
         return None
-    sampler = replace(module.generation, temperature=1.0, top_k=0, top_p=1.0)
+    sampler = replace(module.generation, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
     size, total, count = 64, 0.0, 0
     for start in range(0, len(rows), size):
         batch = module.sample(rows[start : start + size], "summary", start, generation=sampler).batch

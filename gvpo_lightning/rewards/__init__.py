@@ -7,9 +7,10 @@ of the dataset, have one entry a completion. `None`: this completion has no rewa
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from gvpo_lightning.batch import COMPLETION_COLUMNS
 from gvpo_lightning.rewards.exact import ExactAnswer, last_number
 
 __all__ = ["ExactAnswer", "Reward", "compute_rewards", "last_number"]
@@ -66,6 +67,12 @@ def _call(reward: Reward, prompts: list[Any], completions: list[str], columns: d
 def reward_name(reward: Reward) -> str:
     """The function's or the class's name."""
     return getattr(reward, "__name__", type(reward).__name__)
+
+
+def reward_columns(row: Mapping[str, Any]) -> list[str]:
+    """The columns that reach the reward: all but the prompt and what is recorded of completions."""
+    hidden = {"prompt", *(COMPLETION_COLUMNS if "completions" in row else ())}
+    return [name for name in row if name not in hidden]
 
 
 def check_reward_columns(reward: Reward, columns: set[str]) -> None:

@@ -19,9 +19,10 @@ class GenerationSettings:
 
     Attributes:
         max_new_tokens: completions that reach it without an EOS are truncated (kept, counted).
-        temperature: the sampler's own; log-probs are taken at the module's `temperature`.
-        top_k, top_p: 0 and 1.0 sample from the whole distribution. Anything else takes support away, and
-            with it GVPO's unique optimum.
+        temperature: the sampler's own; log-probs are taken at the module's `temperature`. 0 always takes the
+            likeliest token.
+        top_k, top_p, min_p: 0, 1.0 and 0.0 sample from the whole distribution. Anything else takes support
+            away, as temperature 0 does, and with it GVPO's unique optimum.
         batch_size: completions generated at once; bounds the key-value cache's memory.
     """
 
@@ -29,14 +30,16 @@ class GenerationSettings:
     temperature: float = 1.0
     top_k: int = 0
     top_p: float = 1.0
+    min_p: float = 0.0
     batch_size: int = 256
 
     def __post_init__(self) -> None:
         for name, rule, holds in (
             ("max_new_tokens", "at least 1", self.max_new_tokens >= 1),
-            ("temperature", "> 0", self.temperature > 0),
+            ("temperature", ">= 0", self.temperature >= 0),
             ("top_k", "0 (off) or more", self.top_k >= 0),
             ("top_p", "in (0, 1]", 0 < self.top_p <= 1),
+            ("min_p", "in [0, 1)", 0 <= self.min_p < 1),
             ("batch_size", "at least 1", self.batch_size >= 1),
         ):
             if not holds:
@@ -78,20 +81,22 @@ def generate_completions(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
-    num_completions: int,
+    num_completions: int | Sequence[int],
     settings: GenerationSettings,
     seed: int,
 ) -> CompletionBatch:
-    """Sample `num_completions` for each prompt (token ids); rows of one prompt are adjacent.
+    """Sample `num_completions`, one number or one each, for each prompt (token ids); rows of one prompt are adjacent.
 
     Returns:
-        a batch of len(prompts) * num_completions rows on the model's device; group ids count the prompts.
+        a batch of as many rows in all on the model's device; group ids count the prompts.
         The same seed, weights and settings give the same completions; the caller's random state is kept.
     """
     device = model.device
     stops = stop_token_ids(model, tokenizer)
     pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
-    repeated = [list(ids) for ids in prompts for _ in range(num_completions)]
+    counts = [num_completions] * len(prompts) if isinstance(num_completions, int) else num_completions
+    group_ids = [group for group, count in enumerate(counts) for _ in range(count)]
+    repeated = [list(prompts[group]) for group in group_ids]
     completions: list[list[int]] = []
     fork_rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     with evaluating(model), without_generation_config(model), fork_rng:
@@ -103,18 +108,27 @@ def generate_completions(
                 input_ids=padded.prompt_ids,
                 attention_mask=padded.prompt_mask.to(torch.int64),
                 max_new_tokens=settings.max_new_tokens,
-                do_sample=True,
-                temperature=settings.temperature,
-                top_k=settings.top_k,
-                top_p=settings.top_p,
+                **sampling_arguments(settings),
                 eos_token_id=list(stops),
                 pad_token_id=pad_token_id,
             )
             new_tokens = sequences[:, padded.prompt_ids.shape[1] :].tolist()
             completions += [cut_after_stop(ids, stops) for ids in new_tokens]
     truncated = [not ids or ids[-1] not in stops for ids in completions]
-    group_ids = [group for group in range(len(prompts)) for _ in range(num_completions)]
     return collate_completions(repeated, completions, truncated, group_ids, pad_token_id).to(device)
+
+
+def sampling_arguments(settings: GenerationSettings) -> dict[str, Any]:
+    """What `generate` is to draw from."""
+    if settings.temperature == 0:
+        return {"do_sample": False}
+    return {
+        "do_sample": True,
+        "temperature": settings.temperature,
+        "top_k": settings.top_k,
+        "top_p": settings.top_p,
+        "min_p": settings.min_p or None,
+    }
 
 
 def cut_after_stop(ids: list[int], stops: Sequence[int]) -> list[int]:

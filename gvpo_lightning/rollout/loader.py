@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, default_collate
 
+from gvpo_lightning.plan import rank_share
 from gvpo_lightning.seeding import derive_seed, seeded_permutation
 
 if TYPE_CHECKING:
@@ -51,7 +52,7 @@ class RolloutLoader:
         self.num_prompts = num_prompts
         self._pass: tuple[int, list[Row]] | None = None  # the pass over a DataLoader that is being read
         dataset: Any = prompts.dataset if isinstance(prompts, DataLoader) else prompts
-        module.check_prompts(dataset[index] for index in range(len(dataset)))
+        module.check_training_prompts([dataset[index] for index in range(len(dataset))])
         if isinstance(prompts, DataLoader) and prompts.collate_fn is default_collate:
             check_default_collate(dataset[0])
 
@@ -82,12 +83,12 @@ class RolloutLoader:
     def _rollout_rows(self, rollout: int) -> list[Row]:
         """This rank's rows of the given rollout, cut from the stream of passes."""
         size = self.module.rollout_settings.prompts_per_rollout
-        share = size // self.module.world_size
-        first = rollout * size + self.module.global_rank * share
+        share = rank_share(size, self.module.global_rank, self.module.world_size)
+        first = rollout * size + share.start
         rows: list[Row] = []
-        while len(rows) < share:
+        while len(rows) < len(share):
             pass_index, position = divmod(first + len(rows), self.num_prompts)
-            more = self._pass_rows(pass_index, position, share - len(rows))
+            more = self._pass_rows(pass_index, position, len(share) - len(rows))
             if not more:
                 raise ValueError(
                     f"The DataLoader gave {position} prompts, but its sampler promised {self.num_prompts}."

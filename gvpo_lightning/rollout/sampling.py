@@ -1,14 +1,17 @@
-"""One rollout: completions of some prompts, their text and their rewards."""
+"""One rollout: completions of some prompts, sampled or recorded, their text and their rewards."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gvpo_lightning.batch import CompletionBatch
-from gvpo_lightning.rewards import Reward, compute_rewards
+from gvpo_lightning.batch import Completion, CompletionBatch, collate_completions
+from gvpo_lightning.plan import GroupShape, Limits
+from gvpo_lightning.rewards import Reward, compute_rewards, reward_columns
 from gvpo_lightning.rollout.generation import GenerationSettings, encode_prompt, generate_completions
 from gvpo_lightning.rollout.loader import Row
 
@@ -18,15 +21,23 @@ class RolloutSettings:
     """How much is sampled, and how it is cut into optimizer updates.
 
     Attributes:
-        group_size: completions of one prompt; at least 2, since a group's variance is what is trained on.
-        prompts_per_rollout: prompts sampled at once, over all ranks; a multiple of prompts_per_update.
-        prompts_per_update: prompts in one optimizer update, over all ranks; it is cut into
-            `trainer.accumulate_grad_batches` micro-batches of whole groups.
+        group_size: completions of one prompt; at least 2, since a group's variance is what is trained on. Groups
+            that a file fills are as large as it has them.
+        prompts_per_rollout: prompts sampled at once, over all ranks.
+        prompts_per_update: the most prompts in one optimizer update, over all ranks; a rollout is cut into as few
+            updates as that allows, as equal as can be, and each update into `trainer.accumulate_grad_batches`
+            micro-batches. Nothing has to divide anything.
         epochs_per_rollout: times that a rollout is trained on.
-        micro_batch_size: the most completions that one micro-batch may hold (checked before training);
-            None = as many as the two settings above make.
+        micro_batch_size: the most completions that one micro-batch may hold (checked before training).
+        micro_batch_tokens: the most tokens, prompts and padding included, that one micro-batch should hold; lengths
+            are only known when they have been sampled, so more is warned of, not refused. Where whole groups exceed
+            either limit they are cut, which costs a second forward pass; without limits they are cut only where
+            there are more micro-batches than groups.
         truncated: what becomes of completions without an EOS: "keep" with their reward, or "drop", which
             takes them out of their group. Counted either way.
+        max_completion_tokens: longer completions from demonstrations or a file are cut, and are then truncated.
+        zero_variance: "drop" leaves out groups whose rewards are all equal. That changes the objective: such
+            groups have a gradient, towards the reference, as soon as the policy has moved.
     """
 
     group_size: int = 8
@@ -34,7 +45,10 @@ class RolloutSettings:
     prompts_per_update: int = 8
     epochs_per_rollout: int = 1
     micro_batch_size: int | None = None
+    micro_batch_tokens: int | None = None
     truncated: Literal["keep", "drop"] = "keep"
+    max_completion_tokens: int | None = None
+    zero_variance: Literal["keep", "drop"] = "keep"
 
     def __post_init__(self) -> None:
         if self.group_size < 2:
@@ -45,46 +59,90 @@ class RolloutSettings:
         for name in ("prompts_per_rollout", "prompts_per_update", "epochs_per_rollout"):
             if getattr(self, name) < 1:
                 raise ValueError(f"rollout.{name} must be at least 1, got {getattr(self, name)}.")
-        if self.truncated not in ("keep", "drop"):
-            raise ValueError(f"rollout.truncated must be 'keep' or 'drop', got {self.truncated!r}.")
+        for name in ("micro_batch_size", "micro_batch_tokens", "max_completion_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"rollout.{name} must be at least 1, got {getattr(self, name)}.")
+        for name in ("truncated", "zero_variance"):
+            if getattr(self, name) not in ("keep", "drop"):
+                raise ValueError(f"rollout.{name} must be 'keep' or 'drop', got {getattr(self, name)!r}.")
+
+    @property
+    def limits(self) -> Limits:
+        """What one micro-batch may hold."""
+        return Limits(self.micro_batch_size, self.micro_batch_tokens)
+
+    @property
+    def updates_per_pass(self) -> int:
+        """Optimizer updates that one pass over a rollout makes."""
+        return math.ceil(self.prompts_per_rollout / self.prompts_per_update)
 
 
 @dataclass
 class Rollout:
-    """Sampled completions: the tensors to train on, and the text behind them.
+    """Completions of some prompts: the tensors to train on, and the text behind them.
 
-    `prompts` has one entry a group, `completions` one a row of `batch`; `index` counts the rollouts of a run.
+    Attributes:
+        index: counts the rollouts of a run.
+        batch: a row a completion; those of one prompt are adjacent, and group ids count the prompts.
+        prompts: one entry a group.
+        completions, sources: one entry a row of `batch`.
+        dropped: how many completions have left their groups, by reason.
+        metrics: what is logged with every update of the rollout.
     """
 
     index: int
     batch: CompletionBatch
     prompts: list[Any]
     completions: list[str]
+    sources: list[str]
+    dropped: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def group_sizes(self) -> list[int]:
-        """Kept completions of each group."""
-        return self.batch.kept.view(len(self.prompts), -1).sum(dim=1).tolist()
+    def group_shapes(self) -> list[GroupShape]:
+        """The kept completions of each group, for the update plan."""
+        kept: list[list[int]] = [[] for _ in self.prompts]
+        for row in self.batch.kept.nonzero().squeeze(-1).tolist():
+            kept[int(self.batch.group_ids[row])].append(row)
+        lengths, prompts = self.batch.lengths.tolist(), self.batch.prompt_mask.sum(dim=1).tolist()
+        return [
+            GroupShape(tuple(rows), prompts[rows[0]] if rows else 0, tuple(lengths[row] for row in rows))
+            for rows in kept
+        ]
 
-    def micro_batch(self, groups: Sequence[int]) -> CompletionBatch:
-        """The kept completions of some groups; without any, one dropped row, since ranks must step together."""
-        wanted = torch.isin(self.batch.group_ids, torch.tensor(groups, device=self.batch.group_ids.device))
-        rows = (wanted & self.batch.kept).nonzero().squeeze(-1)
-        if len(rows):
-            return self.batch.select(rows)
-        empty = self.batch.select(torch.zeros_like(self.batch.group_ids[:1]))
-        empty.drop(torch.ones_like(empty.kept))
-        return empty
+    def micro_batch(self, rows: Sequence[int]) -> CompletionBatch:
+        """Some rows of the batch; without any, one dropped completion, since ranks must step together."""
+        device = self.batch.group_ids.device
+        if rows:
+            return self.batch.select(torch.tensor(rows, device=device))
+        empty = collate_completions([[0]], [[0]], [True], [0], pad_token_id=0)
+        empty.drop(torch.ones(1, dtype=torch.bool))
+        return empty.to(device)
+
+    def drop(self, rows: Tensor, reason: str) -> None:
+        """Take the completions marked in `rows`, (S,) bool, out of their groups, and count them."""
+        self.dropped[reason] = int((rows & self.batch.kept).sum())
+        self.batch.drop(rows)
 
     def rows(self) -> list[dict[str, Any]]:
-        """One dict a group: `prompt`, `completions`, `rewards` (None where there is none)."""
-        rewards = [None if reward != reward else reward for reward in self.batch.rewards.tolist()]
-        size = len(self.completions) // len(self.prompts)
-        parts = [slice(start, start + size) for start in range(0, len(self.completions), size)]
+        """One dict a group, in the offline format; rewards are None where there is none."""
+        batch = self.batch
+        rewards = [None if reward != reward else reward for reward in batch.rewards.tolist()]
+        ids = [row[mask].tolist() for row, mask in zip(batch.completion_ids, batch.completion_mask, strict=True)]
+        columns: dict[str, list[Any]] = {
+            "completions": self.completions,
+            "rewards": rewards,
+            "token_ids": ids,
+            "truncated": batch.truncated.tolist(),
+            "sources": self.sources,
+        }
+        groups = batch.group_ids.tolist()
         return [
-            {"prompt": prompt, "completions": self.completions[part], "rewards": rewards[part]}
-            for prompt, part in zip(self.prompts, parts, strict=True)
+            {"prompt": prompt}
+            | {
+                name: [value for value, group in zip(values, groups, strict=True) if group == number]
+                for name, values in columns.items()
+            }
+            for number, prompt in enumerate(self.prompts)
         ]
 
     def state_dict(self) -> dict[str, Any]:
@@ -97,39 +155,119 @@ class Rollout:
         return cls(**{**state, "batch": CompletionBatch(**state["batch"]).to(device)})
 
 
+def sample_groups(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt_ids: Sequence[Sequence[int]],
+    num_completions: int | Sequence[int],
+    settings: GenerationSettings,
+    seed: int,
+) -> list[list[Completion]]:
+    """Fresh completions for each prompt (token ids)."""
+    batch = generate_completions(model, tokenizer, prompt_ids, num_completions, settings, seed).to("cpu")
+    groups: list[list[Completion]] = [[] for _ in prompt_ids]
+    for row, group in enumerate(batch.group_ids.tolist()):
+        token_ids = batch.completion_ids[row][batch.completion_mask[row]]
+        text = str(tokenizer.decode(token_ids, skip_special_tokens=True))
+        groups[group].append(Completion(token_ids, text, "policy", bool(batch.truncated[row])))
+    return groups
+
+
+def reward_groups(
+    groups: Sequence[Sequence[Completion]], prompts: Sequence[Any], rows: Sequence[Row], reward: Reward
+) -> None:
+    """Ask the reward for the completions that have none yet; NaN where it gives none."""
+    asked = [(completion, number) for number, group in enumerate(groups) for completion in group]
+    asked = [(completion, number) for completion, number in asked if completion.reward is None]
+    if not asked:
+        return
+    columns = {name: [rows[n][name] for _, n in asked] for name in reward_columns(rows[0])}
+    values = compute_rewards(reward, [prompts[n] for _, n in asked], [c.text for c, _ in asked], columns)
+    for (completion, _), value in zip(asked, values, strict=True):
+        completion.reward = value
+
+
+def assemble_rollout(
+    index: int,
+    prompts: Sequence[Any],
+    prompt_ids: Sequence[Sequence[int]],
+    groups: Sequence[Sequence[Completion]],
+    source_names: Sequence[str],
+    device: torch.device,
+) -> Rollout:
+    """Tensors of the groups' completions; those that are empty or have no finite reward leave their group."""
+    flat = [(completion, group) for group, completions in enumerate(groups) for completion in completions]
+    completions, group_ids = [c for c, _ in flat], [g for _, g in flat]
+    batch = collate_completions(
+        [prompt_ids[g] for g in group_ids],
+        [c.token_ids for c in completions],
+        [c.truncated for c in completions],
+        group_ids,
+        pad_token_id=0,  # is masked wherever it stands
+    )
+    rewards = [math.nan if c.reward is None else c.reward for c in completions]
+    batch.rewards = torch.tensor(rewards, dtype=torch.float32)
+    batch.source_ids = torch.tensor([source_names.index(c.source) for c in completions], dtype=torch.int64)
+    for row, completion in enumerate(completions):
+        if completion.reference_logprobs is not None:
+            batch.reference_logprobs[row, : len(completion.token_ids)] = completion.reference_logprobs
+    rollout = Rollout(
+        index, batch.to(device), list(prompts), [c.text for c in completions], [c.source for c in completions]
+    )
+    rollout.dropped["empty"] = sum(not len(c.token_ids) for c in completions)
+    rollout.drop(~torch.isfinite(rollout.batch.rewards), "unrewarded")
+    return rollout
+
+
 def sample_rollout(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     group_size: int,
     settings: GenerationSettings,
+    reward: Reward | None = None,
     *,
     seed: int,
     index: int = 0,
 ) -> Rollout:
-    """`group_size` completions for the prompt of each row, without rewards yet."""
+    """`group_size` fresh completions for the prompt of each row, with rewards where there is a reward to ask."""
     prompts = [row["prompt"] for row in rows]
-    token_ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
-    # generation must not leave inference tensors in the model's caches: training would fail on them later
+    prompt_ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    # evaluation's inference tensors must stay neither in the model's caches nor here: training would fail on them later
     with torch.inference_mode(False):
-        batch = generate_completions(model, tokenizer, token_ids, group_size, settings, seed)
-    completions = [
-        str(tokenizer.decode(ids[mask], skip_special_tokens=True))
-        for ids, mask in zip(batch.completion_ids, batch.completion_mask, strict=True)
-    ]
-    return Rollout(index, batch, prompts, completions)
+        groups = sample_groups(model, tokenizer, prompt_ids, group_size, settings, seed)
+        if reward is not None:
+            reward_groups(groups, prompts, rows, reward)
+        return assemble_rollout(index, prompts, prompt_ids, groups, ["policy"], model.device)
 
 
-def reward_rollout(rollout: Rollout, reward: Reward, rows: Sequence[Row]) -> None:
-    """Fill in the rewards; completions whose reward is missing or not finite leave their group."""
-    groups = rollout.batch.group_ids.tolist()
-    columns = {name: [rows[group][name] for group in groups] for name in (rows[0] if rows else {}) if name != "prompt"}
-    values = compute_rewards(reward, [rollout.prompts[group] for group in groups], rollout.completions, columns)
-    rollout.batch.rewards = torch.tensor(values, dtype=torch.float32, device=rollout.batch.rewards.device)
-    rollout.batch.drop(~torch.isfinite(rollout.batch.rewards))
+def drop_by_settings(rollout: Rollout, settings: RolloutSettings) -> tuple[int, int]:
+    """Take out of their groups what the settings do not want trained.
+
+    Returns:
+        groups whose rewards are all equal, dropped or not, and groups with kept completions.
+    """
+    batch = rollout.batch
+    if settings.truncated == "drop":
+        rollout.drop(batch.truncated, "truncated")
+    flat = zero_variance(batch)
+    if settings.zero_variance == "drop":
+        equal = torch.zeros(len(rollout.prompts), dtype=torch.bool, device=flat.device)
+        equal[batch.group_ids[batch.kept].unique()[flat]] = True
+        rollout.drop(equal[batch.group_ids], "zero_variance")
+    return int(flat.sum()), len(flat)
 
 
-def rollout_metrics(batch: CompletionBatch) -> dict[str, float]:
+def zero_variance(batch: CompletionBatch) -> Tensor:
+    """(G,) bool over the groups with kept completions, ids ascending: two or more, all with equal rewards."""
+    rewards, group_ids = batch.rewards[batch.kept], batch.group_ids[batch.kept]
+    _, index, sizes = group_ids.unique(return_inverse=True, return_counts=True)
+    zeros = rewards.new_zeros(len(sizes))
+    high, low = (zeros.scatter_reduce(0, index, rewards, kind, include_self=False) for kind in ("amax", "amin"))
+    return (sizes >= 2) & (high == low)
+
+
+def rollout_metrics(batch: Any) -> dict[str, float]:
     """`reward/*` and `completion/*` over the completions that have not been dropped; NaN where all were."""
     kept = batch.kept
     rewards, lengths = batch.rewards[kept].float(), batch.lengths[kept].float()

@@ -61,7 +61,7 @@ def group_statistics(
         columns = [group_ids.to(torch.int64), kept, log_ratios, rewards.to(log_ratios.dtype), sequence_logprobs]
         offset = 0
         if process_group is not None:
-            columns, offset = _gather_rows(columns, process_group)
+            columns, offset = gather_rows(columns, process_group)
         ids, kept, *values = columns
         unique, index = torch.unique(ids, return_inverse=True)
         zeros = values[0].new_zeros(len(unique))
@@ -76,7 +76,7 @@ def group_statistics(
         return GroupStatistics(index[offset : offset + num_local], size, *means_and_range)
 
 
-def _gather_rows(columns: list[Tensor], process_group: "dist.ProcessGroup") -> tuple[list[Tensor], int]:
+def gather_rows(columns: list[Tensor], process_group: "dist.ProcessGroup") -> tuple[list[Tensor], int]:
     """Concatenate (S_rank,) tensors over the ranks; also the row at which this rank's own part starts."""
     rank, world_size = dist.get_rank(process_group), dist.get_world_size(process_group)
     lengths = [torch.zeros(1, dtype=torch.int64, device=columns[0].device) for _ in range(world_size)]

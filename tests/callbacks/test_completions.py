@@ -24,7 +24,7 @@ def rollout():
     size = len(AWKWARD)
     batch = collate_completions([[5]] * size, [[3]] * size, [False] * size, [0] * 4 + [1] * (size - 4), 0)
     batch.rewards = torch.tensor([math.nan, 1.0, -0.5] + [0.0] * (size - 3))
-    return Rollout(0, batch, ["[bold]prompt", TALK], AWKWARD)
+    return Rollout(0, batch, ["[bold]prompt", TALK], AWKWARD, ["policy"] * (size - 1) + ["file.a teacher"])
 
 
 def on_screen(rows):
@@ -37,24 +37,37 @@ def test_rows_are_the_first_completions(rollout):
     rows = table_rows(rollout, 6)
     assert len(rows) == 6
     assert len(table_rows(rollout, 100)) == len(AWKWARD)
-    assert rows[0] == {"group": 0, "prompt": "[bold]prompt", "completion": "[red]not red[/red]", "reward": None}
+    assert rows[0] == {
+        "group": 0,
+        "prompt": "[bold]prompt",
+        "completion": "[red]not red[/red]",
+        "source": "policy",
+        "reward": None,
+    }
     assert [row["reward"] for row in rows[1:3]] == [1.0, -0.5]
-    assert rows[4] == {"group": 1, "prompt": "a question", "completion": "[/]", "reward": 0.0}
+    assert rows[4] == {
+        "group": 1,
+        "prompt": "a question",
+        "completion": "[/]",
+        "source": "policy",
+        "reward": 0.0,
+    }
+    assert [row["source"] for row in table_rows(rollout, 100)[-2:]] == ["policy", "file.a teacher"]
     json.dumps(rows)
 
 
 @pytest.mark.parametrize("text", [text for text in AWKWARD if text and "\n" not in text and "\u2028" not in text])
 def test_text_reaches_the_screen_as_it_is(text):
-    shown = on_screen([{"group": 0, "prompt": text, "completion": f"x{text}", "reward": 1.0}])
+    shown = on_screen([{"group": 0, "prompt": text, "completion": f"x{text}", "source": text, "reward": 1.0}])
     assert f" {text} " in shown
     assert f"x{text} " in shown
 
 
 def test_the_screen_shows_a_whole_rollout(rollout):
     shown = on_screen(table_rows(rollout, 100))
-    for name in (*COLUMNS, "title", "two", "lines", "a question", "None"):
+    for name in (*COLUMNS, "title", "two", "lines", "a question", "None", "file.a teacher"):
         assert name in shown
-    shown = on_screen([{"group": 0, "prompt": "p", "completion": "c" * 10_000, "reward": 1.0}])
+    shown = on_screen([{"group": 0, "prompt": "p", "completion": "c" * 10_000, "source": "p", "reward": 1.0}])
     assert shown.count("c") < 400
 
 
@@ -68,9 +81,9 @@ def test_markdown_has_a_line_a_row_and_a_cell_a_column(rollout):
     assert len(lines) == 2 + len(AWKWARD)
     for line in lines:
         assert line.replace("\\|", "").count("|") == len(COLUMNS) + 1
-    assert lines[2] == "| 0 | [bold]prompt | [red]not red[/red] | None |"
-    assert lines[3] == "| 0 | [bold]prompt | two lines | 1.0 |"
-    assert lines[4] == "| 0 | [bold]prompt | a \\| b | -0.5 |"
+    assert lines[2] == "| 0 | [bold]prompt | [red]not red[/red] | policy | None |"
+    assert lines[3] == "| 0 | [bold]prompt | two lines | policy | 1.0 |"
+    assert lines[4] == "| 0 | [bold]prompt | a \\| b | policy | -0.5 |"
 
 
 def reward_by_position(prompts, completions, level, **columns):
@@ -102,5 +115,9 @@ def test_predictions_are_valid_json_lines(tiny_policy, tokenizer, tmp_path):
         assert written == [prediction for batch in predictions for prediction in batch]
         assert [row["prompt"] for row in written] == [row["prompt"] for row in rows]
         assert [row["rewards"] for row in written] == [[None, 1.5, 2.5], [3.5, 4.5, 5.5]] * 2 + [[None, 1.5, 2.5]]
-        assert all(len(row["completions"]) == 3 for row in written)
+        assert [row["level"] for row in written] == [row["level"] for row in rows]
+        for row in written:
+            assert set(row) == {"prompt", "level", "completions", "rewards", "token_ids", "truncated", "sources"}
+            assert len(row["completions"]) == len(row["token_ids"]) == len(row["truncated"]) == 3
+            assert row["sources"] == ["policy"] * 3
         assert "NaN" not in (folder / "predictions.jsonl").read_text()

@@ -68,7 +68,7 @@ def test_fit_leaves_summary_curve_checkpoint_metrics_and_export(config, tmp_path
     assert {"loss", "reward/mean", "residual/rms", "kl/reference", "validation/reward/mean"} <= set(header)
     shown = [json.loads(line) for line in (run / "completions.jsonl").read_text().splitlines()]
     assert {row["step"] for row in shown} == {2, 4}
-    assert set(shown[0]) == {"step", "group", "prompt", "completion", "reward"}
+    assert set(shown[0]) == {"step", "group", "prompt", "completion", "source", "reward"}
     assert (run / "config.yaml").exists()
 
 
@@ -115,8 +115,9 @@ def test_validate_test_and_predict(config, tmp_path, capsys):
     main(quiet("predict", "--config", path))
     rows = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
     assert len(rows) == 3
-    assert all(set(row) == {"prompt", "completions", "rewards"} for row in rows)
-    assert all(len(row["completions"]) == len(row["rewards"]) == 4 for row in rows)
+    columns = {"completions", "rewards", "token_ids", "truncated", "sources"}
+    assert all(set(row) == {"prompt", "answer", *columns} for row in rows)
+    assert all(len(row[name]) == 4 for row in rows for name in columns)
     assert {reward for row in rows for reward in row["rewards"]} <= {0.0, 1.0}
 
 
@@ -179,7 +180,7 @@ LONG = "1+" * 20
 ERRORS = {
     "unknown key": (["--model.betta=3"], "betta"),
     "group size": (["--model.rollout.group_size=1"], "group_size must be at least 2, got 1"),
-    "uneven rollout": (["--model.rollout.prompts_per_update=3"], "Set prompts_per_rollout=9"),
+    "update over the rollout": (["--model.rollout.prompts_per_update=9"], "Set prompts_per_rollout=9"),
     "micro-batch": (["--model.rollout.micro_batch_size=8"], "accumulate_grad_batches=2"),
     "beta": (["--model.beta=0"], "beta must be > 0, got 0"),
     "reference": (["--model.reference=mine"], "mine"),

@@ -37,9 +37,15 @@ def test_the_frozen_reference_stays_and_the_previous_one_follows(make_module, fi
     start = weights(frozen)
     fit(frozen)
     fit(previous)
-    assert torch.equal(torch.cat([p.flatten() for p in frozen.reference_model.parameters()]), start)
+    assert torch.equal(torch.cat([value.flatten() for value in frozen.reference.weights.values()]), start)
+    moved = weights(frozen)
+    with frozen.reference.applied(frozen.policy):
+        assert torch.equal(weights(frozen), start)
+    assert torch.equal(weights(frozen), moved)
     assert not torch.equal(weights(frozen), start)
-    assert previous.reference_model is None
+    with previous.reference.applied(previous.policy) as model:
+        assert model is previous.policy
+        assert not torch.equal(weights(previous), start)
     assert len(list(frozen.parameters())) == len(list(frozen.policy.parameters()))  # the reference is not trained
     assert not any("reference" in name for name in frozen.state_dict())
 
@@ -114,7 +120,8 @@ def test_policy_and_reference_are_scored_at_the_same_temperature(make_module, fi
     fit(module, max_steps=1)
     batch, logprobs = records[0]
     assert float((logprobs - batch.reference_logprobs).abs().max()) < 1e-5
-    at_one = score(module.reference_model, batch, temperature=1.0, batch_size=64)
+    with module.reference.applied(module.policy) as model:
+        at_one = score(model, batch, temperature=1.0, batch_size=64)
     assert float((at_one - batch.reference_logprobs).abs().max()) > 1e-2
 
 
@@ -131,8 +138,8 @@ def break_log_ratios(monkeypatch, module, at_steps):
     """Puts NaN into the reference log-probs of one completion in the given micro-batches."""
     original = Rollout.micro_batch
 
-    def broken(rollout, groups):
-        part = original(rollout, groups)
+    def broken(rollout, rows):
+        part = original(rollout, rows)
         if module.microstep in at_steps:
             part.reference_logprobs[0, 0] = torch.nan
         return part
@@ -199,7 +206,8 @@ def test_too_many_skipped_updates_stop_the_run(make_module, fit, monkeypatch):
         fit(module, max_steps=8)
 
 
-def test_gradient_of_an_update_is_that_of_one_big_batch(make_module, fit, monkeypatch):
+@pytest.mark.parametrize("accumulate", [1, 3, 9])
+def test_gradient_of_an_update_is_that_of_one_big_batch(make_module, fit, monkeypatch, accumulate):
     """Against the plain formula over the whole update, with unequal lengths, drops and a group of one."""
     rewards = [None, None, None, 0.3, None, *_varied(27)]
     module = make_module(reward=lambda prompts, completions, **_: rewards[: len(completions)], optimizer=_sgd)
@@ -212,10 +220,13 @@ def test_gradient_of_an_update_is_that_of_one_big_batch(make_module, fit, monkey
         "on_before_optimizer_step",
         lambda optimizer: gradients.append([p.grad.clone() for p in module.policy.parameters()]),
     )
-    fit(module, max_steps=1, accumulate_grad_batches=3)
+    fit(module, max_steps=1, accumulate_grad_batches=accumulate)
+    assert module.updates[0].is_cut == (accumulate > 4)
 
-    groups = [group for micro_batch in module.updates[0].micro_batches for group in micro_batch]
     batch = module.rollout.batch
+    rows = [row for micro_batch in module.updates[0].micro_batches for row in micro_batch]
+    groups = batch.group_ids[rows].unique().tolist()
+    assert len(groups) == module.updates[0].num_groups
     with torch.no_grad():
         for name, parameter in module.policy.named_parameters():
             parameter.copy_(reference[name])

@@ -15,10 +15,21 @@ def sgd(parameters):
     return torch.optim.SGD(parameters, lr=0.5)
 
 
-@pytest.mark.parametrize("accumulate", [2, 3, 4])
-def test_accumulation_and_micro_batch_size_do_not_change_the_training(make_module, fit, weights, accumulate):
-    settings = {"optimizer": sgd}
-    whole, cut = make_module(**settings), make_module(**settings)
+@pytest.mark.parametrize(
+    ("accumulate", "limits"),
+    [
+        (2, {}),
+        (3, {}),
+        (4, {}),
+        (7, {}),  # more than the update's 4 groups: they are cut
+        (8, {"micro_batch_size": 2}),  # less than a group
+        (5, {"micro_batch_tokens": 60}),
+    ],
+)
+def test_accumulation_and_micro_batch_size_do_not_change_the_training(make_module, fit, weights, accumulate, limits):
+    sizes = {"group_size": 4, "prompts_per_rollout": 8, "prompts_per_update": 4}
+    whole = make_module(optimizer=sgd)
+    cut = make_module(optimizer=sgd, rollout=RolloutSettings(**sizes, **limits))
     fit(whole, max_steps=4)
     fit(cut, max_steps=4, accumulate_grad_batches=accumulate)
     assert cut.microstep == 4 * accumulate
@@ -44,11 +55,15 @@ def test_bf16_mixed_precision_stays_close_to_full_precision(make_module, fit, we
     assert torch.nn.functional.cosine_similarity(*steps, dim=0) > 0.8
 
 
-def test_bf16_true_precision_casts_policy_and_reference(make_module, fit):
+def test_bf16_true_precision_casts_the_policy_and_the_reference_while_it_is_asked(make_module, fit, weights):
     module = make_module()
+    start = weights(module)
     fit(module, max_steps=2, precision="bf16-true")
-    for model in (module.policy, module.reference_model):
+    assert {p.dtype for p in module.policy.parameters()} == {torch.bfloat16}
+    assert torch.equal(torch.cat([value.flatten() for value in module.reference.weights.values()]), start)
+    with module.reference.applied(module.policy) as model:
         assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+        assert torch.equal(weights(module), start.bfloat16())
 
 
 def test_max_steps_counts_updates_and_max_epochs_counts_passes(make_module, fit):
@@ -202,7 +217,7 @@ def test_checkpoint_of_a_policy_from_a_folder_holds_no_reference(make_module, fi
     trainer = fit(module, max_steps=2, enable_checkpointing=True)
     trainer.save_checkpoint(tmp_path / "a.ckpt")
     checkpoint = torch.load(tmp_path / "a.ckpt", weights_only=True)
-    assert "reference_state" not in checkpoint["gvpo"]
+    assert set(checkpoint["gvpo"]["reference"]) == {"version", "last_refresh", "fingerprint"}
     assert len(checkpoint["state_dict"]) == len(module.policy.state_dict())
 
 
@@ -290,9 +305,17 @@ def test_what_rollouts_can_not_be_trained_with_is_refused(make_module, fit, argu
         fit(make_module(), **arguments)
 
 
-def test_truncated_sampling_is_warned_of(make_module, fit):
-    with pytest.warns(UserWarning, match="top_k=3"):
-        fit(make_module(generation=GenerationSettings(max_new_tokens=4, top_k=3)), max_steps=1)
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"top_k": 3}, "with top_k=3 never"),
+        ({"top_p": 0.5, "min_p": 0.1}, r"with top_p=0\.5 and min_p=0\.1 never"),
+        ({"temperature": 0.0}, r"with temperature=0\.0 never"),
+    ],
+)
+def test_truncated_sampling_is_warned_of(make_module, fit, settings, named):
+    with pytest.warns(UserWarning, match=named):
+        fit(make_module(generation=GenerationSettings(max_new_tokens=4, **settings)), max_steps=1)
 
 
 def test_micro_batch_size_that_can_not_hold_is_refused_before_training(make_module, fit):
@@ -301,3 +324,13 @@ def test_micro_batch_size_that_can_not_hold_is_refused_before_training(make_modu
     with pytest.raises(ValueError, match="accumulate_grad_batches=2"):
         fit(module)
     fit(module, accumulate_grad_batches=2, max_steps=2)
+
+
+def test_micro_batch_size_below_a_group_is_refused_only_where_an_update_does_not_fit(make_module, fit):
+    settings = RolloutSettings(group_size=4, prompts_per_rollout=8, prompts_per_update=4, micro_batch_size=3)
+    module = make_module(rollout=settings)
+    with pytest.raises(ValueError, match="accumulate_grad_batches=6"):
+        fit(module, accumulate_grad_batches=5)
+    fit(module, accumulate_grad_batches=6, max_steps=2)
+    assert all(update.is_cut for update in module.updates)
+    assert max(len(rows) for update in module.updates for rows in update.micro_batches) <= 3

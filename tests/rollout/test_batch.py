@@ -52,13 +52,14 @@ def test_collate_without_any_token_keeps_one_column():
 def test_select_trims_padding_and_no_content(batch, rows, prompts, completions):
     batch.reference_logprobs = -torch.arange(9.0).view(3, 3)
     batch.rewards = torch.tensor([0.5, 1.0, 2.0])
+    batch.source_ids = torch.tensor([2, 0, 1])
     part = batch.select(torch.tensor(rows))
     assert part.prompt_ids.tolist() == prompts
     assert part.completion_ids.tolist() == completions
     assert part.lengths.tolist() == batch.lengths[rows].tolist()
     assert part.prompt_mask.sum(dim=1).tolist() == batch.prompt_mask[rows].sum(dim=1).tolist()
     assert torch.equal(part.reference_logprobs, batch.reference_logprobs[rows][:, : part.completion_ids.shape[1]])
-    for name in ("rewards", "group_ids", "truncated"):
+    for name in ("rewards", "group_ids", "truncated", "source_ids"):
         assert torch.equal(getattr(part, name), getattr(batch, name)[rows])
 
 

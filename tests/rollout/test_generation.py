@@ -83,11 +83,16 @@ def test_whole_completions_follow_their_exact_probabilities(policy, tokenizer):
     assert difference.std() > 0.3
 
 
-def test_top_k_and_top_p_are_obeyed_where_asked_for(policy, tokenizer):
+def test_other_samplers_are_obeyed_where_asked_for(policy, tokenizer):
     order = next_token_probabilities(policy, (3, 4)).argsort(descending=True).tolist()
     kept = sample(policy, tokenizer, count=500, max_new_tokens=1, top_k=3).completion_ids[:, 0].tolist()
     assert set(kept) == set(order[:3])
     kept = sample(policy, tokenizer, count=100, max_new_tokens=1, top_p=0.01).completion_ids[:, 0].tolist()
+    assert set(kept) == {order[0]}
+    probabilities = next_token_probabilities(policy, (3, 4))
+    kept = sample(policy, tokenizer, count=500, max_new_tokens=1, min_p=0.5).completion_ids[:, 0].tolist()
+    assert set(kept) == set((probabilities >= 0.5 * probabilities.max()).nonzero().flatten().tolist())
+    kept = sample(policy, tokenizer, count=50, max_new_tokens=1, temperature=0.0).completion_ids[:, 0].tolist()
     assert set(kept) == {order[0]}
 
 
@@ -292,12 +297,13 @@ def test_a_conversation_without_a_chat_template_is_refused(tokenizer):
     ("name", "value"),
     [
         ("max_new_tokens", 0),
-        ("temperature", 0.0),
         ("temperature", -1.0),
         ("temperature", float("nan")),
         ("top_k", -1),
         ("top_p", 0.0),
         ("top_p", 1.1),
+        ("min_p", -0.1),
+        ("min_p", 1.0),
         ("batch_size", 0),
     ],
 )

@@ -180,6 +180,19 @@ def test_two_ranks_share_a_rollout(make_module, source):
     assert all(len(rollout) == 2 for part in parts for rollout in part)
 
 
+@pytest.mark.parametrize("ranks", [2, 3, 6])
+def test_ranks_share_a_rollout_that_they_do_not_divide(make_module, source, ranks):
+    sizes = {"prompts_per_rollout": 5, "prompts_per_update": 2}
+    loader = RolloutLoader(source(10), make_module(**sizes))
+    assert len(loader) == 6  # two rollouts of three updates
+    whole = numbers(epoch(loader))
+    modules = [make_module(rank=rank, ranks=ranks, **sizes) for rank in range(ranks)]
+    parts = [numbers(epoch(RolloutLoader(source(10), module))) for module in modules]
+    assert [[number for share in shares for number in share] for shares in zip(*parts, strict=True)] == whole
+    for shares in zip(*parts, strict=True):
+        assert {len(share) for share in shares} <= {5 // ranks, 5 // ranks + 1}
+
+
 def test_conversations_need_collate_fn_list(make_module, tokenizer):
     tokenizer = copy.deepcopy(tokenizer)
     tokenizer.chat_template = "{{ messages[0]['content'] }}="

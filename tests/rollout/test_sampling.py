@@ -9,7 +9,6 @@ from gvpo_lightning.rollout.generation import GenerationSettings
 from gvpo_lightning.rollout.sampling import (
     Rollout,
     RolloutSettings,
-    reward_rollout,
     rollout_metrics,
     sample_rollout,
 )
@@ -21,13 +20,20 @@ ROWS = [
 
 
 @pytest.fixture
-def rollout(tiny_policy, tokenizer):
+def sample(tiny_policy, tokenizer):
+    """Samples the same completions for `ROWS`, asking a reward if given one."""
     policy = tiny_policy()
     prepare_policy(policy)
-    return sample_rollout(policy, tokenizer, ROWS, 3, GenerationSettings(max_new_tokens=4), seed=0, index=5)
+
+    def draw(reward=None) -> Rollout:
+        settings = GenerationSettings(max_new_tokens=4)
+        return sample_rollout(policy, tokenizer, ROWS, 3, settings, reward, seed=0, index=5)
+
+    return draw
 
 
-def test_a_rollout_has_each_prompts_completions_side_by_side(rollout, tokenizer):
+def test_a_rollout_has_each_prompts_completions_side_by_side(sample, tokenizer):
+    rollout = sample(lambda prompts, completions, **columns: [0.5] * 6)
     assert rollout.index == 5
     assert rollout.prompts == ["3+4=", "12+7="]
     assert rollout.batch.group_ids.tolist() == [0, 0, 0, 1, 1, 1]
@@ -38,16 +44,18 @@ def test_a_rollout_has_each_prompts_completions_side_by_side(rollout, tokenizer)
         prompt = rollout.batch.prompt_ids[row][rollout.batch.prompt_mask[row]]
         assert tokenizer.decode(prompt) == rollout.prompts[row // 3]
     assert not any("<" in completion for completion in rollout.completions)
+    assert rollout.sources == ["policy"] * 6
+    assert not rollout.batch.source_ids.any()
 
 
-def test_the_reward_sees_prompts_and_columns_once_a_completion(rollout):
+def test_the_reward_sees_prompts_and_columns_once_a_completion(sample):
     seen = {}
 
     def reward(prompts, completions, **columns):
         seen.update(columns, prompts=prompts, completions=completions)
         return [float(i) for i in range(6)]
 
-    reward_rollout(rollout, reward, ROWS)
+    rollout = sample(reward)
     assert seen == {
         "prompts": ["3+4="] * 3 + ["12+7="] * 3,
         "completions": rollout.completions,
@@ -56,14 +64,23 @@ def test_the_reward_sees_prompts_and_columns_once_a_completion(rollout):
     }
     assert rollout.batch.rewards.tolist() == [0, 1, 2, 3, 4, 5]
     assert rollout.batch.kept.all()
+    assert rollout.dropped == {"empty": 0, "unrewarded": 0}
 
 
-def test_completions_without_a_usable_reward_leave_their_group(rollout):
+def test_without_a_reward_completions_are_sampled_and_none_counts(sample):
+    rollout = sample()
+    assert rollout.completions == sample(lambda prompts, completions, **columns: [0.5] * 6).completions
+    assert rollout.batch.rewards.isnan().all()
+    assert not rollout.batch.kept.any()
+
+
+def test_completions_without_a_usable_reward_leave_their_group(sample):
     values = [None, math.nan, math.inf, -math.inf, 0.0, -2.5]
-    reward_rollout(rollout, lambda prompts, completions, **columns: values, ROWS)
+    rollout = sample(lambda prompts, completions, **columns: values)
     assert rollout.batch.kept.tolist() == [False] * 4 + [True] * 2
     assert rollout.batch.rewards[:4].isnan().all()
     assert rollout.batch.rewards[4:].tolist() == [0.0, -2.5]
+    assert rollout.dropped == {"empty": 0, "unrewarded": 4}
     metrics = rollout_metrics(rollout.batch)
     assert metrics["reward/mean"] == -1.25
     assert metrics["completion/dropped_fraction"] == pytest.approx(4 / 6)
@@ -98,14 +115,14 @@ def test_metrics_of_a_rollout_without_any_reward_are_nan():
     assert all(math.isnan(value) for value in metrics.values())
 
 
-def test_a_rollout_survives_a_checkpoint(rollout, tmp_path):
-    reward_rollout(rollout, lambda prompts, completions, **columns: [None, *range(5)], ROWS)
+def test_a_rollout_survives_a_checkpoint(sample, tmp_path):
+    rollout = sample(lambda prompts, completions, **columns: [None, *range(5)])
     rollout.prompts[1] = [{"role": "user", "content": "12+7="}]
     rollout.metrics = rollout_metrics(rollout.batch)
     torch.save(rollout.state_dict(), tmp_path / "rollout.pt")
     state = torch.load(tmp_path / "rollout.pt", weights_only=True)
     again = Rollout.from_state_dict(state, torch.device("cpu"))
-    for name in ("index", "prompts", "completions", "metrics"):
+    for name in ("index", "prompts", "completions", "sources", "dropped", "metrics"):
         assert getattr(again, name) == getattr(rollout, name)
     for name, tensor in rollout.batch.state_dict().items():
         torch.testing.assert_close(getattr(again.batch, name), tensor, rtol=0, atol=0, equal_nan=True)
@@ -118,7 +135,11 @@ def test_a_rollout_survives_a_checkpoint(rollout, tmp_path):
         ({"prompts_per_rollout": 0}, r"rollout\.prompts_per_rollout must be at least 1, got 0"),
         ({"prompts_per_update": -1}, r"rollout\.prompts_per_update must be at least 1, got -1"),
         ({"epochs_per_rollout": 0}, r"rollout\.epochs_per_rollout must be at least 1, got 0"),
+        ({"micro_batch_size": 0}, r"rollout\.micro_batch_size must be at least 1, got 0"),
+        ({"micro_batch_tokens": 0}, r"rollout\.micro_batch_tokens must be at least 1, got 0"),
+        ({"max_completion_tokens": 0}, r"rollout\.max_completion_tokens must be at least 1, got 0"),
         ({"truncated": "mask"}, r"rollout\.truncated must be 'keep' or 'drop', got 'mask'"),
+        ({"zero_variance": "mask"}, r"rollout\.zero_variance must be 'keep' or 'drop', got 'mask'"),
     ],
 )
 def test_impossible_settings_are_refused(settings, message):

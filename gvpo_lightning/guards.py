@@ -1,0 +1,105 @@
+"""Guard rails of the theory: what takes away the promise of one optimum, said once and in plain words."""
+
+import math
+from collections.abc import Mapping
+
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from torch import Tensor
+
+from gvpo_lightning.batch import CompletionBatch
+from gvpo_lightning.rollout.generation import GenerationSettings
+
+# implicit rewards that differ by this many times what rewards differ by are beyond any optimum on the way there
+EXPLODING = 20.0
+
+
+class Guard:
+    """Warns once a run of each thing."""
+
+    def __init__(self) -> None:
+        self._said: set[str] = set()
+        self._largest_spread = 0.0  # of the rewards of one group, so far
+
+    def say(self, name: str, message: str) -> None:
+        """Warn, unless it has been said."""
+        if name not in self._said:
+            self._said.add(name)
+            rank_zero_warn(message)
+
+    def info(self, name: str, message: str) -> None:
+        """Tell, unless it has been told."""
+        if name not in self._said:
+            self._said.add(name)
+            rank_zero_info(message)
+
+    def sampler(self, settings: GenerationSettings) -> None:
+        """Of samplers that never draw some of what the reference allows."""
+        cuts = {"top_k": settings.top_k != 0, "top_p": settings.top_p < 1, "min_p": settings.min_p > 0}
+        cuts["temperature"] = settings.temperature == 0
+        named = " and ".join(f"{name}={getattr(settings, name)}" for name, is_cut in cuts.items() if is_cut)
+        if named:
+            self.say(
+                "sampler",
+                f"Sampling with {named} never draws some of what the reference allows: GVPO's optimum is then not "
+                "unique. Set temperature > 0, top_k=0, top_p=1.0 and min_p=0.0 to keep it so.",
+            )
+
+    def negligible(self, fractions: Mapping[str, float], vocab_size: int) -> None:
+        """Of sources most of whose completions are practically impossible under the reference."""
+        for source, fraction in fractions.items():
+            if source != "policy" and fraction > 0.5:
+                self.say(
+                    f"negligible {source}",
+                    f"{fraction:.0%} of the completions from '{source}' are less likely under the reference than "
+                    f"random tokens (1 in {vocab_size} each): what the reference does say is not among the samples, so "
+                    "they can't hold the policy near it. Are prompt template and tokenizer those of the recording? If "
+                    "so, mix in fresh completions (sources.policy).",
+                )
+
+    def log_ratios(self, implicit_spread: Tensor, reward_spread: Tensor) -> None:
+        """Of an update whose implicit rewards have left what rewards can explain, while the loss is still finite."""
+        implicit, self._largest_spread = float(implicit_spread), max(self._largest_spread, float(reward_spread))
+        if self._largest_spread > 0 and implicit > EXPLODING * self._largest_spread:
+            self.say(
+                "exploding",
+                f"Log-ratios are exploding: within one group the implicit rewards differ by {implicit:.3g}, the "
+                f"rewards by {self._largest_spread:.3g} at most, so the policy is far past its optimum. Lower the "
+                "learning rate or clip gradients; resume from a checkpoint before this.",
+            )
+
+
+def is_negligible(batch: CompletionBatch, vocab_size: int) -> Tensor:
+    """(S,) bool: the completion's tokens are on average less likely under the reference than 1 in vocab_size."""
+    mean_logprob = batch.reference_logprobs.sum(dim=1) / batch.lengths.clamp(min=1)
+    return batch.kept & (mean_logprob < -math.log(vocab_size))
+
+
+def coverage_totals(batch: CompletionBatch, negligible: Tensor) -> dict[str, tuple[float, int]]:
+    """How much of the reference's support the groups hold: by logged name, a sum and what it is a mean over.
+
+    `support/coverage` is the reference's probability of a group's distinct completions: what it might have said
+    that is in the group. It is small by nature for long completions. `support/distinct_fraction` is the share of a
+    group's completions that differ. `support/negligible_fraction` is the share that `is_negligible`.
+    """
+    coverage: dict[int, dict[tuple[int, ...], float]] = {}
+    total = 0
+    probabilities = batch.reference_logprobs.double().sum(dim=1).exp().tolist()
+    for row in batch.kept.nonzero().squeeze(-1).tolist():
+        ids = tuple(batch.completion_ids[row][batch.completion_mask[row]].tolist())
+        coverage.setdefault(int(batch.group_ids[row]), {})[ids] = probabilities[row]
+        total += 1
+    return {
+        "support/coverage": (sum(sum(distinct.values()) for distinct in coverage.values()), len(coverage)),
+        "support/distinct_fraction": (sum(map(len, coverage.values())), total),
+        "support/negligible_fraction": (int(negligible.sum()), total),
+    }
+
+
+def group_spread(values: Tensor, group_ids: Tensor, kept: Tensor) -> Tensor:
+    """The largest difference of (S,) values within one group; 0 without any."""
+    if not bool(kept.any()):
+        return values.new_zeros(())
+    _, index = group_ids[kept].unique(return_inverse=True)
+    zeros = values.new_zeros(int(index.max()) + 1)
+    high, low = (zeros.scatter_reduce(0, index, values[kept], kind, include_self=False) for kind in ("amax", "amin"))
+    return (high - low).max()

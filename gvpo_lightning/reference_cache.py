@@ -1,0 +1,140 @@
+"""The cache of reference log-probs in an offline file: who made it, whether it fits, and `gvpo reference`."""
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from lightning.pytorch import Trainer
+from rich.progress import track
+from transformers import PreTrainedTokenizerBase
+
+from gvpo_lightning.batch import collate_completions
+from gvpo_lightning.policy import load_policy, stop_token_ids
+from gvpo_lightning.reference import fingerprint, score
+from gvpo_lightning.rollout.generation import encode_prompt
+from gvpo_lightning.sources.offline import OfflineFile, row_completions
+
+if TYPE_CHECKING:
+    from gvpo_lightning.module import GVPOModule
+
+
+def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
+    """Changes with the vocabulary, the merges, the special tokens or the chat template."""
+    backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+    rules = json.loads(backend.to_str()) if backend is not None else tokenizer.get_vocab()
+    for state in ("padding", "truncation"):  # of the last call, not of the tokenizer
+        rules.pop(state, None)
+    parts = [rules, tokenizer.chat_template, tokenizer.special_tokens_map]
+    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def cache_identity(module: "GVPOModule", trainer: Trainer, model: Any, name: str) -> dict[str, Any]:
+    """What log-probs of this model under the module's settings are made by; a LoRA policy counts without adapter."""
+    weights = [p for key, p in model.named_parameters() if "lora_" not in key]
+    return {
+        "model": name,
+        "weights": fingerprint(weights),
+        "tokenizer": tokenizer_hash(module.tokenizer),
+        "dtype": str(weights[0].dtype).removeprefix("torch."),
+        "precision": str(trainer.precision),
+        "temperature": float(module.temperature),
+    }
+
+
+def check_cache(module: "GVPOModule") -> None:
+    """Raise ValueError where the file's log-probs are not those of the reference that the settings name."""
+    source = module.reference_settings.model
+    if source is None:  # the policy, as it was loaded: a checkpoint's weights come later
+        source = module.policy_source if isinstance(module.policy_source, str) else type(module.policy).__name__
+        expected = cache_identity(module, module.trainer, module.policy, source)
+    else:
+        expected = cache_identity(module, module.trainer, load_policy(source), source)
+    found = module.sources.references
+    if not found:
+        raise ValueError("The file's rows don't say what made their reference_logprobs: run `gvpo reference`.")
+    for identity in found:
+        wrong = {key: identity.get(key) for key in expected if key != "model" and identity.get(key) != expected[key]}
+        if wrong:
+            assert module.sources.settings.file is not None
+            raise ValueError(
+                f"The reference log-probs in {module.sources.settings.file.path!r} were made by "
+                f"{identity.get('model')!r} with {wrong}, but this run's reference is {source!r} with "
+                f"{ {key: expected[key] for key in wrong} }: set reference.model or the settings back, or run "
+                "`gvpo reference` again."
+            )
+
+
+def fill_cache(module: "GVPOModule", trainer: Trainer, output: str | None = None) -> Path:
+    """Score the completions of `sources.file` under the reference; write its rows with log-probs.
+
+    Args:
+        output: where to; default: the file itself, which is replaced when all rows are done.
+
+    Rows are written as they come to `<output>.partial`; a run that was stopped goes on there.
+
+    Raises:
+        ValueError: there is no file in the settings, it can't be replaced, or several devices.
+    """
+    settings = module.sources.settings.file
+    if settings is None:
+        raise ValueError("gvpo reference scores recorded completions: set model.sources.file.path.")
+    target = Path(output or settings.path)
+    if target.suffix not in (".jsonl", ".parquet"):
+        raise ValueError(f"The output must be a .jsonl or .parquet file, got {str(target)!r}: give --output FILE.")
+    if trainer.world_size > 1:
+        raise ValueError(f"gvpo reference runs on one device, got {trainer.world_size}: set trainer.devices=1.")
+    file = OfflineFile(settings.path, settings.split, module.tokenizer, module.vocab_size())
+    source = module.reference_settings.model or module.policy_source
+    model: Any = load_policy(source) if isinstance(source, str) else source
+    name = source if isinstance(source, str) else type(source).__name__
+    identity = cache_identity(module, trainer, model, name)
+    model = trainer.precision_plugin.convert_module(model).to(trainer.strategy.root_device)
+
+    partial = target.with_name(target.name + ".partial")
+    done = finished_rows(partial, identity, file.rows)
+    rest = range(done, len(file.rows))
+    with partial.open("a", encoding="utf-8") as lines, trainer.precision_plugin.forward_context():
+        for row in track([file.rows[number] for number in rest], "reference log-probs"):
+            lines.write(json.dumps(_scored(row, module, model) | {"reference": identity}, ensure_ascii=False) + "\n")
+    if target.suffix == ".parquet":
+        from datasets import Dataset
+
+        finished = target.with_name(target.name + ".finished")
+        Dataset.from_json(str(partial)).to_parquet(str(finished))
+        os.replace(finished, target)
+        partial.unlink()
+    else:
+        os.replace(partial, target)
+    return target
+
+
+def _scored(row: dict[str, Any], module: "GVPOModule", model: Any) -> dict[str, Any]:
+    """The row with the token ids of its completions and their log-probs."""
+    completions = list(row_completions(row, module.tokenizer, stop_token_ids(model, module.tokenizer)))
+    ids = [completion.token_ids for completion in completions]
+    columns: dict[str, Any] = {"token_ids": [i.tolist() for i in ids], "reference_logprobs": []}
+    if ids:
+        prompts = [encode_prompt(row["prompt"], module.tokenizer)] * len(ids)
+        batch = collate_completions(prompts, ids, [False] * len(ids), [0] * len(ids), 0).to(model.device)
+        size = module.rollout_settings.micro_batch_size or module.generation.batch_size
+        values = score(model, batch, temperature=module.temperature, batch_size=size)
+        columns["reference_logprobs"] = [v[: len(i)].tolist() for v, i in zip(values, ids, strict=True)]
+    return dict(row) | columns
+
+
+def finished_rows(partial: Path, identity: Mapping[str, Any], rows: Sequence[Any]) -> int:
+    """How many of the rows a stopped run of the same reference has written; cuts the file after the last whole one."""
+    if not partial.exists():
+        return 0
+    lines = partial.read_text(encoding="utf-8").splitlines(keepends=True)
+    done = 0
+    for line, row in zip(lines, rows, strict=False):
+        written = json.loads(line) if line.endswith("\n") else {}
+        if written.get("completions") != row["completions"] or written.get("reference") != identity:
+            break
+        done += 1
+    partial.write_text("".join(lines[:done]), encoding="utf-8")
+    return done

@@ -1,0 +1,204 @@
+"""`SourceMixture`: the completions that a rollout's groups start from, before fresh ones fill them up."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
+from transformers import PreTrainedTokenizerBase
+
+from gvpo_lightning.batch import Completion
+from gvpo_lightning.distributed import gather_objects
+from gvpo_lightning.rollout.loader import Row
+from gvpo_lightning.seeding import derive_seed, seeded_permutation
+from gvpo_lightning.sources.offline import OfflineFile, encode_completion, prompt_key
+from gvpo_lightning.sources.replay import ReplayBuffer
+from gvpo_lightning.sources.settings import SourceSettings
+
+
+class SourceMixture:
+    """Draws recorded completions for prompts, and remembers fresh ones.
+
+    Args:
+        settings, group_size: how many completions of a group come from where.
+        cached: recorded log-probs are the reference's, and all completions must have them.
+        max_tokens: longer recorded completions are cut, and count as truncated; None = never.
+    """
+
+    def __init__(self, settings: SourceSettings, group_size: int, *, cached: bool, max_tokens: int | None) -> None:
+        self.settings, self.group_size = settings, group_size
+        self.counts = settings.counts(group_size)
+        self.cached, self.max_tokens = cached, max_tokens
+        self.replay = None if settings.replay is None else ReplayBuffer(settings.replay)
+        self.file: OfflineFile | None = None
+        self.stops: tuple[int, ...] = ()  # the policy's, once it is loaded
+        if cached and (settings.file is None or set(self.counts) - {"policy", "file"} or self.counts["policy"]):
+            raise ValueError(
+                "reference: cached needs completions that bring log-probs along, so sources.file as the only source: "
+                "set sources: {policy: 0, file: {path: …}}, or another reference."
+            )
+
+    @property
+    def names(self) -> list[str]:
+        """Every source that a completion of this run can come from; a completion's source id counts them."""
+        recorded = sorted(self.file.source_names) if self.file is not None else ["file"]
+        return ["policy", "replay", "demonstrations", *recorded]
+
+    @property
+    def references(self) -> list[dict[str, Any]]:
+        """What made the log-probs that the file's rows bring along."""
+        return [] if self.file is None else self.file.references
+
+    @property
+    def file_fills_groups(self) -> bool:
+        """Whether groups are as large as the file has them."""
+        return self.counts.get("file", 0) is None
+
+    def open(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
+        """Read and check the file, once."""
+        self.tokenizer = tokenizer
+        file = self.settings.file
+        if file is not None and self.file is None:
+            self.file = OfflineFile(file.path, file.split, tokenizer, vocab_size)
+            if self.cached and self.file.num_without_logprobs:
+                raise ValueError(
+                    f"{self.file.num_without_logprobs} of the {len(self.file.rows)} rows of {file.path!r} have no "
+                    "reference_logprobs, but reference: cached needs them: run `gvpo reference` with this config."
+                )
+
+    def check(self, rows: Sequence[Row], *, has_reward: bool) -> None:
+        """Raise ValueError, before anything is trained, where these prompts can't be given completions."""
+        demonstrations, file = self.settings.demonstrations, self.file
+        unrewarded = self.settings.generates or (demonstrations is not None and demonstrations.reward_column is None)
+        if not has_reward and (unrewarded or (file is not None and file.num_without_rewards)):
+            raise ValueError(
+                "A reward is needed unless every completion brings its own: set model.reward, or train offline on "
+                "completions with rewards (sources.policy: 0)."
+            )
+        if demonstrations is not None:
+            for number, row in enumerate(rows):
+                try:
+                    self._demonstration_texts(row)
+                except ValueError as error:
+                    raise ValueError(f"Row {number}: {error}") from error
+        if self.settings.replay is not None and self.settings.replay.capacity < len(rows):
+            rank_zero_warn(
+                f"sources.replay.capacity={self.settings.replay.capacity} groups is less than the {len(rows)} prompts "
+                "of one pass: most prompts find nothing when they come back. Raise it."
+            )
+        if file is not None:
+            self._check_file(rows)
+        shown = ", ".join(f"{name} {'all' if count is None else count}" for name, count in self.counts.items())
+        rank_zero_info(f"Completions of a group: {shown}.")
+
+    def _check_file(self, rows: Sequence[Row]) -> None:
+        assert self.file is not None
+        sizes = [self.file.group_size(row["prompt"]) for row in rows]
+        found = sum(size > 0 for size in sizes)
+        if not found:
+            raise ValueError(
+                f"None of the {len(rows)} prompts has a row in sources.file.path={self.file.path!r}: the prompts must "
+                f"be the same, such as {str(self.file.rows[0]['prompt'])[:80]!r}."
+            )
+        if found < len(rows):
+            rank_zero_warn(f"{len(rows) - found} of the {len(rows)} prompts have no row in {self.file.path!r}.")
+        if self.file_fills_groups and max(sizes) < 2:
+            raise ValueError(
+                f"No prompt has two completions in {self.file.path!r}: GVPO compares the completions of one prompt "
+                "with each other."
+            )
+
+    def draw(self, rows: Sequence[Row], seed: int, version: int) -> list[list[Completion]]:
+        """Recorded completions for each prompt; log-probs under other versions of the reference are left out."""
+        return [self._draw(row, derive_seed(seed, prompt_key(row["prompt"])), version) for row in rows]
+
+    def num_fresh(self, groups: Sequence[Sequence[Completion]]) -> list[int]:
+        """Completions to be sampled for each prompt: what fills its group up."""
+        return [max(self.group_size - len(group), 0) if self.settings.generates else 0 for group in groups]
+
+    def _draw(self, row: Row, seed: int, version: int) -> list[Completion]:
+        group: list[Completion] = []
+        if self.replay is not None:
+            for stored in self.replay.draw(prompt_key(row["prompt"]), self.counts["replay"] or 0, seed):
+                is_current = stored.reference_version == version
+                logprobs = stored.reference_logprobs if is_current else None
+                group.append(_copy(stored, "replay", logprobs))
+        if self.settings.demonstrations is not None:
+            group += self._some(self._demonstrations(row), self.counts["demonstrations"], seed, "demonstrations")
+        if self.file is not None:
+            recorded = self.file.completions(row["prompt"], self.stops)
+            if not self.cached:
+                recorded = [_copy(c, c.source, None) for c in recorded]
+            group += self._some(recorded, self.counts["file"], seed, "file")
+        return [self._cut(completion) for completion in group]
+
+    @staticmethod
+    def _some(completions: list[Completion], count: int | None, seed: int, purpose: str) -> list[Completion]:
+        if count is None or len(completions) <= count:
+            return completions
+        return [completions[i] for i in sorted(seeded_permutation(len(completions), seed, purpose)[:count])]
+
+    def _cut(self, completion: Completion) -> Completion:
+        limit = self.max_tokens
+        if limit is None or len(completion.token_ids) <= limit:
+            return completion
+        logprobs = completion.reference_logprobs
+        ids = completion.token_ids[:limit]
+        cut = _copy(completion, completion.source, None if logprobs is None else logprobs[:limit])
+        cut.token_ids, cut.truncated = ids, True
+        return cut
+
+    def _demonstrations(self, row: Row) -> list[Completion]:
+        return [
+            Completion(encode_completion(text, self.tokenizer, self.stops), text, "demonstrations", False, reward)
+            for text, reward in self._demonstration_texts(row)
+        ]
+
+    def _demonstration_texts(self, row: Row) -> list[tuple[str, float | None]]:
+        """The row's demonstrations and their rewards; none where the column is empty."""
+        settings = self.settings.demonstrations
+        assert settings is not None
+        for column in (settings.column, settings.reward_column):
+            if column is not None and column not in row:
+                raise ValueError(f"there is no column {column!r} with demonstrations, only {sorted(row)}.")
+        value = row[settings.column]
+        is_message = isinstance(value, list) and value and isinstance(value[0], dict)
+        texts = value if isinstance(value, list) and not is_message else [value]
+        texts = [_text_of(text, settings.column) for text in texts if text]
+        rewards: list[float | None] = [None] * len(texts)
+        if settings.reward_column is not None:
+            given = row[settings.reward_column]
+            rewards = given if isinstance(given, list) else [given] * len(texts)
+            if len(rewards) != len(texts) or not all(isinstance(r, (int, float)) for r in rewards):
+                raise ValueError(
+                    f"{settings.reward_column!r} must hold one number for each of the {len(texts)} demonstrations, "
+                    f"got {given!r}."
+                )
+        return list(zip(texts, rewards, strict=True))
+
+    def remember(self, prompts: Sequence[Any], groups: Sequence[Sequence[Completion]]) -> None:
+        """Keep a rollout's fresh completions for replay; every rank must call this."""
+        if self.replay is None:
+            return
+        fresh = [
+            (prompt_key(prompt), [c for c in group if c.source == "policy" and c.reference_logprobs is not None])
+            for prompt, group in zip(prompts, groups, strict=True)
+        ]
+        for of_rank in gather_objects(fresh):
+            self.replay.add((key, completions) for key, completions in of_rank if completions)
+
+
+def _copy(completion: Completion, source: str, reference_logprobs: torch.Tensor | None) -> Completion:
+    """The same completion under another name, with other log-probs."""
+    return Completion(
+        completion.token_ids, completion.text, source, completion.truncated, completion.reward, reference_logprobs
+    )
+
+
+def _text_of(demonstration: Any, column: str) -> str:
+    if isinstance(demonstration, str):
+        return demonstration
+    messages = demonstration if isinstance(demonstration, list) else [demonstration]
+    if len(messages) == 1 and isinstance(messages[0], dict) and isinstance(messages[0].get("content"), str):
+        return messages[0]["content"]
+    raise ValueError(f"{column!r} must hold a text, a list of texts or one message, got {str(demonstration)[:80]!r}.")
