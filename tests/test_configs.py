@@ -5,16 +5,17 @@ import pytest
 from gvpo_lightning.cli import main
 
 DATA = {"gsm8k_tiny.yaml": "gsm8k_folder.yaml"}  # configs whose data come from the hub, and the overlay with a folder
+OVERLAYS = {"arithmetic_replay.yaml", "arithmetic_demonstrations.yaml", "arithmetic_offline.yaml"}  # of arithmetic.yaml
 
 
 def runnable(root):
-    overlays = set(DATA.values())
+    overlays = {*DATA.values(), *OVERLAYS}
     return sorted(path for path in (root / "configs").glob("*.yaml") if path.name not in overlays)
 
 
 def test_every_config_is_tested(root):
     names = {path.name for path in (root / "configs").glob("*.yaml")}
-    assert names == {"arithmetic.yaml", "gsm8k_tiny.yaml", "gsm8k_folder.yaml"}
+    assert names == {"arithmetic.yaml", "gsm8k_tiny.yaml", "gsm8k_folder.yaml"} | OVERLAYS
 
 
 @pytest.mark.parametrize("name", ["arithmetic.yaml", "gsm8k_tiny.yaml"])
@@ -28,6 +29,21 @@ def test_config_runs_fast_dev_run(root, name, request, monkeypatch, tmp_path, ca
     main([*arguments, "--trainer.fast_dev_run=true", f"--trainer.default_root_dir={tmp_path}"])
     assert "`Trainer.fit` stopped: `max_steps=1` reached." in caplog.text
     assert not (tmp_path / "summary.json").exists()  # a trial overwrites nothing that a run has left
+
+
+@pytest.mark.parametrize(
+    "overlay", sorted(OVERLAYS - {"arithmetic_offline.yaml"})
+)  # that one: tests/cli/test_offline.py
+def test_arithmetic_overlay_trains_across_a_pass(root, overlay, monkeypatch, tmp_path):
+    monkeypatch.chdir(root)
+    short = ["--trainer.max_epochs=2", "--data.train_split=train[:32]", "--data.validation_split=validation[:4]"]
+    quiet = ["--trainer.enable_progress_bar=false", f"--trainer.default_root_dir={tmp_path}"]
+    main(["fit", "--config", "configs/arithmetic.yaml", "--config", f"configs/{overlay}", *short, *quiet])
+    header, *lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    source = overlay.removeprefix("arithmetic_").removesuffix(".yaml")
+    column = header.split(",").index(f"source/{source}/fraction")
+    expected = {"replay": 0.5, "demonstrations": 0.125}[source]
+    assert {float(value) for line in lines if (value := line.split(",")[column])} == {expected}
 
 
 def test_gsm8k_runs_the_whole_path(root, shared_data, monkeypatch, tmp_path):
