@@ -14,14 +14,15 @@ if TYPE_CHECKING:
 COUNTERS = ("microstep", "num_updates", "num_completion_tokens", "skipped_updates", "consecutive_skips")
 
 
-def position_units(module: "GVPOModule") -> dict[str, int]:
-    """The settings that a position, counted in micro-batches, is measured in."""
+def position_units(module: "GVPOModule") -> dict[str, int | float]:
+    """The settings that a position, counted in micro-batches, and kept log-probs are measured in."""
     settings = module.rollout_settings
     return {
         "prompts_per_rollout": settings.prompts_per_rollout,
         "prompts_per_update": settings.prompts_per_update,
         "epochs_per_rollout": settings.epochs_per_rollout,
         "accumulate_grad_batches": module.trainer.accumulate_grad_batches,
+        "temperature": module.temperature,
     }
 
 
@@ -34,7 +35,7 @@ def gvpo_state(module: "GVPOModule") -> dict[str, Any]:
     state["rollouts"] = gather_objects(None if unfinished is None else unfinished.state_dict())
     state["group_size"] = module.rollout_settings.group_size
     if module.sources.replay is not None:
-        state["replay"] = module.sources.replay.state_dict()
+        state["replay"] = module.sources.replay.state_dict() | {"precision": str(module.trainer.precision)}
     if module.reference_settings.kind == "cached":
         state["cache"] = module.sources.references
     state["reference_kind"] = module.reference_settings.kind
@@ -52,7 +53,8 @@ def load_gvpo_state(module: "GVPOModule", state: dict[str, Any]) -> None:
         setattr(module, name, state[name])
     module.seconds.update(state["seconds"])
     if module.sources.replay is not None and "replay" in state:
-        module.sources.replay.load_state_dict(state["replay"])
+        same_precision = state["replay"]["precision"] == str(module.trainer.precision)
+        module.sources.replay.load_state_dict(state["replay"], keep_logprobs=same_precision)
     if module.trainer.state.fn != "fit":  # nothing is measured against the reference
         return
     kind = module.reference_settings.kind

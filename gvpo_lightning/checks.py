@@ -51,7 +51,12 @@ def check_prompts(
 
 
 def check_trainer(
-    trainer: Trainer, settings: RolloutSettings, generation: GenerationSettings, *, generates: bool
+    trainer: Trainer,
+    settings: RolloutSettings,
+    generation: GenerationSettings,
+    *,
+    generates: bool,
+    largest_group: int,
 ) -> None:
     """Raise ValueError for what `fit` was given that rollouts can't be trained with."""
     # the earliest place that shows what `fit` was given; a property that says so comes only much later
@@ -73,7 +78,7 @@ def check_trainer(
             "set Trainer(accumulate_grad_batches=…) for the whole run."
         )
     check_batch_sizes(
-        group_size=settings.group_size,
+        group_size=largest_group,
         prompts_per_rollout=settings.prompts_per_rollout,
         prompts_per_update=settings.prompts_per_update,
         limits=settings.limits,

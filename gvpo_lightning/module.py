@@ -20,27 +20,20 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_kernels.inputs import choose_implementation
-from gvpo_lightning.batch import Completion
 from gvpo_lightning.checkpoint import gvpo_state, load_gvpo_state, load_position
 from gvpo_lightning.checks import check_trainer, check_training_batches
+from gvpo_lightning.collect import collect_rollout
 from gvpo_lightning.distributed import gather_objects
 from gvpo_lightning.guards import Guard
-from gvpo_lightning.meters import UpdateMeter, measure_rollout
+from gvpo_lightning.meters import UpdateMeter
 from gvpo_lightning.plan import Update, plan_updates
 from gvpo_lightning.policy import check_logprob_head, completion_loss, stop_token_ids
-from gvpo_lightning.reference import ReferenceKind, ReferenceSettings, make_reference, score
+from gvpo_lightning.reference import CachedReference, ReferenceKind, ReferenceSettings, make_reference
 from gvpo_lightning.reference_cache import check_cache
 from gvpo_lightning.rewards import Reward
-from gvpo_lightning.rollout.generation import GenerationSettings, encode_prompt
+from gvpo_lightning.rollout.generation import GenerationSettings
 from gvpo_lightning.rollout.loader import Row
-from gvpo_lightning.rollout.sampling import (
-    Rollout,
-    RolloutSettings,
-    assemble_rollout,
-    drop_by_settings,
-    reward_groups,
-    sample_groups,
-)
+from gvpo_lightning.rollout.sampling import Rollout, RolloutSettings
 from gvpo_lightning.sampling_module import SamplingModule
 from gvpo_lightning.seeding import derive_seed
 from gvpo_lightning.sources.mixture import SourceMixture
@@ -102,7 +95,11 @@ class GVPOModule(SamplingModule):
         self.reference_settings = reference
         self.reference = make_reference(reference, can_be_reloaded=isinstance(policy, str))
         self.sources = SourceMixture(
-            sources, rollout.group_size, cached=reference.kind == "cached", max_tokens=rollout.max_completion_tokens
+            sources,
+            rollout.group_size,
+            cached=reference.kind == "cached",
+            has_reward=reward is not None,
+            max_tokens=rollout.max_completion_tokens,
         )
         if reward is None and sources.generates:
             raise ValueError(
@@ -123,7 +120,7 @@ class GVPOModule(SamplingModule):
         self.seconds = dict.fromkeys(("rollout", "reward", "reference", "train"), 0.0)
         self.num_completion_tokens = 0
         self._meter = UpdateMeter(beta)
-        self._guard = Guard()
+        self.guard = Guard()
         self._coefficients: list[Tensor] | None = None  # of a cut update's micro-batches
         self._entropies: list[Tensor | None] = []
         self._finite: Tensor | None = None
@@ -142,22 +139,28 @@ class GVPOModule(SamplingModule):
         """Check what can be checked without the model."""
         if stage == "fit":
             check_trainer(
-                self.trainer, self.rollout_settings, self.generation, generates=self.sources.settings.generates
+                self.trainer,
+                self.rollout_settings,
+                self.generation,
+                generates=self.sources.settings.generates,
+                largest_group=self.sources.largest_group,
             )
 
     def check_training_prompts(self, rows: Sequence[Row]) -> None:
         """Raise ValueError for prompts that this module can't be trained on, or can't be given completions."""
         self.check_prompts(rows, sampled=self.sources.settings.generates)
         self.sources.open(self.tokenizer, self.vocab_size())
-        self.sources.check(rows, has_reward=self.reward is not None)
+        context = getattr(self.model_config().get_text_config(), "max_position_embeddings", None)
+        self.sources.check(rows, context)
 
     def configure_model(self) -> None:
         """Load the policy and, for training, take what the reference needs of it."""
         super().configure_model()
         self.sources.stops = stop_token_ids(self.policy, self.tokenizer)
         if self._trainer is not None and self.trainer.state.fn == "fit":
-            if self.reference_settings.kind == "cached":
+            if isinstance(self.reference, CachedReference) and not self.reference.is_checked:
                 check_cache(self)
+                self.reference.is_checked = True
             self.reference.prepare(self.policy)
 
     def configure_optimizers(self) -> Any:
@@ -180,7 +183,7 @@ class GVPOModule(SamplingModule):
             f"{error:.1g} from eager."
         )
         if self.sources.settings.generates:
-            self._guard.sampler(self.generation)
+            self.guard.sampler(self.generation)
         if self.rollout_settings.zero_variance == "drop":
             rank_zero_info(
                 "rollout.zero_variance='drop' changes the objective: groups with equal rewards would pull the policy "
@@ -210,53 +213,7 @@ class GVPOModule(SamplingModule):
         self._train_started = time.perf_counter()
 
     def _roll_out(self, rows: list[Row], index: int) -> Rollout:
-        prompts = [row["prompt"] for row in rows]
-        prompt_ids = [encode_prompt(prompt, self.tokenizer) for prompt in prompts]
-        self.reference.refresh(self.policy, rollout=index, update=self.num_updates)
-        with self._timed("rollout"), self.trainer.precision_plugin.forward_context():
-            recorded = self.sources.draw(rows, derive_seed(self.seed, "sources", index), self.reference.version)
-            fresh = sample_groups(
-                self.policy,
-                self.tokenizer,
-                prompt_ids,
-                self.sources.num_fresh(recorded),
-                self.generation,
-                derive_seed(self.seed, "completions", index, self.global_rank),
-            )
-            groups = [[*new, *old] for new, old in zip(fresh, recorded, strict=True)]
-        with self._timed("reward"):
-            if self.reward is not None:
-                reward_groups(groups, prompts, rows, self.reward)
-        rollout = assemble_rollout(index, prompts, prompt_ids, groups, self.sources.names, self.policy.device)
-        flat_groups = drop_by_settings(rollout, self.rollout_settings)
-        with self._timed("reference"):
-            self._score(rollout, groups)
-        self.sources.remember(prompts, groups)
-        self.num_completion_tokens += int(rollout.batch.lengths.sum())
-        rollout.metrics = measure_rollout(rollout, self.sources.names, self.vocab_size(), flat_groups)
-        self._guard.negligible(
-            {name: rollout.metrics.get(f"source/{name}/negligible_fraction", 0.0) for name in self.sources.names},
-            self.vocab_size(),
-        )
-        return rollout
-
-    def _score(self, rollout: Rollout, groups: list[list[Completion]]) -> None:
-        """Reference log-probs of the kept completions that have none of this version yet."""
-        batch = rollout.batch
-        completions = [completion for group in groups for completion in group]
-        unscored = torch.tensor([c.reference_logprobs is None for c in completions], dtype=torch.bool)
-        rows = (unscored.to(batch.kept.device) & batch.kept).nonzero().squeeze(-1)
-        if len(rows):
-            width = batch.prompt_ids.shape[1] + batch.completion_ids.shape[1]
-            limits = self.rollout_settings.limits
-            size = limits.completions or (limits.tokens or 0) // width or self.generation.batch_size
-            with self.trainer.precision_plugin.forward_context(), self.reference.applied(self.policy) as model:
-                values = score(model, batch.select(rows), temperature=self.temperature, batch_size=size)
-            batch.reference_logprobs[rows, : values.shape[1]] = values
-        for row in batch.kept.nonzero().squeeze(-1).tolist():
-            length = len(completions[row].token_ids)
-            completions[row].reference_logprobs = batch.reference_logprobs[row, :length].cpu().clone()
-            completions[row].reference_version = self.reference.version
+        return collect_rollout(self, rows, index)
 
     def _plan_updates(self, rollout: Rollout) -> list[Update]:
         """The optimizer updates of a rollout, all passes over it, the same on every rank."""
@@ -307,14 +264,14 @@ class GVPOModule(SamplingModule):
         self._update, self._coefficients = update, None
         self._finite = torch.ones((), dtype=torch.bool, device=rollout.batch.kept.device)
         if update.over_limit:
-            self._guard.say(
+            self.guard.say(
                 "over limit",
                 f"A micro-batch of this rollout holds more than {self.rollout_settings.limits} allow, since its update "
                 f"has only "
                 f"{len(update.micro_batches)} micro-batches. Raise trainer.accumulate_grad_batches.",
             )
         if update.is_cut:
-            self._guard.info(
+            self.guard.info(
                 "two passes",
                 "Groups are cut over micro-batches: each such update makes a pass without gradient first, for the "
                 "groups' means. Larger micro-batches (rollout.micro_batch_size, micro_batch_tokens) or fewer of them "
@@ -363,7 +320,7 @@ class GVPOModule(SamplingModule):
     def _log_update(self, update: Update, is_first: bool) -> None:
         assert self.rollout is not None
         metrics: dict[str, Any] = self._meter.compute(max(update.num_groups, 1), self.sources.names)
-        self._guard.log_ratios(metrics["implicit_reward/spread"], metrics["reward/spread"])
+        self.guard.log_ratios(metrics["implicit_reward/spread"], metrics["reward/spread"])
         if is_first and "log_ratio/policy/mean" in metrics:  # only then are these the policy's own samples
             self.rollout.metrics["kl/reference"] = float(metrics["log_ratio/policy/mean"])
         metrics |= self.rollout.metrics
@@ -377,7 +334,8 @@ class GVPOModule(SamplingModule):
         self.log_dict(metrics, batch_size=1)
 
     @contextmanager
-    def _timed(self, phase: str) -> Iterator[None]:
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add what is spent inside to `seconds`."""
         start = time.perf_counter()
         yield
         self.seconds[phase] += time.perf_counter() - start

@@ -196,6 +196,7 @@ def _call_with_head(
     positions = torch.zeros_like(input_ids, dtype=torch.bool)
     positions[:, batch.prompt_ids.shape[1] - 1 : -1] = batch.completion_mask
     head: Any = model.get_output_embeddings()
+    assert "head_request" in vars(head), "prepare_policy has not been called"
     head.head_request = _HeadRequest(positions, compute)
     try:
         return model(

@@ -147,6 +147,7 @@ class WeightsReference(Reference):
         self.can_be_reloaded = can_be_reloaded  # from where the policy comes from
         self.weights: dict[str, Tensor] = {}
         self.last_refresh = 0  # in updates
+        self.fingerprint: str | None = None  # of weights that never change
 
     def prepare(self, policy: Any) -> None:
         """Copy the weights that will be trained."""
@@ -157,6 +158,8 @@ class WeightsReference(Reference):
                 self.weights[name] = parameter.detach().to("cpu", copy=True)
                 if self.settings.kind == "ema" and parameter.dtype.itemsize < 4:
                     self.weights[name] = self.weights[name].float()  # an average's steps are below bf16's
+        if self.is_fixed:
+            self.fingerprint = fingerprint(self.weights.values())
 
     @torch.no_grad()
     def refresh(self, policy: Any, *, rollout: int, update: int) -> None:
@@ -192,8 +195,7 @@ class WeightsReference(Reference):
 
     def state_dict(self) -> dict[str, Any]:
         """A fingerprint where the weights can be loaded again, else the weights too."""
-        state = super().state_dict() | {"last_refresh": self.last_refresh}
-        state["fingerprint"] = fingerprint(self.weights.values())
+        state = super().state_dict() | {"last_refresh": self.last_refresh, "fingerprint": self.fingerprint}
         if not (self.is_fixed and self.can_be_reloaded):
             state["weights"] = self.weights
         return state
@@ -201,10 +203,11 @@ class WeightsReference(Reference):
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """ValueError where the weights are not the checkpoint's."""
         super().load_state_dict(state)
-        self.last_refresh = state.get("last_refresh", 0)
+        self.last_refresh = state["last_refresh"]
         if "weights" in state:
             self.weights = {name: value.to("cpu", copy=True) for name, value in state["weights"].items()}
-        check_fingerprint(fingerprint(self.weights.values()), state.get("fingerprint"))
+            self.fingerprint = state["fingerprint"]
+        check_fingerprint(self.fingerprint, state["fingerprint"])
 
 
 class ModelReference(Reference):
@@ -220,7 +223,8 @@ class ModelReference(Reference):
     def prepare(self, policy: Any) -> None:
         """Load it."""
         if self.model is None:
-            self.model = load_policy(self.source).requires_grad_(False)
+            self.model = load_policy(self.source).requires_grad_(False).cpu()
+            self.fingerprint = fingerprint(self.model.parameters())
 
     def refresh(self, policy: Any, *, rollout: int, update: int) -> None:
         """It never changes."""
@@ -238,20 +242,19 @@ class ModelReference(Reference):
 
     def state_dict(self) -> dict[str, Any]:
         """Its fingerprint."""
-        assert self.model is not None
-        return super().state_dict() | {"fingerprint": fingerprint(self.model.parameters())}
+        return super().state_dict() | {"fingerprint": self.fingerprint}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """ValueError where it is not the checkpoint's."""
         super().load_state_dict(state)
-        assert self.model is not None
-        check_fingerprint(fingerprint(self.model.parameters()), state.get("fingerprint"))
+        check_fingerprint(self.fingerprint, state["fingerprint"])
 
 
 class CachedReference(Reference):
     """Log-probs that the completions bring along; no model is held, and none can be asked."""
 
     is_fixed = True
+    is_checked = False  # that the log-probs are those of the model that the settings name
 
     def refresh(self, policy: Any, *, rollout: int, update: int) -> None:
         """It never changes."""
@@ -277,13 +280,20 @@ def make_reference(settings: ReferenceSettings, *, can_be_reloaded: bool) -> Ref
 
 
 @torch.no_grad()
-def score(model: PreTrainedModel, batch: CompletionBatch, *, temperature: float, batch_size: int) -> Tensor:
+def score(
+    model: PreTrainedModel,
+    batch: CompletionBatch,
+    *,
+    temperature: float,
+    batch_size: int,
+    implementation: str = "auto",
+) -> Tensor:
     """(S, T) float32 log-probs of the whole batch under the model, `batch_size` completions at a time."""
     token_logprobs = torch.zeros(batch.completion_mask.shape, dtype=torch.float32, device=batch.rewards.device)
     with evaluating(model):
         for rows in torch.arange(len(batch), device=batch.rewards.device).split(batch_size):
             part = batch.select(rows)
-            values, _ = completion_logprobs(model, part, temperature=temperature)
+            values, _ = completion_logprobs(model, part, temperature=temperature, implementation=implementation)
             token_logprobs[rows, : values.shape[1]] = values.float()
     return token_logprobs
 
@@ -301,7 +311,7 @@ def fingerprint(weights: Iterable[Tensor]) -> str:
     return f"{checksum:016x}"
 
 
-def check_fingerprint(found: str, expected: str | None) -> None:
+def check_fingerprint(found: str | None, expected: str | None) -> None:
     """Raise ValueError where the reference at hand is not the one that a checkpoint was trained against."""
     if found != expected:
         raise ValueError(

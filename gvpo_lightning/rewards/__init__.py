@@ -82,8 +82,9 @@ def check_reward_columns(reward: Reward, columns: set[str]) -> None:
     plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     if any(p.name == "completions" for p in parameters):
         parameters = [p for p in parameters if p.name not in ("prompts", "completions")]
-    else:
-        parameters = parameters[2:]
+    else:  # prompts and completions by position, be it into *args
+        named = [p for p in parameters if p.kind is not inspect.Parameter.VAR_POSITIONAL]
+        parameters = named if len(named) < len(parameters) else parameters[2:]
     if needed is None:
         needed = [p.name for p in parameters if p.kind in plain and p.default is inspect.Parameter.empty]
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)

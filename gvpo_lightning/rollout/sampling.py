@@ -85,7 +85,7 @@ class Rollout:
         index: counts the rollouts of a run.
         batch: a row a completion; those of one prompt are adjacent, and group ids count the prompts.
         prompts: one entry a group.
-        completions, sources: one entry a row of `batch`.
+        completions, sources, lengths: one entry a row of `batch`; lengths in tokens, of dropped ones too.
         dropped: how many completions have left their groups, by reason.
         metrics: what is logged with every update of the rollout.
     """
@@ -95,14 +95,16 @@ class Rollout:
     prompts: list[Any]
     completions: list[str]
     sources: list[str]
+    lengths: list[int]
     dropped: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
 
     def group_shapes(self) -> list[GroupShape]:
         """The kept completions of each group, for the update plan."""
         kept: list[list[int]] = [[] for _ in self.prompts]
+        group_ids = self.batch.group_ids.tolist()
         for row in self.batch.kept.nonzero().squeeze(-1).tolist():
-            kept[int(self.batch.group_ids[row])].append(row)
+            kept[group_ids[row]].append(row)
         lengths, prompts = self.batch.lengths.tolist(), self.batch.prompt_mask.sum(dim=1).tolist()
         return [
             GroupShape(tuple(rows), prompts[rows[0]] if rows else 0, tuple(lengths[row] for row in rows))
@@ -127,7 +129,7 @@ class Rollout:
         """One dict a group, in the offline format; rewards are None where there is none."""
         batch = self.batch
         rewards = [None if reward != reward else reward for reward in batch.rewards.tolist()]
-        ids = [row[mask].tolist() for row, mask in zip(batch.completion_ids, batch.completion_mask, strict=True)]
+        ids = [row[:n] for row, n in zip(batch.completion_ids.tolist(), self.lengths, strict=True)]
         columns: dict[str, list[Any]] = {
             "completions": self.completions,
             "rewards": rewards,
@@ -212,9 +214,14 @@ def assemble_rollout(
         if completion.reference_logprobs is not None:
             batch.reference_logprobs[row, : len(completion.token_ids)] = completion.reference_logprobs
     rollout = Rollout(
-        index, batch.to(device), list(prompts), [c.text for c in completions], [c.source for c in completions]
+        index,
+        batch.to(device),
+        list(prompts),
+        [c.text for c in completions],
+        [c.source for c in completions],
+        [len(c.token_ids) for c in completions],
     )
-    rollout.dropped["empty"] = sum(not len(c.token_ids) for c in completions)
+    rollout.dropped["empty"] = rollout.lengths.count(0)
     rollout.drop(~torch.isfinite(rollout.batch.rewards), "unrewarded")
     return rollout
 

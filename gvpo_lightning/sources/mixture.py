@@ -1,5 +1,6 @@
 """`SourceMixture`: the completions that a rollout's groups start from, before fresh ones fill them up."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -9,6 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gvpo_lightning.batch import Completion
 from gvpo_lightning.distributed import gather_objects
+from gvpo_lightning.rollout.generation import encode_prompt
 from gvpo_lightning.rollout.loader import Row
 from gvpo_lightning.seeding import derive_seed, seeded_permutation
 from gvpo_lightning.sources.offline import OfflineFile, encode_completion, prompt_key
@@ -22,17 +24,21 @@ class SourceMixture:
     Args:
         settings, group_size: how many completions of a group come from where.
         cached: recorded log-probs are the reference's, and all completions must have them.
-        max_tokens: longer recorded completions are cut, and count as truncated; None = never.
+        has_reward: there is a reward to ask for completions that bring none.
+        max_tokens: longer completions from demonstrations and files are cut, and count as truncated; None = never.
     """
 
-    def __init__(self, settings: SourceSettings, group_size: int, *, cached: bool, max_tokens: int | None) -> None:
+    def __init__(
+        self, settings: SourceSettings, group_size: int, *, cached: bool, has_reward: bool, max_tokens: int | None
+    ) -> None:
         self.settings, self.group_size = settings, group_size
         self.counts = settings.counts(group_size)
-        self.cached, self.max_tokens = cached, max_tokens
+        self.cached, self.has_reward, self.max_tokens = cached, has_reward, max_tokens
+        self.largest_group = group_size
         self.replay = None if settings.replay is None else ReplayBuffer(settings.replay)
         self.file: OfflineFile | None = None
         self.stops: tuple[int, ...] = ()  # the policy's, once it is loaded
-        if cached and (settings.file is None or set(self.counts) - {"policy", "file"} or self.counts["policy"]):
+        if cached and (settings.file is None or set(self.counts) - {"policy", "file"} or settings.generates):
             raise ValueError(
                 "reference: cached needs completions that bring log-probs along, so sources.file as the only source: "
                 "set sources: {policy: 0, file: {path: …}}, or another reference."
@@ -66,21 +72,30 @@ class SourceMixture:
                     "reference_logprobs, but reference: cached needs them: run `gvpo reference` with this config."
                 )
 
-    def check(self, rows: Sequence[Row], *, has_reward: bool) -> None:
-        """Raise ValueError, before anything is trained, where these prompts can't be given completions."""
+    def check(self, rows: Sequence[Row], context: int | None) -> None:
+        """Raise ValueError, before anything is trained, where these prompts can't be given completions.
+
+        `context`: the most tokens that the policy can take, prompt and completion.
+        """
         demonstrations, file = self.settings.demonstrations, self.file
         unrewarded = self.settings.generates or (demonstrations is not None and demonstrations.reward_column is None)
-        if not has_reward and (unrewarded or (file is not None and file.num_without_rewards)):
+        if not self.has_reward and (unrewarded or (file is not None and file.num_without_rewards)):
             raise ValueError(
                 "A reward is needed unless every completion brings its own: set model.reward, or train offline on "
                 "completions with rewards (sources.policy: 0)."
             )
-        if demonstrations is not None:
-            for number, row in enumerate(rows):
-                try:
-                    self._demonstration_texts(row)
-                except ValueError as error:
-                    raise ValueError(f"Row {number}: {error}") from error
+        most = 0
+        for number, row in enumerate(rows) if demonstrations is not None or file is not None else ():
+            try:
+                self._check_length(row, context)
+                most = max(most, len(self._demonstration_texts(row)) if demonstrations is not None else 0)
+            except ValueError as error:
+                raise ValueError(f"Row {number}: {error}") from error
+        if demonstrations is not None and most < (self.counts["demonstrations"] or 0):
+            rank_zero_warn(
+                f"sources.demonstrations.count={demonstrations.count} is more than any row has in the column "
+                f"{demonstrations.column!r}, {most}: lower it, or put lists of texts there."
+            )
         if self.settings.replay is not None and self.settings.replay.capacity < len(rows):
             rank_zero_warn(
                 f"sources.replay.capacity={self.settings.replay.capacity} groups is less than the {len(rows)} prompts "
@@ -90,6 +105,22 @@ class SourceMixture:
             self._check_file(rows)
         shown = ", ".join(f"{name} {'all' if count is None else count}" for name, count in self.counts.items())
         rank_zero_info(f"Completions of a group: {shown}.")
+
+    def _check_length(self, row: Row, context: int | None) -> None:
+        """Raise ValueError for recorded completions that are unusable or longer than the context."""
+        stops = [self.tokenizer.eos_token_id]  # which of a model's end tokens stands there changes no length
+        recorded = [] if self.file is None else self.file.completions(row["prompt"], stops)
+        lengths = [len(completion.token_ids) for completion in recorded]
+        if self.settings.demonstrations is not None:
+            texts = [text for text, _ in self._demonstration_texts(row)]
+            lengths += [len(encode_completion(text, self.tokenizer, stops)) for text in texts]
+        longest = min(max(lengths, default=0), self.max_tokens or math.inf)
+        prompt = len(encode_prompt(row["prompt"], self.tokenizer))
+        if context is not None and prompt + longest > context:
+            raise ValueError(
+                f"the prompt's {prompt} tokens and a recorded completion of {longest} exceed the model's context of "
+                f"{context}: set rollout.max_completion_tokens={max(context - prompt, 1)}, or leave the row out."
+            )
 
     def _check_file(self, rows: Sequence[Row]) -> None:
         assert self.file is not None
@@ -102,7 +133,9 @@ class SourceMixture:
             )
         if found < len(rows):
             rank_zero_warn(f"{len(rows) - found} of the {len(rows)} prompts have no row in {self.file.path!r}.")
-        if self.file_fills_groups and max(sizes) < 2:
+        if self.file_fills_groups:
+            self.largest_group = max(sizes)
+        if self.largest_group < 2:
             raise ValueError(
                 f"No prompt has two completions in {self.file.path!r}: GVPO compares the completions of one prompt "
                 "with each other."
@@ -124,13 +157,14 @@ class SourceMixture:
                 logprobs = stored.reference_logprobs if is_current else None
                 group.append(_copy(stored, "replay", logprobs))
         if self.settings.demonstrations is not None:
-            group += self._some(self._demonstrations(row), self.counts["demonstrations"], seed, "demonstrations")
+            shown = self._some(self._demonstrations(row), self.counts["demonstrations"], seed, "demonstrations")
+            group += [self._cut(completion) for completion in shown]
         if self.file is not None:
             recorded = self.file.completions(row["prompt"], self.stops)
             if not self.cached:
                 recorded = [_copy(c, c.source, None) for c in recorded]
-            group += self._some(recorded, self.counts["file"], seed, "file")
-        return [self._cut(completion) for completion in group]
+            group += [self._cut(c) for c in self._some(recorded, self.counts["file"], seed, "file")]
+        return group
 
     @staticmethod
     def _some(completions: list[Completion], count: int | None, seed: int, purpose: str) -> list[Completion]:
@@ -139,14 +173,19 @@ class SourceMixture:
         return [completions[i] for i in sorted(seeded_permutation(len(completions), seed, purpose)[:count])]
 
     def _cut(self, completion: Completion) -> Completion:
+        """At most `max_tokens`; what is left is rewarded anew, where there is a reward to ask."""
         limit = self.max_tokens
         if limit is None or len(completion.token_ids) <= limit:
             return completion
-        logprobs = completion.reference_logprobs
-        ids = completion.token_ids[:limit]
-        cut = _copy(completion, completion.source, None if logprobs is None else logprobs[:limit])
-        cut.token_ids, cut.truncated = ids, True
-        return cut
+        ids, logprobs = completion.token_ids[:limit], completion.reference_logprobs
+        return Completion(
+            token_ids=ids,
+            text=str(self.tokenizer.decode(ids, skip_special_tokens=True)),
+            source=completion.source,
+            truncated=True,
+            reward=None if self.has_reward else completion.reward,
+            reference_logprobs=None if logprobs is None else logprobs[:limit],
+        )
 
     def _demonstrations(self, row: Row) -> list[Completion]:
         return [
@@ -176,10 +215,11 @@ class SourceMixture:
                 )
         return list(zip(texts, rewards, strict=True))
 
-    def remember(self, prompts: Sequence[Any], groups: Sequence[Sequence[Completion]]) -> None:
+    def remember(self, rollout: int, prompts: Sequence[Any], groups: Sequence[Sequence[Completion]]) -> None:
         """Keep a rollout's fresh completions for replay; every rank must call this."""
-        if self.replay is None:
+        if self.replay is None or self.replay.last_rollout == rollout:  # a fit that was stopped within it, again
             return
+        self.replay.last_rollout = rollout
         fresh = [
             (prompt_key(prompt), [c for c in group if c.source == "policy" and c.reference_logprobs is not None])
             for prompt, group in zip(prompts, groups, strict=True)

@@ -8,7 +8,7 @@ One row a prompt, as JSON lines or parquet; lists have one entry a completion, a
 | `completions`        | texts                                                            | an error                |
 | `rewards`            | numbers; null: this one has none and leaves its group            | the reward is asked     |
 | `token_ids`          | lists of token ids, with the end token unless truncated          | the texts are tokenized |
-| `truncated`          | true: without an end token                                       | false                   |
+| `truncated`          | true: without an end token                                       | what the token ids say  |
 | `sources`            | names, kept apart in what is logged, as `file.<name>`            | all are `file`          |
 | `reference_logprobs` | lists of log-probs of these token ids under the reference        | the reference is asked  |
 | `reference`          | which model, tokenizer, dtype and temperature these come from    |                         |
@@ -115,19 +115,18 @@ def row_completions(
     """The completions of one row that `check_row` has passed."""
     nothing = [None] * len(row["completions"])
     columns = {name: row.get(name) or nothing for name in ("token_ids", "truncated", "sources", "reference_logprobs")}
-    has_rewards = row.get("rewards") is not None
+    rewards: Any = row.get("rewards")
     for i, text in enumerate(row["completions"]):
         ids, logprobs = columns["token_ids"][i], columns["reference_logprobs"][i]
         truncated = bool(columns["truncated"][i])
-        reward = row["rewards"][i] if has_rewards else None
         yield Completion(
             token_ids=torch.tensor(ids, dtype=torch.int64)
             if ids is not None
             else encode_completion(text, tokenizer, stops, truncated=truncated),
             text=text,
             source=source_name(columns["sources"][i]),
-            truncated=truncated,
-            reward=math.nan if has_rewards and reward is None else reward,
+            truncated=truncated or bool(ids and ids[-1] not in stops),
+            reward=None if rewards is None else math.nan if rewards[i] is None else rewards[i],
             reference_logprobs=None if logprobs is None else torch.tensor(logprobs, dtype=torch.float32),
         )
 
@@ -159,7 +158,7 @@ def check_row(row: Mapping[str, Any], vocab_size: int) -> None:
             raise ValueError(f"token_ids must be lists of ids in [0, {vocab_size}), got {str(ids)[:80]}.")
     for number, logprobs in enumerate(row.get("reference_logprobs") or ()):
         ids = (row.get("token_ids") or [None] * len(texts))[number]
-        if ids is None or len(logprobs) != len(ids):
+        if ids is None or not isinstance(logprobs, list) or len(logprobs) != len(ids):
             raise ValueError(f"reference_logprobs must have one number for each of the token_ids, not so in {number}.")
-        if not all(isinstance(value, float) and value <= 0 for value in logprobs):  # NaN is not
+        if not all(isinstance(value, (int, float)) and -math.inf < value <= 0 for value in logprobs):
             raise ValueError(f"reference_logprobs must be numbers <= 0, got {str(logprobs)[:80]}.")

@@ -18,6 +18,7 @@ class ReplayBuffer:
         self.settings = settings
         self._groups: dict[str, deque[list[Completion]]] = {}  # by prompt, oldest first
         self._order: deque[str] = deque()  # the prompts of all groups, oldest first
+        self.last_rollout = -1  # whose groups were the last to be added
 
     def __len__(self) -> int:
         return len(self._order)
@@ -50,6 +51,7 @@ class ReplayBuffer:
         completions = [c for group in groups for c in group]
         empty = [torch.zeros(0)]
         return {
+            "last_rollout": self.last_rollout,
             "keys": list(self._order),
             "group_sizes": [len(group) for group in groups],
             "lengths": [len(c.token_ids) for c in completions],
@@ -61,8 +63,12 @@ class ReplayBuffer:
             "rewards": [c.reward for c in completions],
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take up what `state_dict` left; beyond a smaller capacity the oldest are forgotten."""
+    def load_state_dict(self, state: dict[str, Any], *, keep_logprobs: bool = True) -> None:
+        """Take up what `state_dict` left; beyond a smaller capacity the oldest are forgotten.
+
+        Without `keep_logprobs` they count as those of another version of the reference.
+        """
+        self.last_rollout = state["last_rollout"]
         self._groups, self._order = {}, deque()
         columns = zip(
             state["token_ids"].split(state["lengths"]),
@@ -74,7 +80,9 @@ class ReplayBuffer:
             strict=True,
         )
         completions = (
-            Completion(ids.clone(), text, "replay", truncated, reward, logprobs.clone(), version)
+            Completion(
+                ids.clone(), text, "replay", truncated, reward, logprobs.clone(), version if keep_logprobs else -1
+            )
             for ids, text, truncated, reward, logprobs, version in columns
         )
         for key, size in zip(state["keys"], state["group_sizes"], strict=True):

@@ -24,7 +24,7 @@ def rollout():
     size = len(AWKWARD)
     batch = collate_completions([[5]] * size, [[3]] * size, [False] * size, [0] * 4 + [1] * (size - 4), 0)
     batch.rewards = torch.tensor([math.nan, 1.0, -0.5] + [0.0] * (size - 3))
-    return Rollout(0, batch, ["[bold]prompt", TALK], AWKWARD, ["policy"] * (size - 1) + ["file.a teacher"])
+    return Rollout(0, batch, ["[bold]prompt", TALK], AWKWARD, ["policy"] * (size - 1) + ["file.a teacher"], [1] * size)
 
 
 def on_screen(rows):

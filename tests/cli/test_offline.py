@@ -159,6 +159,23 @@ def test_a_cache_of_another_temperature_or_policy_is_refused(offline, capsys, tm
     offline("fit", *SHORT, other, tokenizer, model)  # another policy against the recorded reference
 
 
+def test_a_part_of_a_file_does_not_replace_it(offline, capsys, tmp_path):
+    split = "--model.sources.file.split=train[:3]"
+    assert "which would lose the rest: give --output FILE" in fails(capsys, offline, "reference", split)
+    offline("reference", split, f"--output={tmp_path / 'part.jsonl'}")
+    assert len(rows_of(tmp_path / "part.jsonl")) == 3
+    assert len(rows_of(offline.path)) == 16
+
+
+def test_what_is_predicted_without_a_reward_can_be_read_again(offline, gvpo):
+    gvpo("predict", "--model.reward=null", "--model.sources={policy: 0, file: {path: unused.jsonl}}")
+    rows = rows_of(offline.path)
+    assert all("rewards" not in row for row in rows)
+    assert all(ids for row in rows for ids in row["token_ids"])
+    offline("reference")
+    offline("fit", *SHORT)  # the reward is asked now
+
+
 def test_reference_without_a_file_or_with_a_folder_is_refused(gvpo, offline, capsys, tmp_path):
     assert "set model.sources.file.path" in fails(capsys, gvpo, "reference")
     Dataset.from_json(str(offline.path)).save_to_disk(str(tmp_path / "folder"))

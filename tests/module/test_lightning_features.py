@@ -187,6 +187,7 @@ def test_resumed_run_is_bitwise_equal(make_module, fit, weights, tmp_path, stop,
     [
         (4, {"accumulate_grad_batches": 4}, "accumulate_grad_batches"),
         (4, {"prompts_per_rollout": 12}, "prompts_per_rollout"),
+        (4, {"temperature": 0.5}, "temperature"),
         (3, {"group_size": 2}, "group_size"),
     ],
 )
@@ -194,8 +195,9 @@ def test_resume_refuses_settings_that_move_the_position(make_module, fit, tmp_pa
     saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     fit(make_module(), max_steps=4, accumulate_grad_batches=2, callbacks=[saver], enable_checkpointing=True)
     accumulate = change.pop("accumulate_grad_batches", 2)
+    temperature = change.pop("temperature", 1.0)
     sizes = {"group_size": 4, "prompts_per_rollout": 8, "prompts_per_update": 4} | change
-    module = make_module(rollout=RolloutSettings(**sizes))
+    module = make_module(rollout=RolloutSettings(**sizes), temperature=temperature)
     with pytest.raises(ValueError, match=message):
         fit(module, max_steps=8, accumulate_grad_batches=accumulate, ckpt_path=tmp_path / f"step={stop}.ckpt")
 

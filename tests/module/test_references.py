@@ -128,6 +128,29 @@ def test_another_model_can_be_the_frozen_reference(make_module, fit, tiny_policy
     assert torch.equal(batch.reference_logprobs, expected)
 
 
+@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
+def test_a_run_against_another_model_resumes_bitwise(make_module, fit, weights, tiny_policy, tmp_path, precision):
+    tiny_policy(7).save_pretrained(tmp_path / "other")
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    settings = {"reference": ReferenceSettings(model=str(tmp_path / "other"))}
+    through = make_module(**settings)
+    fit(through, callbacks=[saver], enable_checkpointing=True, max_steps=6, precision=precision)
+    resumed = make_module(seed=5, **settings)
+    fit(resumed, ckpt_path=tmp_path / "step=3.ckpt", max_steps=6, precision=precision)
+    assert torch.equal(weights(resumed), weights(through))
+
+
+def test_replayed_log_probs_of_another_precision_are_computed_anew(make_module, fit, tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    settings = {"sources": SourceSettings(replay=ReplaySettings(2))}
+    fit(make_module(**settings), callbacks=[saver], enable_checkpointing=True, max_steps=6)
+    for precision, versions in (("32-true", {0}), ("bf16-mixed", {-1})):
+        module = make_module(**settings)
+        fit(module, ckpt_path=tmp_path / "step=6.ckpt", max_steps=7, precision=precision)
+        stored = module.sources.replay.state_dict()["versions"][: 24 * 4]
+        assert set(stored) == versions
+
+
 @pytest.mark.parametrize(
     ("reference", "kind"),
     [(EVERY_3, "whole"), (EVERY_3, "lora"), (EMA, "whole"), (EMA, "lora"), ("adapter_off", "lora"), ("frozen", "lora")],

@@ -7,6 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from gvpo_lightning import collect
 from gvpo_lightning.rollout.generation import GenerationSettings
 from gvpo_lightning.rollout.sampling import RolloutSettings, sample_rollout
 from gvpo_lightning.sources.settings import (
@@ -82,17 +83,17 @@ def test_policy_0_with_replay_samples_only_what_there_is_nothing_to_replay_for(m
 
 
 @pytest.mark.parametrize("reference", ["frozen", "previous"])
-def test_replayed_completions_are_measured_against_the_reference_of_now(make_module, fit, reference):
+def test_replayed_completions_are_measured_against_the_reference_of_now(make_module, fit, monkeypatch, reference):
     module = make_module(sources=SourceSettings(replay=ReplaySettings(2)), reference=reference)
     scored = []
-    original = module._score
+    original = collect.score_rollout
 
-    def score(rollout, groups):
+    def score(module, rollout, groups):
         fresh_ones = [c for group in groups for c in group if c.source == "replay"]
         scored.append([c.reference_logprobs is None for c in fresh_ones])
-        original(rollout, groups)
+        original(module, rollout, groups)
 
-    module._score = score
+    monkeypatch.setattr(collect, "score_rollout", score)
     fit(module, max_steps=8)
     assert len(scored[3]) == 16
     assert all(scored[3]) == (reference == "previous")  # the frozen reference's log-probs are kept
@@ -149,6 +150,11 @@ def test_a_prompt_without_demonstration_gets_a_fresh_completion_instead(make_mod
     fit(module, rows=rows, max_steps=2)
     assert all(len(group) == 4 for group in by_group(rollouts[0]))
     assert {sum(s == "demonstrations" for s, _ in group) for group in by_group(rollouts[0])} == {0, 1}
+
+
+def test_more_demonstrations_than_there_are_is_warned_of(make_module, fit):
+    with pytest.warns(UserWarning, match=r"count=2 is more than any row has in the column 'answer', 1"):
+        fit(make_module(sources=SourceSettings(demonstrations=DemonstrationSettings("answer", count=2))), max_steps=1)
 
 
 @pytest.mark.parametrize(
@@ -218,6 +224,11 @@ def test_a_file_beside_fresh_completions(make_module, fit, recorded):
             "A reward is needed",
         ),
         (SourceSettings(demonstrations=SHOWN), {"reference": "cached"}, "reference: cached needs completions"),
+        (
+            SourceSettings(file=FileSettings("x.jsonl", 4)),
+            {"reference": "cached"},
+            "reference: cached needs completions",
+        ),
     ],
 )
 def test_sources_that_can_not_work_are_refused(make_module, fit, sources, settings, message):
@@ -240,10 +251,37 @@ def test_recorded_completions_that_are_too_long_are_cut_and_count_as_truncated(m
     rollouts = watched(module)
     fit(module, max_steps=1)
     batch = rollouts[0].batch
+    cut = batch.truncated.tolist()
+    texts = [text for text, is_cut in zip(rollouts[0].completions, cut, strict=True) if is_cut]
+    assert all(len(text) <= 2 for text in texts)  # what is left of them is what is rewarded
+    assert batch.rewards[batch.truncated].tolist() == pytest.approx(module.reward(None, texts))
     assert int(batch.completion_ids.shape[1]) == 2
     assert batch.truncated.any()
     assert not (batch.truncated & batch.kept).any()
     assert rollouts[0].dropped["truncated"] == int(batch.truncated.sum())
+
+
+def test_recorded_completions_beyond_the_context_are_refused(make_module, fit, prompts):
+    rows = [row | {"shown": "7" * (70 if n == 3 else 1)} for n, row in enumerate(prompts)]
+    sources = SourceSettings(demonstrations=DemonstrationSettings("shown"))
+    with pytest.raises(ValueError, match=r"Row 3: .*completion of 71 exceed the model's context of 64"):
+        fit(make_module(sources=sources), rows=rows)
+    rollout = RolloutSettings(group_size=4, prompts_per_rollout=8, prompts_per_update=4, max_completion_tokens=9)
+    fit(make_module(sources=sources, rollout=rollout), rows=rows, max_steps=1)
+
+
+def test_a_rollout_that_a_new_fit_samples_again_is_remembered_once(make_module, fit):
+    module = make_module(sources=SourceSettings(replay=ReplaySettings(2)))
+    fit(module, fast_dev_run=1, accumulate_grad_batches=2)  # stops within the first update
+    fit(module, max_steps=2, accumulate_grad_batches=2)
+    assert len(module.sources.replay) == 8
+
+
+def test_groups_of_a_file_are_checked_with_their_own_size(make_module, fit, recorded):
+    rollout = RolloutSettings(group_size=2, prompts_per_rollout=8, prompts_per_update=4, micro_batch_size=8)
+    module = make_module(sources=SourceSettings(policy=0, file=FileSettings(recorded())), rollout=rollout)
+    with pytest.raises(ValueError, match="An update has up to 20 completions a rank"):
+        fit(module)
 
 
 @pytest.mark.parametrize("stop", [4, 7, 9])  # a rollout's end and twice within one; the second pass begins at 6
@@ -307,13 +345,13 @@ def test_offline_completions_that_the_reference_would_never_say_are_warned_of(ma
 def test_exploding_log_ratios_are_named_while_the_loss_is_finite(make_module, fit):
     module = make_module(optimizer=lambda p: torch.optim.SGD(p, lr=300.0), max_skipped_updates=0)
     losses = []
-    original = module._guard.log_ratios
+    original = module.guard.log_ratios
 
     def log_ratios(implicit, rewards):
         losses.append(float(implicit))
         original(implicit, rewards)
 
-    module._guard.log_ratios = log_ratios
+    module.guard.log_ratios = log_ratios
     with pytest.warns(UserWarning, match="Log-ratios are exploding"):
         fit(module, max_steps=3)
     assert all(math.isfinite(value) for value in losses)

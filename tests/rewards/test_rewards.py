@@ -229,3 +229,11 @@ def test_arguments_are_passed_by_name_whatever_their_order():
 
     assert compute_rewards(swapped, ["x"], ["y"], {}) == [1.0]
     assert compute_rewards(of_completions_alone, ["x"], ["y"], {"answer": ["y"]}) == [1.0]
+
+
+def test_a_wrapped_reward_takes_whatever_columns_there_are():
+    def wrapper(*arguments, **columns):
+        return [1.0]
+
+    check_reward_columns(wrapper, {"answer", "level"})
+    assert compute_rewards(wrapper, ["a"], ["b"], {"answer": ["c"]}) == [1.0]

@@ -58,6 +58,7 @@ def test_a_round_trip_loses_nothing(tmp_path, tokenizer, kind, monkeypatch):
         assert [c.text for c in read] == row["completions"]
         assert [c.token_ids.tolist() for c in read] == row["token_ids"]
         assert [c.truncated for c in read] == row["truncated"]
+        assert [c.truncated for c in file.completions(row["prompt"], [9])] == [True] * len(read)  # no end token of 9
         assert [c.source for c in read] == [f"file.{name}" for name in row["sources"]]
         for c, reward, logprobs in zip(read, row["rewards"], row["reference_logprobs"], strict=True):
             assert c.reward == reward or (reward is None and math.isnan(c.reward))
@@ -109,6 +110,7 @@ def test_texts_get_one_end_token_unless_truncated(tokenizer):
         ({"token_ids": [[-1]]}, "Row 1 .*token_ids must be"),
         ({"reference_logprobs": [[-1.0]]}, "Row 1 .*reference_logprobs must have one number for each"),
         ({"reference_logprobs": [[-1.0, 0.5]]}, "Row 1 .*reference_logprobs must be numbers <= 0"),
+        ({"reference_logprobs": [None]}, "Row 1 .*reference_logprobs must have one number for each"),
         ({"token_ids": None}, "Row 1 .*reference_logprobs must have one number for each"),
         ({"truncated": [True, False]}, "Row 1 .*truncated must have one entry"),
         ({"sources": []}, "Row 1 .*sources must have one entry"),

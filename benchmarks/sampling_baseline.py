@@ -1,0 +1,108 @@
+"""GRPO on recorded completions, for `benchmarks.sampling`: importance ratios, clipping, a KL penalty.
+
+Per token: min(r A, clip(r, 0.8, 1.2) A) - beta k3, with r = policy / sampler, k3 = reference / policy - 1 -
+log(reference / policy), and A = R - mean R of the group, divided by its standard deviation in the variant "GRPO".
+The mean over all tokens of an update is maximised. On the policy's own samples and with no clipping, "GRPO without
+std" has GVPO's optimum; "GRPO" has it at beta * std of the prompt's rewards.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from gvpo_lightning.batch import CompletionBatch, collate_completions
+from gvpo_lightning.callbacks.optimality import answer_probabilities
+from gvpo_lightning.policy import completion_logprobs, load_policy, load_tokenizer
+from gvpo_lightning.reference import score
+from gvpo_lightning.rollout.generation import encode_prompt
+from gvpo_lightning.seeding import seeded_permutation
+
+if TYPE_CHECKING:
+    from benchmarks.sampling import Settings
+
+VARIANTS = ("GRPO", "GRPO without std")
+CLIP = 0.2
+
+
+def grpo_loss(
+    token_logprobs: Tensor, sampler_logprobs: Tensor, batch: CompletionBatch, beta: float, *, divide: bool
+) -> Tensor:
+    """Scalar; (S, T) log-probs of the policy and of the sampler, and a batch with rewards and reference log-probs."""
+    mask = batch.completion_mask
+    ratios = (token_logprobs - sampler_logprobs).exp()
+    advantages = group_advantages(batch.rewards, batch.group_ids, divide=divide)[:, None]
+    gain = torch.minimum(ratios * advantages, ratios.clamp(1 - CLIP, 1 + CLIP) * advantages)
+    log_ratios = batch.reference_logprobs - token_logprobs
+    return -(gain - beta * (log_ratios.exp() - 1 - log_ratios))[mask].mean()
+
+
+def group_advantages(rewards: Tensor, group_ids: Tensor, *, divide: bool) -> Tensor:
+    """(S,) rewards less their group's mean, over its standard deviation + 1e-4 where `divide`."""
+    advantages = torch.zeros_like(rewards)
+    for group in group_ids.unique():
+        mine = group_ids == group
+        advantages[mine] = rewards[mine] - rewards[mine].mean()
+        if divide:
+            advantages[mine] /= rewards[mine].std() + 1e-4
+    return advantages
+
+
+def train_grpo(
+    variant: str, model: str, data: tuple[list[dict[str, Any]], list[dict[str, Any]]], settings: "Settings", seed: int
+) -> list[tuple[int, float]]:
+    """[update, accuracy] of a run on the rows of a file, measured on validation rows; settings as for GVPO."""
+    policy, tokenizer = load_policy(model), load_tokenizer(model)
+    recorded, validation = data
+    batch, sampler_logprobs = read_batch(recorded, tokenizer)
+    batch.reference_logprobs = score(policy, batch, temperature=1.0, batch_size=2048)
+    optimizer = settings.optimizer(policy.parameters())
+    scheduler = settings.scheduler(optimizer)
+
+    def accuracy() -> float:
+        prompts, answers = [row["prompt"] for row in validation], [row["answer"] for row in validation]
+        return float(answer_probabilities(policy, tokenizer, prompts, answers, batch_size=512).mean())
+
+    trace = [(0, accuracy())]
+    policy.train()
+    for update in range(settings.updates):
+        rows = torch.tensor(draw(len(recorded), update, settings, seed))
+        part = batch.select(rows)
+        token_logprobs, _ = completion_logprobs(policy, part)
+        own = sampler_logprobs[rows, : token_logprobs.shape[1]]
+        loss = grpo_loss(token_logprobs, own, part, settings.beta, divide=variant == "GRPO")
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(policy.parameters(), settings.gradient_clip)
+        optimizer.step()
+        scheduler.step()
+        if (update + 1) % settings.trace_every == 0 or update + 1 == settings.updates:
+            trace.append((update + 1, accuracy()))
+    return trace
+
+
+def read_batch(recorded: list[dict[str, Any]], tokenizer: Any) -> tuple[CompletionBatch, Tensor]:
+    """All completions of a file, those of one prompt adjacent, and their (S, T) log-probs under the sampler."""
+    prompts = [encode_prompt(row["prompt"], tokenizer) for row in recorded]
+    flat = [(number, i) for number, row in enumerate(recorded) for i in range(len(row["completions"]))]
+    batch = collate_completions(
+        [prompts[number] for number, _ in flat],
+        [recorded[number]["token_ids"][i] for number, i in flat],
+        [recorded[number]["truncated"][i] for number, i in flat],
+        [number for number, _ in flat],
+        pad_token_id=0,
+    )
+    batch.rewards = torch.tensor([recorded[number]["rewards"][i] for number, i in flat])
+    values = torch.tensor([value for number, i in flat for value in recorded[number]["sampler_logprobs"][i]])
+    return batch, batch.unpack(values)
+
+
+def draw(num_prompts: int, update: int, settings: "Settings", seed: int) -> list[int]:
+    """Rows of an update: prompts in the order of shuffled passes, and for each some of its completions, anew."""
+    count, rows = settings.completions_per_prompt, list[int]()
+    for position in range(update * settings.prompts_per_update, (update + 1) * settings.prompts_per_update):
+        number, place = divmod(position, num_prompts)
+        prompt = seeded_permutation(num_prompts, seed, "prompt order", number)[place]
+        chosen = seeded_permutation(count, seed, "completions", update, prompt)[: settings.group_size]
+        rows += [prompt * count + i for i in chosen]
+    return rows
