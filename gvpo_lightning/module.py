@@ -266,9 +266,9 @@ class GVPOModule(SamplingModule):
         if update.over_limit:
             self.guard.say(
                 "over limit",
-                f"A micro-batch of this rollout holds more than {self.rollout_settings.limits} allow, since its update "
-                f"has only "
-                f"{len(update.micro_batches)} micro-batches. Raise trainer.accumulate_grad_batches.",
+                f"A micro-batch of this rollout holds more than its {self.rollout_settings.limits}: lengths are known "
+                f"only now, and its update has only {len(update.micro_batches)} micro-batches. "
+                "Raise trainer.accumulate_grad_batches.",
             )
         if update.is_cut:
             self.guard.info(

@@ -54,3 +54,19 @@ def test_gsm8k_runs_the_whole_path(root, shared_data, monkeypatch, tmp_path):
     export = f"--model.policy={tmp_path / 'export'}"
     main(["predict", *common, export, "--trainer.limit_predict_batches=1"])
     assert len((tmp_path / "predictions.jsonl").read_text().splitlines()) == 16
+
+
+def test_gsm8k_conversations_are_recorded_cached_and_trained_on_offline(root, shared_data, monkeypatch, tmp_path):
+    monkeypatch.chdir(root)
+    common = ["--config", "configs/gsm8k_tiny.yaml", "--config", "configs/gsm8k_folder.yaml"]
+    common += [f"--data.path={shared_data / 'gsm_8k'}", f"--trainer.default_root_dir={tmp_path}"]
+    main(["predict", *common, "--trainer.limit_predict_batches=2"])
+    file = f"{{policy: 0, file: {{path: {tmp_path / 'predictions.jsonl'}}}}}"
+    offline = [*common, "--model.reference=cached", f"--model.sources={file}"]
+    main(["reference", *offline])
+    recorded = "--data.train_split=train[7473:7505]"  # the two batches of 16 that were recorded
+    main(["fit", *offline, recorded, "--trainer.max_steps=4", "--trainer.limit_val_batches=0"])
+    header, *lines = (tmp_path / "metrics.csv").read_text().splitlines()
+    ratios = [float(line.split(",")[header.split(",").index("log_ratio/file.policy/max")]) for line in lines]
+    assert len(ratios) == 4
+    assert ratios[0] < 1e-3 < ratios[-1]  # the cache is the start itself, and then the policy moves

@@ -108,7 +108,7 @@ class SourceMixture:
 
     def _check_length(self, row: Row, context: int | None) -> None:
         """Raise ValueError for recorded completions that are unusable or longer than the context."""
-        stops = [self.tokenizer.eos_token_id]  # which of a model's end tokens stands there changes no length
+        stops = [self.tokenizer.eos_token_id or 0]  # which of a model's end tokens stands there changes no length
         recorded = [] if self.file is None else self.file.completions(row["prompt"], stops)
         lengths = [len(completion.token_ids) for completion in recorded]
         if self.settings.demonstrations is not None:

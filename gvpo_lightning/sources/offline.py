@@ -66,6 +66,8 @@ class OfflineFile:
 
         self.path, self.tokenizer = path, tokenizer
         self.rows = cut_split(load_splits(path, key="sources.file.path"), split)
+        if not len(self.rows):
+            raise ValueError(f"sources.file.path={path!r}, {split!r}: there are no rows.")
         self._numbers: dict[str, list[int]] = {}
         self.source_names: set[str] = set()
         self.references: list[dict[str, Any]] = []  # the different identities in the column `reference`

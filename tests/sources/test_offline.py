@@ -127,6 +127,12 @@ def test_malformed_json_is_named(tmp_path, tokenizer):
         opened(tmp_path / "rows.jsonl", tokenizer)
 
 
+def test_a_split_without_rows_is_refused(tmp_path, tokenizer):
+    path = write(tmp_path / "rows.jsonl", ROWS)
+    with pytest.raises(ValueError, match=r"train\[5:\].*there are no rows"):
+        OfflineFile(path, "train[5:]", tokenizer, len(tokenizer))
+
+
 def test_token_ids_of_another_tokenizer_are_noticed(tmp_path, tokenizer):
     rows = [{"prompt": "3+4=", "completions": ["77"], "token_ids": [[4, 5, 6, 1]]}] * 3
     with pytest.raises(ValueError, match="made by another one"):
