@@ -9,8 +9,9 @@ from torch import Tensor
 from gvpo_lightning.batch import CompletionBatch
 from gvpo_lightning.rollout.generation import GenerationSettings
 
-# implicit rewards that differ by this many times what rewards differ by are beyond any optimum on the way there
-EXPLODING = 20.0
+# a residual RMS of so many times what rewards differ by; not the largest residual, since one completion that shoots
+# over heals by itself
+EXPLODING = 10.0
 
 
 class Guard:
@@ -56,15 +57,15 @@ class Guard:
                     "so, mix in fresh completions (sources.policy).",
                 )
 
-    def log_ratios(self, implicit_spread: Tensor, reward_spread: Tensor) -> None:
+    def log_ratios(self, residual_rms: Tensor, reward_spread: Tensor) -> None:
         """Of an update whose implicit rewards have left what rewards can explain, while the loss is still finite."""
-        implicit, self._largest_spread = float(implicit_spread), max(self._largest_spread, float(reward_spread))
-        if self._largest_spread > 0 and implicit > EXPLODING * self._largest_spread:
+        rms, self._largest_spread = float(residual_rms), max(self._largest_spread, float(reward_spread))
+        if self._largest_spread > 0 and rms > EXPLODING * self._largest_spread:
             self.say(
                 "exploding",
-                f"Log-ratios are exploding: within one group the implicit rewards differ by {implicit:.3g}, the "
-                f"rewards by {self._largest_spread:.3g} at most, so the policy is far past its optimum. Lower the "
-                "learning rate or clip gradients; resume from a checkpoint before this.",
+                f"Log-ratios are exploding: implicit rewards miss the advantages by {rms:.3g} (residual/rms), where "
+                f"the rewards of a group differ by {self._largest_spread:.3g} at most, so the policy is far past its "
+                "optimum. Lower the learning rate or clip gradients; resume from a checkpoint before this.",
             )
 
 

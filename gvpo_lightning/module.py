@@ -320,7 +320,7 @@ class GVPOModule(SamplingModule):
     def _log_update(self, update: Update, is_first: bool) -> None:
         assert self.rollout is not None
         metrics: dict[str, Any] = self._meter.compute(max(update.num_groups, 1), self.sources.names)
-        self.guard.log_ratios(metrics["implicit_reward/spread"], metrics["reward/spread"])
+        self.guard.log_ratios(metrics["residual/rms"], metrics["reward/spread"])
         if is_first and "log_ratio/policy/mean" in metrics:  # only then are these the policy's own samples
             self.rollout.metrics["kl/reference"] = float(metrics["log_ratio/policy/mean"])
         metrics |= self.rollout.metrics
