@@ -94,13 +94,3 @@ def coverage_totals(batch: CompletionBatch, negligible: Tensor) -> dict[str, tup
         "support/distinct_fraction": (sum(map(len, coverage.values())), total),
         "support/negligible_fraction": (int(negligible.sum()), total),
     }
-
-
-def group_spread(values: Tensor, group_ids: Tensor, kept: Tensor) -> Tensor:
-    """The largest difference of (S,) values within one group; 0 without any."""
-    if not bool(kept.any()):
-        return values.new_zeros(())
-    _, index = group_ids[kept].unique(return_inverse=True)
-    zeros = values.new_zeros(int(index.max()) + 1)
-    high, low = (zeros.scatter_reduce(0, index, values[kept], kind, include_self=False) for kind in ("amax", "amin"))
-    return (high - low).max()

@@ -7,11 +7,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gvpo_kernels import FusedLoss
+from gvpo_kernels import FusedLoss, group_statistics
 from gvpo_kernels.group_statistics import gather_rows
 from gvpo_lightning.batch import CompletionBatch
 from gvpo_lightning.distributed import gather_objects
-from gvpo_lightning.guards import coverage_totals, group_spread, is_negligible
+from gvpo_lightning.guards import coverage_totals, is_negligible
 from gvpo_lightning.objectives import gvpo_loss
 from gvpo_lightning.rollout.sampling import Rollout, rollout_metrics
 
@@ -65,8 +65,8 @@ class UpdateMeter:
             if bool(mine.any()):
                 metrics |= _distribution(f"log_ratio/{name}", result.log_ratios[mine])
                 metrics[f"residual/{name}/rms"] = result.residuals[mine].square().mean().sqrt()
-        metrics["implicit_reward/spread"] = self.beta * group_spread(result.log_ratios, group_ids, kept)
-        metrics["reward/spread"] = group_spread(rewards, group_ids, kept)
+        metrics["implicit_reward/spread"] = self.beta * _spread(result.log_ratios, group_ids, kept)
+        metrics["reward/spread"] = _spread(rewards, group_ids, kept)
         if self._entropy:
             entropies = torch.cat(self._entropy).double()
             total = torch.stack([entropies.sum(), torch.full_like(entropies.sum(), len(entropies))])
@@ -75,6 +75,11 @@ class UpdateMeter:
             metrics["entropy"] = (total[0] / total[1]).float()
         self.reset()
         return metrics
+
+
+def _spread(values: Tensor, group_ids: Tensor, kept: Tensor) -> Tensor:
+    """The largest difference of (S,) values within one group."""
+    return group_statistics(values, values, values, group_ids, kept).reward_range.max()
 
 
 def _distribution(name: str, log_ratios: Tensor) -> dict[str, Tensor]:

@@ -207,7 +207,8 @@ class WeightsReference(Reference):
         if "weights" in state:
             self.weights = {name: value.to("cpu", copy=True) for name, value in state["weights"].items()}
             self.fingerprint = state["fingerprint"]
-        check_fingerprint(self.fingerprint, state["fingerprint"])
+        else:
+            check_fingerprint(self.fingerprint, state["fingerprint"])
 
 
 class ModelReference(Reference):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from gvpo_kernels import group_statistics
 from gvpo_lightning.batch import Completion, CompletionBatch, collate_completions
 from gvpo_lightning.plan import GroupShape, Limits
 from gvpo_lightning.rewards import Reward, compute_rewards, reward_columns
@@ -257,21 +258,11 @@ def drop_by_settings(rollout: Rollout, settings: RolloutSettings) -> tuple[int, 
     batch = rollout.batch
     if settings.truncated == "drop":
         rollout.drop(batch.truncated, "truncated")
-    flat = zero_variance(batch)
+    statistics = group_statistics(batch.rewards, batch.rewards, batch.rewards, batch.group_ids, batch.kept)
+    flat = (statistics.size >= 2) & (statistics.reward_range == 0)
     if settings.zero_variance == "drop":
-        equal = torch.zeros(len(rollout.prompts), dtype=torch.bool, device=flat.device)
-        equal[batch.group_ids[batch.kept].unique()[flat]] = True
-        rollout.drop(equal[batch.group_ids], "zero_variance")
-    return int(flat.sum()), len(flat)
-
-
-def zero_variance(batch: CompletionBatch) -> Tensor:
-    """(G,) bool over the groups with kept completions, ids ascending: two or more, all with equal rewards."""
-    rewards, group_ids = batch.rewards[batch.kept], batch.group_ids[batch.kept]
-    _, index, sizes = group_ids.unique(return_inverse=True, return_counts=True)
-    zeros = rewards.new_zeros(len(sizes))
-    high, low = (zeros.scatter_reduce(0, index, rewards, kind, include_self=False) for kind in ("amax", "amin"))
-    return (sizes >= 2) & (high == low)
+        rollout.drop(flat[statistics.index], "zero_variance")
+    return int(flat.sum()), int((statistics.size >= 1).sum())
 
 
 def rollout_metrics(batch: Any) -> dict[str, float]:
