@@ -129,6 +129,13 @@ def collate_completions(
     )
 
 
+def dropped_completion() -> CompletionBatch:
+    """One completion that counts for nothing: what a rank runs that must step with the others."""
+    batch = collate_completions([[0]], [[0]], [True], [0], pad_token_id=0)
+    batch.drop(torch.ones(1, dtype=torch.bool))
+    return batch
+
+
 def _pad(sequences: Sequence[Sequence[int] | Tensor], pad_token_id: int, *, left: bool) -> tuple[Tensor, Tensor]:
     width = max((len(s) for s in sequences), default=0) or 1
     ids = torch.full((len(sequences), width), pad_token_id, dtype=torch.int64)

@@ -5,7 +5,6 @@ Only tensors, numbers, strings, lists and dicts, so that it loads with weights_o
 
 from typing import TYPE_CHECKING, Any
 
-from gvpo_lightning.distributed import gather_objects
 from gvpo_lightning.rollout.sampling import Rollout
 
 if TYPE_CHECKING:
@@ -32,14 +31,15 @@ def gvpo_state(module: "GVPOModule") -> dict[str, Any]:
     state: dict[str, Any] = {name: getattr(module, name) for name in COUNTERS}
     state["units"] = position_units(module)
     state["seconds"] = dict(module.seconds)
-    state["rollouts"] = gather_objects(None if unfinished is None else unfinished.state_dict())
+    state["rollout"] = None if unfinished is None else unfinished.state_dict()
+    state["num_ranks"] = module.data_ranks.size
     state["group_size"] = module.rollout_settings.group_size
     if module.sources.replay is not None:
         state["replay"] = module.sources.replay.state_dict() | {"precision": str(module.trainer.precision)}
     if module.reference_settings.kind == "cached":
         state["cache"] = module.sources.references
     state["reference_kind"] = module.reference_settings.kind
-    state["reference"] = module.reference.state_dict()
+    state["reference"] = module.reference.state_dict(module.policy)
     return state
 
 
@@ -68,7 +68,7 @@ def load_gvpo_state(module: "GVPOModule", state: dict[str, Any]) -> None:
             f"This checkpoint was trained on cached log-probs from {state['cache']}, {module.sources.settings.file} "
             f"has some from {module.sources.references}."
         )
-    module.reference.load_state_dict(state["reference"])
+    module.reference.load_state_dict(state["reference"], module.policy)
 
 
 def load_position(module: "GVPOModule", state: dict[str, Any]) -> None:
@@ -90,19 +90,18 @@ def load_position(module: "GVPOModule", state: dict[str, Any]) -> None:
             f"accumulate_grad_batches={units['accumulate_grad_batches']}: the update's first gradients are lost. "
             "Resume from another one."
         )
-    rollouts = state["rollouts"]
-    if not any(rollouts):
+    if state["rollout"] is None:
         return
-    if len(rollouts) != module.world_size:
+    num_ranks, now = state["num_ranks"], module.data_ranks.size
+    if num_ranks != now:
         raise ValueError(
-            f"This checkpoint was saved within a rollout by {len(rollouts)} ranks and can't be resumed by "
-            f"{module.world_size}: resume it with {len(rollouts)}, or take one saved at a rollout's end."
+            f"This checkpoint was saved within a rollout by {num_ranks} data-parallel ranks and can't be resumed by "
+            f"{now}: resume it with {num_ranks}, or take one saved at a rollout's end."
         )
-    rollout = Rollout.from_state_dict(rollouts[module.global_rank], module.trainer.strategy.root_device)
     size = state["group_size"]
     if size != module.rollout_settings.group_size:
         raise ValueError(
             f"This checkpoint was saved within a rollout of group_size={size} and can't be resumed with "
             f"group_size={module.rollout_settings.group_size}: set it back, or take one saved at a rollout's end."
         )
-    module.rollout = rollout
+    module.rollout = Rollout.from_state_dict(state["rollout"])

@@ -12,6 +12,7 @@ from gvpo_lightning.rewards import Reward, check_reward_columns, reward_columns
 from gvpo_lightning.rollout.generation import GenerationSettings, encode_prompt
 from gvpo_lightning.rollout.loader import RolloutLoader, Row
 from gvpo_lightning.rollout.sampling import RolloutSettings
+from gvpo_lightning.sharding import data_ranks
 
 
 def check_prompts(
@@ -84,7 +85,7 @@ def check_trainer(
         limits=settings.limits,
         longest_completion=generation.max_new_tokens if generates else 0,
         accumulate=trainer.accumulate_grad_batches,
-        world_size=trainer.world_size,
+        world_size=data_ranks(trainer.strategy).size,
     )
 
 

@@ -1,5 +1,12 @@
-"""Collecting a rollout: completions from the run's sources, their rewards and their log-probs under the reference."""
+"""Collecting a rollout: completions from the run's sources, their rewards and their log-probs under the reference.
 
+The ranks share the work completion by completion, and then tell each other what came of it: every rank has the whole
+rollout, in host memory, so that an update may train any completion anywhere.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -11,34 +18,28 @@ from gvpo_lightning.rollout.generation import encode_prompt
 from gvpo_lightning.rollout.loader import Row
 from gvpo_lightning.rollout.sampling import Rollout, assemble_rollout, drop_by_settings, reward_groups, sample_groups
 from gvpo_lightning.seeding import derive_seed
+from gvpo_lightning.sharding import callable_outside_steps, gathered
 
 if TYPE_CHECKING:
     from gvpo_lightning.module import GVPOModule
+
+Groups = list[list[Completion]]
 
 
 def collect_rollout(module: "GVPOModule", rows: list[Row], index: int) -> Rollout:
     """The rollout that a micro-batch of `rows` starts: drawn, sampled, rewarded, scored and measured.
 
-    Every rank must call this. What it takes is added to the module's `seconds`.
+    Every rank must call this, with the same rows. What it takes is added to the module's `seconds`.
     """
     prompts = [row["prompt"] for row in rows]
     prompt_ids = [encode_prompt(prompt, module.tokenizer) for prompt in prompts]
     module.reference.refresh(module.policy, rollout=index, update=module.num_updates)
-    with module.timed("rollout"), module.trainer.precision_plugin.forward_context():
+    with module.timed("rollout"):
         recorded = module.sources.draw(rows, derive_seed(module.seed, "sources", index), module.reference.version)
-        fresh = sample_groups(
-            module.policy,
-            module.tokenizer,
-            prompt_ids,
-            module.sources.num_fresh(recorded),
-            module.generation,
-            derive_seed(module.seed, "completions", index, module.global_rank),
-        )
-        groups = [[*new, *old] for new, old in zip(fresh, recorded, strict=True)]
+        fresh = sample_share(module, prompt_ids, module.sources.num_fresh(recorded), index)
     with module.timed("reward"):
-        if module.reward is not None:
-            reward_groups(groups, prompts, rows, module.reward)
-    rollout = assemble_rollout(index, prompts, prompt_ids, groups, module.sources.names, module.policy.device)
+        groups = reward_shares(module, rows, fresh, recorded)
+    rollout = assemble_rollout(index, prompts, prompt_ids, groups, module.sources.names)
     flat_groups = drop_by_settings(rollout, module.rollout_settings)
     with module.timed("reference"):
         score_rollout(module, rollout, groups)
@@ -52,26 +53,78 @@ def collect_rollout(module: "GVPOModule", rows: list[Row], index: int) -> Rollou
     return rollout
 
 
-def score_rollout(module: "GVPOModule", rollout: Rollout, groups: list[list[Completion]]) -> None:
+def sample_share(module: "GVPOModule", prompt_ids: list[list[int]], num_fresh: Sequence[int], index: int) -> Groups:
+    """This rank's part of the fresh completions, of which each prompt gets `num_fresh`."""
+    ranks = module.data_ranks
+    owners = [group for group, count in enumerate(num_fresh) for _ in range(count)]
+    mine = Counter(owners[number] for number in ranks.share(len(owners)))
+    if not owners:
+        return [[] for _ in prompt_ids]
+    with module.trainer.precision_plugin.forward_context(), gathered(module):
+        return sample_groups(
+            module.policy,
+            module.tokenizer,
+            prompt_ids,
+            [mine[group] for group in range(len(prompt_ids))],
+            module.generation,
+            derive_seed(module.seed, "completions", index, ranks.rank),
+        )
+
+
+def reward_shares(module: "GVPOModule", rows: list[Row], fresh: Groups, recorded: Groups) -> Groups:
+    """The groups of all ranks: each rank rewards what it has sampled, and a part of what is recorded."""
+    ranks = module.data_ranks
+    flat = [(group, completion) for group, completions in enumerate(recorded) for completion in completions]
+    share: Groups = [[] for _ in recorded]
+    for number in ranks.share(len(flat)):
+        group, completion = flat[number]
+        share[group].append(completion)
+    error: Exception | None = None
+    if module.reward is not None:
+        own = [[*new, *old] for new, old in zip(fresh, share, strict=True)]
+        try:
+            reward_groups(own, [row["prompt"] for row in rows], rows, module.reward)
+        except Exception as raised:
+            error = raised
+    parts = ranks.gather((fresh, share, None if error is None else str(error)))
+    if error is not None:
+        raise error
+    for rank, (_, _, message) in enumerate(parts):  # or this rank would wait for one that has ended
+        if message is not None:
+            raise RuntimeError(f"The reward failed on rank {rank}: {message}")
+    return [
+        [completion for kind in (0, 1) for part in parts for completion in part[kind][group]]
+        for group in range(len(rows))
+    ]
+
+
+def score_rollout(module: "GVPOModule", rollout: Rollout, groups: Groups) -> None:
     """Reference log-probs of the kept completions that have none of this version yet."""
-    batch = rollout.batch
+    batch, ranks = rollout.batch, module.data_ranks
     completions = [completion for group in groups for completion in group]
     unscored = torch.tensor([c.reference_logprobs is None for c in completions], dtype=torch.bool)
-    rows = (unscored.to(batch.kept.device) & batch.kept).nonzero().squeeze(-1)
+    rows = (unscored & batch.kept).nonzero().squeeze(-1)
     if len(rows):
         width = batch.prompt_ids.shape[1] + batch.completion_ids.shape[1]
         limits = module.rollout_settings.limits
         size = limits.completions or (limits.tokens or 0) // width or module.generation.batch_size
-        with module.trainer.precision_plugin.forward_context(), module.reference.applied(module.policy) as model:
+        mine = batch.select(rows[torch.tensor(ranks.share(len(rows)), dtype=torch.int64)])
+        with (
+            module.trainer.precision_plugin.forward_context(),
+            module.reference.applied(module.policy) as model,
+            callable_outside_steps(module),
+        ):
             values = score(
                 model,
-                batch.select(rows),
+                mine,
                 temperature=module.temperature,
                 batch_size=size,
+                num_parts=math.ceil(math.ceil(len(rows) / ranks.size) / size),
                 implementation=module.loss_implementation,
             )
-        batch.reference_logprobs[rows, : values.shape[1]] = values
-    logprobs = batch.reference_logprobs.cpu()
+        scored = (row for part in ranks.gather(values) for row in part)
+        for row, logprobs in zip(rows.tolist(), scored, strict=True):
+            batch.reference_logprobs[row, : len(logprobs)] = logprobs
     for row in batch.kept.nonzero().squeeze(-1).tolist():
-        completions[row].reference_logprobs = logprobs[row, : len(completions[row].token_ids)].clone()
+        completions[row].reference_logprobs = batch.reference_logprobs[row, : len(completions[row].token_ids)].clone()
         completions[row].reference_version = module.reference.version

@@ -1,14 +1,41 @@
-"""Collectives that also work without a process group."""
+"""The ranks that share a rollout, and what they tell each other."""
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
+from torch import Tensor
+
+from gvpo_lightning.plan import rank_share
 
 
-def gather_objects(value: Any) -> list[Any]:
-    """Every rank's value, in the order of the ranks; every rank must call this."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return [value]
-    values: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, value)
-    return values
+@dataclass(frozen=True)
+class DataRanks:
+    """The ranks that have different data: all of them, or with tensor parallelism one of each that hold one model.
+
+    Attributes:
+        rank, size: which of them this is, and how many there are.
+        process_group: None where there is one rank, or where these are all of the default group.
+    """
+
+    rank: int = 0
+    size: int = 1
+    process_group: "dist.ProcessGroup | None" = None
+
+    def share(self, count: int) -> range:
+        """Which of `count` things this rank has."""
+        return rank_share(count, self.rank, self.size)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value, in the order of the ranks; every rank must call this."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=self.process_group)
+        return values
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the ranks, in place; every rank must call this."""
+        if self.size > 1:
+            dist.all_reduce(tensor, group=self.process_group)
+        return tensor

@@ -10,11 +10,11 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 from typing import Any, Literal
 
 import torch
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
+from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,9 +23,8 @@ from gvpo_kernels.inputs import choose_implementation
 from gvpo_lightning.checkpoint import gvpo_state, load_gvpo_state, load_position
 from gvpo_lightning.checks import check_trainer, check_training_batches
 from gvpo_lightning.collect import collect_rollout
-from gvpo_lightning.distributed import gather_objects
 from gvpo_lightning.guards import Guard
-from gvpo_lightning.meters import UpdateMeter
+from gvpo_lightning.meters import UpdateMeter, measure_update
 from gvpo_lightning.plan import Update, plan_updates
 from gvpo_lightning.policy import check_logprob_head, completion_loss, stop_token_ids
 from gvpo_lightning.reference import CachedReference, ReferenceKind, ReferenceSettings, make_reference
@@ -36,9 +35,10 @@ from gvpo_lightning.rollout.loader import Row
 from gvpo_lightning.rollout.sampling import Rollout, RolloutSettings
 from gvpo_lightning.sampling_module import SamplingModule
 from gvpo_lightning.seeding import derive_seed
+from gvpo_lightning.sharding import callable_outside_steps, clip_by_norm, is_sharded, local_tensor, shard_model
 from gvpo_lightning.sources.mixture import SourceMixture
 from gvpo_lightning.sources.settings import SourceSettings
-from gvpo_lightning.two_passes import sequence_coefficients
+from gvpo_lightning.two_passes import first_pass, scatter, sequence_coefficients
 
 
 class GVPOModule(SamplingModule):
@@ -59,8 +59,10 @@ class GVPOModule(SamplingModule):
         generation: how completions are sampled.
         optimizer, lr_scheduler: callables from parameters to an optimizer and from that to a scheduler, which
             is stepped once an update.
-        max_skipped_updates: consecutive updates with log-ratios that are not finite, each of which is skipped
-            whole, before training stops.
+        max_skipped_updates: consecutive updates that are skipped whole before training stops.
+        max_log_ratio: an update is skipped if a completion's |log pi - log pi'| is beyond it, or is not finite, or a
+            gradient is not; no healthy run gets there.
+        gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
         loss_implementation: "triton" (CUDA), "torch" (chunked, any device), "reference" (plain, all logits
             stored) or "auto", "triton" where it can run and else "torch". Compared with eager at start-up.
 
@@ -84,12 +86,14 @@ class GVPOModule(SamplingModule):
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6),
         lr_scheduler: LRSchedulerCallable | None = None,
         max_skipped_updates: int = 5,
+        max_log_ratio: float = 1e4,
+        gradient_checkpointing: bool = False,
         loss_implementation: Literal["auto", "triton", "torch", "reference"] = "auto",
     ) -> None:
         super().__init__(policy, reward, tokenizer, generation, rollout.group_size)
         if not isinstance(reference, ReferenceSettings):
             reference = ReferenceSettings(reference)
-        for name, value in (("beta", beta), ("temperature", temperature)):
+        for name, value in (("beta", beta), ("temperature", temperature), ("max_log_ratio", max_log_ratio)):
             if not value > 0:
                 raise ValueError(f"{name} must be > 0, got {value}.")
         self.reference_settings = reference
@@ -109,7 +113,8 @@ class GVPOModule(SamplingModule):
         self.beta, self.temperature = beta, temperature
         self.rollout_settings = rollout
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.max_skipped_updates = max_skipped_updates
+        self.max_skipped_updates, self.max_log_ratio = max_skipped_updates, max_log_ratio
+        self.gradient_checkpointing = gradient_checkpointing
         self.loss_implementation = loss_implementation
 
         self.microstep = 0  # micro-batches trained so far: the run's only position, saved in checkpoints
@@ -119,12 +124,11 @@ class GVPOModule(SamplingModule):
         self.skipped_updates = self.consecutive_skips = 0
         self.seconds = dict.fromkeys(("rollout", "reward", "reference", "train"), 0.0)
         self.num_completion_tokens = 0
-        self._meter = UpdateMeter(beta)
+        self._meter = UpdateMeter()
         self.guard = Guard()
         self._coefficients: list[Tensor] | None = None  # of a cut update's micro-batches
-        self._entropies: list[Tensor | None] = []
-        self._finite: Tensor | None = None
-        self._update: Update | None = None
+        self._entropies: list[Tensor] = []
+        self._is_configured = False
         self._rollout_length: int | None = None  # micro-batches, in the fit before this one
 
     # -- building and checking ----------------------------------------------------------------------------
@@ -154,17 +158,29 @@ class GVPOModule(SamplingModule):
         self.sources.check(rows, context)
 
     def configure_model(self) -> None:
-        """Load the policy and, for training, take what the reference needs of it."""
+        """Load the policy, take what the reference needs of it, and shard it if the strategy does not."""
+        if self._is_configured:
+            return
         super().configure_model()
         self.sources.stops = stop_token_ids(self.policy, self.tokenizer)
-        if self._trainer is not None and self.trainer.state.fn == "fit":
+        fits = self._trainer is not None and self.trainer.state.fn == "fit"
+        if fits:
             if isinstance(self.reference, CachedReference) and not self.reference.is_checked:
                 check_cache(self)
                 self.reference.is_checked = True
-            self.reference.prepare(self.policy)
+            self.reference.identify(self.policy)
+        if self.gradient_checkpointing:
+            self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self._trainer is None:
+            return
+        shard_model(self.policy, self.trainer.strategy, self.trainer.precision)
+        self._is_configured = is_sharded(self.trainer.strategy)
+        if fits and not isinstance(self.trainer.strategy, FSDPStrategy):  # which has yet to shard it
+            self.reference.prepare(self.policy, self.trainer.strategy, self.trainer.precision)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over all trainable parameters, and the scheduler, stepped every update."""
+        self.reference.prepare(self.policy, self.trainer.strategy, self.trainer.precision)
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         if self.lr_scheduler is None:
             return optimizer
@@ -175,7 +191,8 @@ class GVPOModule(SamplingModule):
 
     def on_fit_start(self) -> None:
         """Hold the fused loss against eager on a few tokens, where the training will run it."""
-        with self.trainer.precision_plugin.forward_context():
+        gradients = torch.set_grad_enabled(not is_sharded(self.trainer.strategy))  # which are elsewhere then
+        with self.trainer.precision_plugin.forward_context(), callable_outside_steps(self), gradients:
             error = check_logprob_head(self.policy, self.loss_implementation)
             name = choose_implementation(self.loss_implementation, next(self.policy.parameters()))
         rank_zero_info(
@@ -216,14 +233,15 @@ class GVPOModule(SamplingModule):
         return collect_rollout(self, rows, index)
 
     def _plan_updates(self, rollout: Rollout) -> list[Update]:
-        """The optimizer updates of a rollout, all passes over it, the same on every rank."""
-        shapes = gather_objects(rollout.group_shapes())
+        """The optimizer updates of a rollout, all passes over it."""
+        shapes, ranks = rollout.group_shapes(), self.data_ranks
         return [
             update
             for epoch in range(self.rollout_settings.epochs_per_rollout)
             for update in plan_updates(
                 shapes,
-                rank=self.global_rank,
+                rank=ranks.rank,
+                num_ranks=ranks.size,
                 num_updates=self.rollout_settings.updates_per_pass,
                 accumulate=self.trainer.accumulate_grad_batches,
                 seed=derive_seed(self.seed, "update", rollout.index, epoch),
@@ -238,88 +256,124 @@ class GVPOModule(SamplingModule):
         assert rollout is not None
         if slot == 0:
             self._start_update(update, rollout)
-        part = rollout.micro_batch(update.micro_batches[slot])
         result = completion_loss(
             self.policy,
-            part,
+            rollout.micro_batch(update.micro_batches[slot], self.trainer.strategy.root_device),
             self.beta,
             num_groups=max(update.num_groups, 1),
             sequence_coefficients=self._coefficients[slot] if self._coefficients else None,
             temperature=self.temperature,
             implementation=self.loss_implementation,
         )
-        if self._coefficients:
-            result = replace(result, entropies=self._entropies[slot])
-        assert self._finite is not None
-        self._finite &= torch.isfinite(result.log_ratios).all()
-        self._meter.add(part, result)
-        if slot == len(update.micro_batches) - 1:
-            self._log_update(update, is_first=index == 0)
-            self.num_updates += 1
+        self._meter.add(result.log_ratios, self._entropies[slot] if self._coefficients else result.entropies)
         self.microstep += 1
         return result.loss * update.scale
 
     def _start_update(self, update: Update, rollout: Rollout) -> None:
         """Of an update whose groups are cut, the pass that must come first."""
-        self._update, self._coefficients = update, None
-        self._finite = torch.ones((), dtype=torch.bool, device=rollout.batch.kept.device)
+        self._meter.reset()
+        self._coefficients = None
         if update.over_limit:
             self.guard.say(
                 "over limit",
                 f"A micro-batch of this rollout holds more than its {self.rollout_settings.limits}: lengths are known "
-                f"only now, and its update has only {len(update.micro_batches)} micro-batches. "
+                f"only now, and its update has only {len(update.micro_batches)} micro-batches a rank. "
                 "Raise trainer.accumulate_grad_batches.",
             )
         if update.is_cut:
             self.guard.info(
                 "two passes",
-                "Groups are cut over micro-batches: each such update makes a pass without gradient first, for the "
-                "groups' means. Larger micro-batches (rollout.micro_batch_size, micro_batch_tokens) or fewer of them "
-                "(trainer.accumulate_grad_batches) would save it.",
+                "Groups are cut over micro-batches or ranks: each such update makes a pass without gradient first, for "
+                "the groups' means. Larger micro-batches (rollout.micro_batch_size, micro_batch_tokens), fewer of them "
+                "(trainer.accumulate_grad_batches) or more prompts an update would save it.",
             )
-            self._coefficients, self._entropies, self._finite = sequence_coefficients(
-                self.policy,
-                [rollout.micro_batch(rows) for rows in update.micro_batches],
-                self.beta,
-                num_groups=max(update.num_groups, 1),
-                temperature=self.temperature,
-                implementation=self.loss_implementation,
-            )
+            self._coefficients = self._first_pass(update, rollout)
+
+    def _first_pass(self, update: Update, rollout: Rollout) -> list[Tensor]:
+        """dL / d log pi(y_i|x) of this rank's completions, by micro-batch."""
+        log_ratios, self._entropies = first_pass(
+            self.policy,
+            [rollout.micro_batch(rows, self.trainer.strategy.root_device) for rows in update.micro_batches],
+            temperature=self.temperature,
+            implementation=self.loss_implementation,
+        )
+        positions = update.positions
+        whole = rollout.micro_batch(update.rows, self.trainer.strategy.root_device)
+        coefficients = sequence_coefficients(
+            self.data_ranks.sum(scatter(log_ratios, positions, len(update.rows))),
+            whole.rewards,
+            whole.group_ids,
+            self.beta,
+            num_groups=max(update.num_groups, 1),
+            max_log_ratio=self.max_log_ratio,
+        )
+        zero = coefficients.new_zeros(1)  # of the dropped completion in an empty micro-batch
+        return [coefficients[list(where)] if where else zero for where in positions]
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Skip the whole update, on every rank, if a log-ratio or a gradient is not finite, or nothing counts."""
-        assert self._update is not None
-        finite = bool(self._finite) and self._gradients_are_finite()
-        finite = self.trainer.strategy.reduce_boolean_decision(finite, all=True)
-        if finite and self._update.num_groups:
+        """Measure the update; skip it whole, on every rank, if it is not usable or nothing counts."""
+        assert self.rollout is not None
+        index = (self.microstep - 1) % self.micro_batches_per_rollout // self.trainer.accumulate_grad_batches
+        update = self.updates[index]
+        # the update's only wait for the device
+        log_ratios, entropy, gradients_are_finite = self._meter.collect(
+            update.positions, len(update.rows), self._gradients_are_finite(), self.data_ranks
+        )
+        self.num_updates += 1
+        usable = gradients_are_finite and bool((log_ratios.abs() <= self.max_log_ratio).all())
+        if not usable:
+            self.skipped_updates += 1
+        self._log_update(update, log_ratios, entropy, is_first=index == 0)
+        if usable and update.num_groups:
             self.consecutive_skips = 0
             return
         for parameter in self.parameters():
             parameter.grad = None  # an optimizer passes over parameters without gradient: no momentum, no decay
-        if finite:
+        if usable:
             return
-        self.skipped_updates += 1
         self.consecutive_skips += 1
         if self.consecutive_skips > self.max_skipped_updates:
             raise RuntimeError(
-                f"{self.consecutive_skips} updates in a row had log-ratios or gradients that are not finite "
-                f"(max_skipped_updates={self.max_skipped_updates}): the policy has diverged. Lower the learning rate, "
-                "or raise beta, and resume from an earlier checkpoint."
+                f"{self.consecutive_skips} updates in a row had gradients that are not finite, or log-ratios that are "
+                f"not or beyond max_log_ratio={self.max_log_ratio:g} (max_skipped_updates={self.max_skipped_updates}): "
+                "the policy has diverged. Lower the learning rate, or raise beta, and resume from an earlier "
+                "checkpoint."
             )
 
-    def _gradients_are_finite(self) -> bool:
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: int | float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As Lightning does; by norm also where the gradients are sharded."""
+        strategy: Any = self.trainer.strategy
+        if not gradient_clip_val or gradient_clip_algorithm == "value" or not is_sharded(strategy):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif isinstance(strategy, FSDPStrategy):
+            wrapped: Any = strategy.model
+            wrapped.clip_grad_norm_(gradient_clip_val)
+        else:
+            clip_by_norm(self.parameters(), gradient_clip_val)
+
+    def _gradients_are_finite(self) -> Tensor:
+        """Whether this rank's part of them is, a bool scalar on the device."""
+        yes = torch.ones((), dtype=torch.bool, device=self.trainer.strategy.root_device)
         if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            return True  # infinite float16 gradients are the loss scaler's own affair
-        checks = [torch.isfinite(p.grad).all() for p in self.parameters() if p.grad is not None]
-        return bool(torch.stack(checks).all()) if checks else True
+            return yes  # infinite float16 gradients are the loss scaler's own affair
+        checks = [torch.isfinite(local_tensor(p.grad)).all() for p in self.parameters() if p.grad is not None]
+        return torch.stack([yes, *checks]).all()
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
         """Count the time."""
         self.seconds["train"] += time.perf_counter() - self._train_started
 
-    def _log_update(self, update: Update, is_first: bool) -> None:
+    def _log_update(self, update: Update, log_ratios: Tensor, entropy: float | None, is_first: bool) -> None:
+        """Log the metrics of all ranks; none of this waits for the device."""
         assert self.rollout is not None
-        metrics: dict[str, Any] = self._meter.compute(max(update.num_groups, 1), self.sources.names)
+        metrics: dict[str, Any] = measure_update(self.rollout, update.rows, log_ratios, self.beta, self.sources.names)
+        if entropy is not None and update.rows:
+            metrics["entropy"] = entropy / int(self.rollout.batch.lengths[list(update.rows)].sum())
         self.guard.log_ratios(metrics["residual/rms"], metrics["reward/spread"])
         if is_first and "log_ratio/policy/mean" in metrics:  # only then are these the policy's own samples
             self.rollout.metrics["kl/reference"] = float(metrics["log_ratio/policy/mean"])

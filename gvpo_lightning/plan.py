@@ -41,23 +41,31 @@ class Update:
     """One optimizer update, as one rank sees it.
 
     Attributes:
-        micro_batches: exactly `accumulate` tuples of this rank's rows; some may be empty and are stepped
+        micro_batches: exactly `accumulate` tuples of rows, this rank's; some may be empty and are stepped
             through all the same.
-        num_groups: groups with two or more kept completions over ALL ranks: the loss's denominator.
-        num_dropped: the update's other groups, over all ranks.
+        rows: what the update trains on all ranks, in ascending order.
+        num_groups: groups with two or more kept completions: the loss's denominator.
+        num_dropped: the update's other groups.
         scale: a micro-batch's loss (its share of the sum over groups / num_groups) is multiplied by this,
-            because Lightning divides by the accumulation and DDP by the number of ranks.
-        is_cut: on some rank a group lies in several micro-batches, so a pass without gradient must give the
-            group means before the one with gradient.
-        over_limit: on some rank a micro-batch holds more than the limits allow.
+            because Lightning divides by the accumulation and DDP and FSDP by the number of ranks.
+        is_cut: a group lies in several micro-batches or on several ranks, so a pass without gradient must give
+            the group means before the one with gradient.
+        over_limit: some micro-batch holds more than the limits allow.
     """
 
     micro_batches: tuple[tuple[int, ...], ...]
+    rows: tuple[int, ...]
     num_groups: int
     num_dropped: int
     scale: int
     is_cut: bool = False
     over_limit: bool = False
+
+    @property
+    def positions(self) -> list[list[int]]:
+        """For each of this rank's micro-batches, where its rows stand in `rows`."""
+        position = {row: number for number, row in enumerate(self.rows)}
+        return [[position[row] for row in rows] for rows in self.micro_batches]
 
 
 @dataclass(frozen=True)
@@ -71,9 +79,10 @@ class _Piece:
 
 
 def plan_updates(
-    groups: Sequence[Sequence[GroupShape]],
+    groups: Sequence[GroupShape],
     *,
     rank: int,
+    num_ranks: int,
     num_updates: int,
     accumulate: int,
     seed: int,
@@ -82,50 +91,44 @@ def plan_updates(
     """Cut one pass over a rollout into optimizer updates.
 
     Args:
-        groups: for each rank, its groups.
-        rank: the rank whose micro-batches are wanted.
-        num_updates: updates to be made; over all ranks their numbers of groups differ by one at most.
-        accumulate: micro-batches in one update.
-        seed: decides the order of the groups.
+        groups: the rollout's, the same on every rank.
+        rank: the rank whose micro-batches are wanted, of `num_ranks`.
+        num_updates: updates to be made; their numbers of groups differ by one at most.
+        accumulate: micro-batches in one update, on each rank.
+        seed: decides the order of the groups. Which update a group is in depends on nothing else.
         limits: what a micro-batch may hold.
 
     Returns:
         the updates, in order. Groups with fewer than two kept completions are in no micro-batch. Groups stay
         whole where that keeps within the limits (without limits: where there are as many groups as
-        micro-batches); else their completions are packed one by one.
+        micro-batches over all ranks); else their completions are packed one by one.
     """
-    members = _deal(groups, num_updates, seed)
+    order = seeded_permutation(len(groups), seed, "update order", 0)
+    bounds = [len(order) * u // num_updates for u in range(num_updates + 1)]
     updates = []
-    for per_rank in members:
-        counting = [[(g, groups[r][g]) for g in mine if len(groups[r][g].rows) >= 2] for r, mine in enumerate(per_rank)]
-        packed = [_micro_batches(mine, accumulate, limits) for mine in counting]
-        num_groups = sum(map(len, counting))
+    for start, stop in itertools.pairwise(bounds):
+        counting = [(g, groups[g]) for g in order[start:stop] if len(groups[g].rows) >= 2]
+        bins = _micro_batches(counting, accumulate * num_ranks, limits)
         updates.append(
             Update(
-                micro_batches=tuple(tuple(sorted(row for p in pieces for row in p.rows)) for pieces in packed[rank]),
-                num_groups=num_groups,
-                num_dropped=sum(map(len, per_rank)) - num_groups,
-                scale=accumulate * len(groups),
-                is_cut=any(_cuts_groups(bins) for bins in packed),
-                over_limit=not all(limits.hold(pieces) for bins in packed for pieces in bins),
+                micro_batches=tuple(
+                    tuple(sorted(row for piece in bins[number] for row in piece.rows))
+                    for number in _bins_of(rank, num_ranks, accumulate)
+                ),
+                rows=tuple(sorted(row for _, shape in counting for row in shape.rows)),
+                num_groups=len(counting),
+                num_dropped=stop - start - len(counting),
+                scale=accumulate * num_ranks,
+                is_cut=_cuts_groups(bins),
+                over_limit=not all(map(limits.hold, bins)),
             )
         )
     return updates
 
 
-def _deal(groups: Sequence[Sequence[GroupShape]], num_updates: int, seed: int) -> list[list[list[int]]]:
-    """[update][rank] -> group indices; each rank's groups in seeded order, spread evenly over the updates."""
-    orders = [seeded_permutation(len(mine), seed, "update order", r) for r, mine in enumerate(groups)]
-    dealt = sorted(
-        ((position + 0.5) / len(order), r, group)
-        for r, order in enumerate(orders)
-        for position, group in enumerate(order)
-    )
-    bounds = [len(dealt) * u // num_updates for u in range(num_updates + 1)]
-    return [
-        [[group for _, of_rank, group in dealt[start:stop] if of_rank == r] for r in range(len(groups))]
-        for start, stop in itertools.pairwise(bounds)
-    ]
+def _bins_of(rank: int, num_ranks: int, accumulate: int) -> list[int]:
+    """Bins come largest first: what ranks train at the same time is of one size, and who has more alternates."""
+    return [slot * num_ranks + (rank if slot % 2 == 0 else num_ranks - 1 - rank) for slot in range(accumulate)]
 
 
 def _micro_batches(groups: Sequence[tuple[int, GroupShape]], num_bins: int, limits: Limits) -> list[list[_Piece]]:
@@ -209,7 +212,7 @@ def check_batch_sizes(
             f"prompts_per_rollout={prompts_per_rollout}. Set prompts_per_rollout={prompts_per_update}, "
             f"or prompts_per_update={prompts_per_rollout}."
         )
-    completions = math.ceil(prompts_per_update / world_size) * group_size
+    completions = math.ceil(prompts_per_update * group_size / world_size)
     if limits.completions is not None and limits.completions * accumulate < completions:
         raise ValueError(
             f"An update has up to {completions} completions a rank, more than {accumulate} micro-batches "

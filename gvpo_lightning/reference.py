@@ -11,24 +11,28 @@
 
 (1) and the values themselves where the policy was a model object, which can't be loaded again.
 
-Copies hold the weights that are trained and no others, so with LoRA only the adapter's, and lie in host memory:
-they take the policy's place on the device while it is asked as the reference. A reference changes only at the
-start of a rollout, so all completions of a group are measured against one version of it; log-probs are computed
-once a completion, with the training forward, and kept with it.
+Copies hold the weights that are trained and no others, so with LoRA only the adapter's, sharded as the policy is,
+and lie in host memory: their values take the place of the policy's while it is asked as the reference. A reference
+changes only at the start of a rollout, so all completions of a group are measured against one version of it;
+log-probs are computed once a completion, with the training forward, and kept with it.
 """
 
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
 import torch
+from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from gvpo_lightning.batch import CompletionBatch
+from gvpo_lightning.batch import CompletionBatch, dropped_completion
+from gvpo_lightning.plan import rank_share
 from gvpo_lightning.policy import completion_logprobs, load_policy
 from gvpo_lightning.rollout.generation import evaluating
+from gvpo_lightning.sharding import gather_like, is_sharded, local_tensor, shard_like, shard_model
 
 ReferenceKind = Literal["frozen", "previous", "every_n_steps", "ema", "adapter_off", "cached"]
 
@@ -86,8 +90,11 @@ class Reference:
     def __init__(self) -> None:
         self.version = 0
 
-    def prepare(self, policy: Any) -> None:
-        """Take what is needed of the policy before it is trained; called again, it does nothing."""
+    def identify(self, policy: Any) -> None:
+        """Note which weights the whole policy, not yet sharded, starts from; called again, it does nothing."""
+
+    def prepare(self, policy: Any, strategy: Strategy, precision: str) -> None:
+        """Take what is needed of the policy, as it is sharded, before it is trained; called again, it does nothing."""
 
     def refresh(self, policy: Any, *, rollout: int, update: int) -> None:
         """At the start of a rollout, after so many updates."""
@@ -98,11 +105,11 @@ class Reference:
         """Inside, the model that the reference is; the policy must not be trained there."""
         yield policy
 
-    def state_dict(self) -> dict[str, Any]:
-        """What a checkpoint holds of it: tensors, numbers and strings."""
+    def state_dict(self, policy: Any) -> dict[str, Any]:
+        """What a checkpoint holds of it: tensors, numbers and strings; every rank must call this."""
         return {"version": self.version}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], policy: Any) -> None:
         """Take up what `state_dict` left; ValueError where it belongs to another reference."""
         self.version = state["version"]
 
@@ -112,7 +119,7 @@ class AdapterOffReference(Reference):
 
     is_fixed = True
 
-    def prepare(self, policy: Any) -> None:
+    def identify(self, policy: Any) -> None:
         """Check that there is an adapter to switch off."""
         if not hasattr(policy, "disable_adapter") and not getattr(policy, "_hf_peft_config_loaded", False):
             raise ValueError(
@@ -149,17 +156,20 @@ class WeightsReference(Reference):
         self.last_refresh = 0  # in updates
         self.fingerprint: str | None = None  # of weights that never change
 
-    def prepare(self, policy: Any) -> None:
-        """Copy the weights that will be trained."""
+    def identify(self, policy: Any) -> None:
+        """Take the fingerprint of weights that never change."""
+        if self.is_fixed and self.fingerprint is None:
+            self.fingerprint = fingerprint(p for p in policy.parameters() if p.requires_grad)
+
+    def prepare(self, policy: Any, strategy: Strategy, precision: str) -> None:
+        """Copy the weights that will be trained, of those on other ranks nothing."""
         if self.weights:
             return
         for name, parameter in policy.named_parameters():
             if parameter.requires_grad:
-                self.weights[name] = parameter.detach().to("cpu", copy=True)
+                self.weights[name] = local_tensor(parameter.detach()).to("cpu", copy=True)
                 if self.settings.kind == "ema" and parameter.dtype.itemsize < 4:
                     self.weights[name] = self.weights[name].float()  # an average's steps are below bf16's
-        if self.is_fixed:
-            self.fingerprint = fingerprint(self.weights.values())
 
     @torch.no_grad()
     def refresh(self, policy: Any, *, rollout: int, update: int) -> None:
@@ -175,37 +185,45 @@ class WeightsReference(Reference):
         for name, parameter in policy.named_parameters():
             if name in self.weights:
                 own = self.weights[name]
-                own.lerp_(parameter.detach().to(own.device, own.dtype), share)
+                own.lerp_(local_tensor(parameter.detach()).to(own.device, own.dtype), share)
         self.last_refresh = update
         self.version += 1
 
     @contextmanager
     def applied(self, policy: Any) -> Iterator[Any]:
-        """The policy with these weights in place of its own."""
-        own = {name: p.data for name, p in policy.named_parameters() if name in self.weights}
+        """The policy with these values in place of its own, which lie in host memory meanwhile."""
+        parts = {name: local_tensor(p.detach()) for name, p in policy.named_parameters() if name in self.weights}
+        own: dict[str, Tensor] = {}
         try:
-            for name, parameter in policy.named_parameters():
-                if name in own:
-                    parameter.data = self.weights[name].to(parameter.device, parameter.dtype)
+            for name, part in parts.items():
+                own[name] = part.to("cpu", copy=True)
+                part.copy_(self.weights[name])
             yield policy
         finally:
-            for name, parameter in policy.named_parameters():
-                if name in own:
-                    parameter.data = own[name]
+            for name, values in own.items():
+                parts[name].copy_(values)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, policy: Any) -> dict[str, Any]:
         """A fingerprint where the weights can be loaded again, else the weights too."""
-        state = super().state_dict() | {"last_refresh": self.last_refresh, "fingerprint": self.fingerprint}
+        state = super().state_dict(policy) | {"last_refresh": self.last_refresh, "fingerprint": self.fingerprint}
         if not (self.is_fixed and self.can_be_reloaded):
-            state["weights"] = self.weights
+            state["weights"] = {
+                name: gather_like(self.weights[name], parameter)
+                for name, parameter in policy.named_parameters()
+                if name in self.weights
+            }
         return state
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], policy: Any) -> None:
         """ValueError where the weights are not the checkpoint's."""
-        super().load_state_dict(state)
+        super().load_state_dict(state, policy)
         self.last_refresh = state["last_refresh"]
         if "weights" in state:
-            self.weights = {name: value.to("cpu", copy=True) for name, value in state["weights"].items()}
+            self.weights = {
+                name: shard_like(state["weights"][name], parameter)
+                for name, parameter in policy.named_parameters()
+                if name in state["weights"]
+            }
             self.fingerprint = state["fingerprint"]
         else:
             check_fingerprint(self.fingerprint, state["fingerprint"])
@@ -219,13 +237,31 @@ class ModelReference(Reference):
     def __init__(self, source: str) -> None:
         super().__init__()
         self.source = source
-        self.model: Any = None  # a PreTrainedModel, once prepared
+        self.model: Any = None  # a PreTrainedModel, once there is a policy
+        self.stays = False  # on the device
 
-    def prepare(self, policy: Any) -> None:
+    def identify(self, policy: Any) -> None:
         """Load it."""
         if self.model is None:
             self.model = load_policy(self.source).requires_grad_(False).cpu()
             self.fingerprint = fingerprint(self.model.parameters())
+
+    def prepare(self, policy: Any, strategy: Strategy, precision: str) -> None:
+        """Shard it like the policy; it then stays on the device, where a whole one waits in host memory.
+
+        Raises:
+            ValueError: FSDP1, which shards what Lightning wraps and nothing beside it.
+        """
+        if self.stays or not is_sharded(strategy):
+            return
+        if isinstance(strategy, FSDPStrategy):
+            raise ValueError(
+                "reference.model holds a second model, which FSDPStrategy can't shard: use FSDP2 "
+                "(ModelParallelStrategy, configs/strategy/fsdp2.yaml)."
+            )
+        shard_model(self.model, strategy, precision)
+        self.model.to(strategy.root_device)
+        self.stays = True
 
     def refresh(self, policy: Any, *, rollout: int, update: int) -> None:
         """It never changes."""
@@ -234,6 +270,9 @@ class ModelReference(Reference):
     def applied(self, policy: Any) -> Iterator[Any]:
         """The model, on the policy's device and in its dtype while it is used."""
         assert self.model is not None
+        if self.stays:
+            yield self.model
+            return
         like = next(policy.parameters())
         self.model.to(device=like.device, dtype=like.dtype)
         try:
@@ -241,13 +280,13 @@ class ModelReference(Reference):
         finally:
             self.model.to("cpu")
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self, policy: Any) -> dict[str, Any]:
         """Its fingerprint."""
-        return super().state_dict() | {"fingerprint": self.fingerprint}
+        return super().state_dict(policy) | {"fingerprint": self.fingerprint}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any], policy: Any) -> None:
         """ValueError where it is not the checkpoint's."""
-        super().load_state_dict(state)
+        super().load_state_dict(state, policy)
         check_fingerprint(self.fingerprint, state["fingerprint"])
 
 
@@ -280,22 +319,31 @@ def make_reference(settings: ReferenceSettings, *, can_be_reloaded: bool) -> Ref
     return WeightsReference(settings, can_be_reloaded=can_be_reloaded)
 
 
-@torch.no_grad()
 def score(
     model: PreTrainedModel,
     batch: CompletionBatch,
     *,
     temperature: float,
     batch_size: int,
+    num_parts: int | None = None,
     implementation: str = "auto",
 ) -> Tensor:
-    """(S, T) float32 log-probs of the whole batch under the model, `batch_size` completions at a time."""
+    """(S, T) float32 log-probs of the whole batch under the model, `batch_size` completions at a time.
+
+    Args:
+        num_parts: forward passes to make, of equal sizes; ranks that share one model must make the same number.
+    """
+    num_parts = math.ceil(len(batch) / batch_size) if num_parts is None else num_parts
+    # evaluation's inference tensors must not stay in what a sharded model has gathered: training would fail on them
     token_logprobs = torch.zeros(batch.completion_mask.shape, dtype=torch.float32, device=batch.rewards.device)
-    with evaluating(model):
-        for rows in torch.arange(len(batch), device=batch.rewards.device).split(batch_size):
-            part = batch.select(rows)
-            values, _ = completion_logprobs(model, part, temperature=temperature, implementation=implementation)
-            token_logprobs[rows, : values.shape[1]] = values.float()
+    with torch.inference_mode(False), torch.no_grad(), evaluating(model):
+        for number in range(num_parts):
+            rows = torch.tensor(rank_share(len(batch), number, num_parts), dtype=torch.int64)
+            part = batch.select(rows) if len(rows) else dropped_completion()
+            values, _ = completion_logprobs(
+                model, part.to(model.device), temperature=temperature, implementation=implementation
+            )
+            token_logprobs[rows, : values.shape[1]] = values[: len(rows)].to(token_logprobs)
     return token_logprobs
 
 

@@ -9,12 +9,14 @@ import lightning as L
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_lightning.checks import check_prompts
+from gvpo_lightning.distributed import DataRanks
 from gvpo_lightning.policy import load_policy, load_tokenizer, prepare_policy, stop_token_ids
 from gvpo_lightning.rewards import Reward, reward_columns
 from gvpo_lightning.rollout.generation import GenerationSettings
 from gvpo_lightning.rollout.loader import Row, rows_of
 from gvpo_lightning.rollout.sampling import Rollout, rollout_metrics, sample_rollout
 from gvpo_lightning.seeding import derive_seed
+from gvpo_lightning.sharding import data_ranks, full_state_dict, gathered
 
 # what is logged of validation and test: the metric, the completions that it is a mean over, how batches are joined
 EVALUATION_METRICS: tuple[tuple[str, str, Literal["mean", "min", "max"]], ...] = (
@@ -47,6 +49,7 @@ class SamplingModule(L.LightningModule):
         self.tokenizer = self._resolve_tokenizer(tokenizer)
         self.generation = generation
         self.group_size = group_size
+        self._sampled: Rollout | None = None  # for the batch at hand
 
     def _resolve_tokenizer(self, tokenizer: str | PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
         if tokenizer is None and not isinstance(self.policy_source, str):
@@ -55,9 +58,9 @@ class SamplingModule(L.LightningModule):
         return load_tokenizer(source) if isinstance(source, str) else source
 
     @property
-    def world_size(self) -> int:
-        """Ranks that share a rollout."""
-        return self.trainer.world_size
+    def data_ranks(self) -> DataRanks:
+        """The ranks that share a rollout."""
+        return data_ranks(self.trainer.strategy)
 
     @property
     def seed(self) -> int:
@@ -98,8 +101,8 @@ class SamplingModule(L.LightningModule):
     def sample(self, batch: Any, *purpose: int | str, generation: GenerationSettings | None = None) -> Rollout:
         """Completions and rewards for a batch of prompts; the same `purpose` draws the same samples."""
         rows = rows_of(batch)
-        seed = derive_seed(self.seed, *purpose, self.global_rank)
-        with self.trainer.precision_plugin.forward_context():
+        seed = derive_seed(self.seed, *purpose, self.data_ranks.rank)
+        with self.trainer.precision_plugin.forward_context(), gathered(self):
             return sample_rollout(
                 self.policy,
                 self.tokenizer,
@@ -113,7 +116,8 @@ class SamplingModule(L.LightningModule):
     def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> None:
         if self.reward is None:
             raise ValueError(f"{stage} measures the reward of sampled completions: set model.reward, or leave it out.")
-        rollout = self.sample(batch, stage, batch_idx)
+        rollout, self._sampled = self._sampled, None
+        assert rollout is not None
         metrics, num_kept = rollout_metrics(rollout.batch), int(rollout.batch.kept.sum())
         for name, weight, reduction in EVALUATION_METRICS:
             batch_size = num_kept if weight == "kept" else len(rollout.completions)
@@ -123,13 +127,26 @@ class SamplingModule(L.LightningModule):
                     metrics[name],
                     on_step=False,
                     on_epoch=True,
-                    sync_dist=self.world_size > 1,
+                    sync_dist=self.trainer.world_size > 1,
                     batch_size=batch_size,
                     reduce_fx=reduction,
                 )
 
-    def validation_step(self, batch: Any, batch_idx: int) -> None:
+    # FSDP1 can gather the policy here, but not within a step
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sample and reward `group_size` completions of each prompt."""
+        self._sampled = self.sample(batch, "validation", batch_idx)
+
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As validation, on the test prompts."""
+        self._sampled = self.sample(batch, "test", batch_idx)
+
+    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """As validation, on the prompts to predict for."""
+        self._sampled = self.sample(batch, "predict", batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        """Log what was sampled."""
         self._evaluate(batch, batch_idx, "validation")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
@@ -139,7 +156,8 @@ class SamplingModule(L.LightningModule):
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
         """One dict a prompt in the offline format, with the prompt's other columns."""
         rows = rows_of(batch)
-        sampled = self.sample(rows, "predict", batch_idx).rows()
+        assert self._sampled is not None
+        sampled, self._sampled = self._sampled.rows(), None
         if self.reward is None:
             for row in sampled:
                 del row["rewards"]  # not asked for, rather than none given
@@ -149,11 +167,12 @@ class SamplingModule(L.LightningModule):
         ]
 
     def export(self, folder: str | Path) -> None:
-        """Write the policy, its tokenizer and generation config as a Hugging Face folder."""
+        """Write the policy, its tokenizer and generation config as a Hugging Face folder; every rank must call this."""
+        state = full_state_dict(self)
         if self.global_rank == 0:
             generation_config = self.policy.generation_config
             if not generation_config.do_sample and generation_config.temperature is not None:
                 generation_config.do_sample = True  # transformers refuses to save the one without the other
-            self.policy.save_pretrained(folder)
+            self.policy.save_pretrained(folder, state_dict=state)
             generation_config.save_pretrained(folder)  # which peft leaves out
             self.tokenizer.save_pretrained(folder)

@@ -1,8 +1,8 @@
-"""Updates whose groups are cut over micro-batches: a pass without gradient first, then one with known coefficients.
+"""Updates whose groups are cut over micro-batches or ranks: a pass without gradient, then one with known coefficients.
 
 A completion's gradient is beta d_i / (n (k - 1)) times that of its log-prob, and d_i holds the mean over its whole
 group. Where a group's completions are in several micro-batches, all log-ratios are computed first, under the
-weights that the update starts from; after that every completion can be trained on its own.
+weights that the update starts from, and exchanged; after that every completion can be trained on its own.
 """
 
 from collections.abc import Sequence
@@ -16,42 +16,50 @@ from gvpo_lightning.objectives import gvpo_loss
 from gvpo_lightning.policy import completion_logprobs
 
 
-def sequence_coefficients(
-    model: PreTrainedModel,
-    parts: Sequence[CompletionBatch],
-    beta: float,
-    *,
-    num_groups: int,
-    temperature: float = 1.0,
-    implementation: str = "auto",
-) -> tuple[list[Tensor], list[Tensor | None], Tensor]:
-    """dL / d log pi(y_i|x) of every completion of an update, by micro-batch.
-
-    Args:
-        parts: the update's micro-batches; all completions of a group are in them.
-        num_groups: the loss's denominator.
-
-    Returns:
-        for each micro-batch its (S,) coefficients and its (N,) entropies; and whether all log-ratios are finite,
-        a bool scalar. If not, the coefficients are 0.
-    """
-    sums, entropies = [], []
+def first_pass(
+    model: PreTrainedModel, parts: Sequence[CompletionBatch], *, temperature: float = 1.0, implementation: str = "auto"
+) -> tuple[list[Tensor], list[Tensor]]:
+    """For each micro-batch its (S,) log-ratios and its (N,) entropies, without gradient."""
+    log_ratios, entropies = [], []
     with torch.no_grad():
         for part in parts:
             logprobs, part_entropies = completion_logprobs(
                 model, part, temperature=temperature, return_entropy=True, implementation=implementation
             )
-            sums.append((logprobs - part.reference_logprobs.to(logprobs.dtype)).sum(dim=1))  # per token, then the sum
-            entropies.append(None if part_entropies is None else part_entropies[part.completion_mask])
-    kept, rewards, group_ids = (
-        torch.cat([getattr(part, name) for part in parts]) for name in ("kept", "rewards", "group_ids")
-    )
-    finite = torch.isfinite(torch.cat(sums)).all()
+            assert part_entropies is not None
+            # per token, then the sum: two large sums subtracted would lose what the loss is made of
+            log_ratios.append((logprobs - part.reference_logprobs.to(logprobs.dtype)).sum(dim=1))
+            entropies.append(part_entropies[part.completion_mask])
+    return log_ratios, entropies
+
+
+def sequence_coefficients(
+    log_ratios: Tensor, rewards: Tensor, group_ids: Tensor, beta: float, *, num_groups: int, max_log_ratio: float
+) -> Tensor:
+    """dL / d log pi(y_i|x) of every completion of an update; all are 0 if a log-ratio is beyond the limit.
+
+    Args:
+        log_ratios, rewards, group_ids: (S,) of the whole update, over all its micro-batches and ranks.
+        num_groups: the loss's denominator.
+        max_log_ratio: the largest absolute one; such an update will be skipped.
+    """
+    usable = (log_ratios.abs() <= max_log_ratio).all()
     # a completion as one token: the loss needs nothing else of it
-    log_ratios = torch.where(finite, torch.cat(sums), 0.0)[:, None].requires_grad_()
-    zeros = torch.zeros_like(log_ratios)
+    ratios = torch.where(usable, log_ratios, torch.zeros_like(log_ratios))[:, None].detach().requires_grad_()
+    kept = torch.ones_like(ratios, dtype=torch.bool)
     with torch.enable_grad():
-        loss = gvpo_loss(log_ratios, zeros, kept[:, None], rewards, group_ids, beta, num_groups=num_groups).loss
-    (coefficients,) = torch.autograd.grad(loss, log_ratios)
-    coefficients = torch.where(finite, coefficients, zeros).squeeze(1)
-    return list(coefficients.split([len(part) for part in parts])), entropies, finite
+        loss = gvpo_loss(ratios, torch.zeros_like(ratios), kept, rewards, group_ids, beta, num_groups=num_groups).loss
+    (coefficients,) = torch.autograd.grad(loss, ratios)
+    return torch.where(usable, coefficients, torch.zeros_like(coefficients)).squeeze(1)
+
+
+def scatter(parts: Sequence[Tensor], positions: Sequence[Sequence[int]], length: int) -> Tensor:
+    """(length,) values of an update's completions from those of this rank's micro-batches; 0 for all others.
+
+    Args:
+        parts: one tensor a micro-batch; of an empty one, which holds a dropped completion, nothing is taken.
+        positions: where each of its completions stands.
+    """
+    own = torch.cat([part[: len(where)] for part, where in zip(parts, positions, strict=True)])
+    index = torch.tensor([position for where in positions for position in where], dtype=torch.int64)
+    return own.new_zeros(length).index_copy_(0, index.to(own.device), own)

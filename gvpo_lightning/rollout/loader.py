@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils.data import DataLoader, default_collate
 
-from gvpo_lightning.plan import rank_share
 from gvpo_lightning.seeding import derive_seed, seeded_permutation
 
 if TYPE_CHECKING:
@@ -81,14 +80,12 @@ class RolloutLoader:
             yield {"rows": self._rollout_rows(rollout) if slot == 0 else None, "slot": slot, "rollout": rollout}
 
     def _rollout_rows(self, rollout: int) -> list[Row]:
-        """This rank's rows of the given rollout, cut from the stream of passes."""
+        """The rows of the given rollout, of all ranks, cut from the stream of passes."""
         size = self.module.rollout_settings.prompts_per_rollout
-        share = rank_share(size, self.module.global_rank, self.module.world_size)
-        first = rollout * size + share.start
         rows: list[Row] = []
-        while len(rows) < len(share):
-            pass_index, position = divmod(first + len(rows), self.num_prompts)
-            more = self._pass_rows(pass_index, position, len(share) - len(rows))
+        while len(rows) < size:
+            pass_index, position = divmod(rollout * size + len(rows), self.num_prompts)
+            more = self._pass_rows(pass_index, position, size - len(rows))
             if not more:
                 raise ValueError(
                     f"The DataLoader gave {position} prompts, but its sampler promised {self.num_prompts}."

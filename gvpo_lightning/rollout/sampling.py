@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_kernels import group_statistics
-from gvpo_lightning.batch import Completion, CompletionBatch, collate_completions
+from gvpo_lightning.batch import Completion, CompletionBatch, collate_completions, dropped_completion
 from gvpo_lightning.plan import GroupShape, Limits
 from gvpo_lightning.rewards import Reward, compute_rewards, reward_columns
 from gvpo_lightning.rollout.generation import GenerationSettings, encode_prompt, generate_completions
@@ -84,7 +84,7 @@ class Rollout:
 
     Attributes:
         index: counts the rollouts of a run.
-        batch: a row a completion; those of one prompt are adjacent, and group ids count the prompts.
+        batch: a row a completion, on the CPU; those of one prompt are adjacent, and group ids count the prompts.
         prompts: one entry a group.
         completions, sources, lengths: one entry a row of `batch`; lengths in tokens, of dropped ones too.
         dropped: how many completions have left their groups, by reason.
@@ -112,14 +112,9 @@ class Rollout:
             for rows in kept
         ]
 
-    def micro_batch(self, rows: Sequence[int]) -> CompletionBatch:
-        """Some rows of the batch; without any, one dropped completion, since ranks must step together."""
-        device = self.batch.group_ids.device
-        if rows:
-            return self.batch.select(torch.tensor(rows, device=device))
-        empty = collate_completions([[0]], [[0]], [True], [0], pad_token_id=0)
-        empty.drop(torch.ones(1, dtype=torch.bool))
-        return empty.to(device)
+    def micro_batch(self, rows: Sequence[int], device: torch.device) -> CompletionBatch:
+        """Some rows of the batch, on `device`; without any, a dropped completion, since ranks must step together."""
+        return (self.batch.select(torch.tensor(rows)) if rows else dropped_completion()).to(device)
 
     def drop(self, rows: Tensor, reason: str) -> None:
         """Take the completions marked in `rows`, (S,) bool, out of their groups, and count them."""
@@ -150,12 +145,12 @@ class Rollout:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers, strings and lists alone, so that checkpoints load with weights_only."""
-        return {**vars(self), "batch": self.batch.to("cpu").state_dict()}
+        return {**vars(self), "batch": self.batch.state_dict()}
 
     @classmethod
-    def from_state_dict(cls, state: dict[str, Any], device: torch.device) -> "Rollout":
-        """What `state_dict` gave, on `device`."""
-        return cls(**{**state, "batch": CompletionBatch(**state["batch"]).to(device)})
+    def from_state_dict(cls, state: dict[str, Any]) -> "Rollout":
+        """What `state_dict` gave."""
+        return cls(**{**state, "batch": CompletionBatch(**state["batch"])})
 
 
 def sample_groups(
@@ -196,7 +191,6 @@ def assemble_rollout(
     prompt_ids: Sequence[Sequence[int]],
     groups: Sequence[Sequence[Completion]],
     source_names: Sequence[str],
-    device: torch.device,
 ) -> Rollout:
     """Tensors of the groups' completions; those that are empty or have no finite reward leave their group."""
     flat = [(completion, group) for group, completions in enumerate(groups) for completion in completions]
@@ -216,7 +210,7 @@ def assemble_rollout(
             batch.reference_logprobs[row, : len(completion.token_ids)] = completion.reference_logprobs
     rollout = Rollout(
         index,
-        batch.to(device),
+        batch,
         list(prompts),
         [c.text for c in completions],
         [c.source for c in completions],
@@ -246,7 +240,7 @@ def sample_rollout(
         groups = sample_groups(model, tokenizer, prompt_ids, group_size, settings, seed)
         if reward is not None:
             reward_groups(groups, prompts, rows, reward)
-        return assemble_rollout(index, prompts, prompt_ids, groups, ["policy"], model.device)
+        return assemble_rollout(index, prompts, prompt_ids, groups, ["policy"])
 
 
 def drop_by_settings(rollout: Rollout, settings: RolloutSettings) -> tuple[int, int]:

@@ -9,7 +9,6 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from gvpo_lightning.batch import Completion
-from gvpo_lightning.distributed import gather_objects
 from gvpo_lightning.rollout.generation import encode_prompt
 from gvpo_lightning.rollout.loader import Row
 from gvpo_lightning.seeding import derive_seed, seeded_permutation
@@ -216,16 +215,15 @@ class SourceMixture:
         return list(zip(texts, rewards, strict=True))
 
     def remember(self, rollout: int, prompts: Sequence[Any], groups: Sequence[Sequence[Completion]]) -> None:
-        """Keep a rollout's fresh completions for replay; every rank must call this."""
+        """Keep a rollout's fresh completions, of all ranks, for replay."""
         if self.replay is None or self.replay.last_rollout == rollout:  # a fit that was stopped within it, again
             return
         self.replay.last_rollout = rollout
-        fresh = [
+        fresh = (
             (prompt_key(prompt), [c for c in group if c.source == "policy" and c.reference_logprobs is not None])
             for prompt, group in zip(prompts, groups, strict=True)
-        ]
-        for of_rank in gather_objects(fresh):
-            self.replay.add((key, completions) for key, completions in of_rank if completions)
+        )
+        self.replay.add((key, completions) for key, completions in fresh if completions)
 
 
 def _copy(completion: Completion, source: str, reference_logprobs: torch.Tensor | None) -> Completion:

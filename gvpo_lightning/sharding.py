@@ -1,0 +1,226 @@
+"""What sharded strategies need of the policy: FSDP1, FSDP2, tensor parallelism and the two together.
+
+Lightning's `FSDPStrategy` wraps the module itself and only has to be told which layers are units;
+`ModelParallelStrategy` leaves all to `shard_model`. A sharded model is called as a whole, so that every hook fires;
+for a rollout it is gathered once and always resharded, since a root that stays gathered would go on with old weights.
+"""
+
+import fnmatch
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, cast
+
+import lightning as L
+import torch
+import torch.distributed as dist
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, ParallelStrategy, Strategy
+from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    ParallelStyle,
+    RowwiseParallel,
+    SequenceParallel,
+    parallelize_module,
+)
+
+from gvpo_lightning.distributed import DataRanks
+
+HEADS_DIMENSION = 2  # of (batch, tokens, heads, head size), where transformers normalises queries and keys
+
+
+def data_ranks(strategy: Strategy) -> DataRanks:
+    """The ranks that have different data."""
+    if isinstance(strategy, ModelParallelStrategy):
+        mesh = strategy.device_mesh["data_parallel"]
+        return DataRanks(mesh.get_local_rank(), mesh.size(), mesh.get_group())
+    if isinstance(strategy, ParallelStrategy):
+        return DataRanks(strategy.global_rank, strategy.world_size)
+    return DataRanks()
+
+
+def is_sharded(strategy: Strategy) -> bool:
+    """Whether ranks hold parts of the parameters."""
+    return isinstance(strategy, (FSDPStrategy, ModelParallelStrategy))
+
+
+def base_model(policy: Any) -> Any:
+    """The transformers model, beneath peft's wrapper if there is one."""
+    return policy.get_base_model() if hasattr(policy, "get_base_model") else policy
+
+
+def layer_classes(policy: Any) -> set[type[nn.Module]]:
+    """The classes of the decoder layers: what is gathered at once."""
+    names = set(base_model(policy)._no_split_modules or ())
+    return {type(module) for module in policy.modules() if type(module).__name__ in names}
+
+
+def shard_model(policy: Any, strategy: Strategy, precision: str) -> None:
+    """Shard the model in place, as the strategy says; FSDP1 is told how to do it when it wraps.
+
+    Raises:
+        ValueError: tensor parallelism for a model without a plan for it, or that does not divide its heads.
+    """
+    if isinstance(strategy, FSDPStrategy):
+        strategy.kwargs.setdefault("auto_wrap_policy", ModuleWrapPolicy(layer_classes(policy)))
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    mesh = strategy.device_mesh
+    if mesh["tensor_parallel"].size() > 1:
+        split_tensors(policy, mesh["tensor_parallel"])
+    if mesh["data_parallel"].size() > 1:
+        mixed = MixedPrecisionPolicy()
+        if precision == "bf16-mixed":  # float32 weights, gathered and used in bfloat16
+            mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+        classes, root = tuple(layer_classes(policy)), base_model(policy)
+        units = [module for module in root.modules() if isinstance(module, classes)]
+        for unit in [*units, root]:  # the root too: what is scored with other weights must not stay gathered
+            fully_shard(unit, mesh=mesh["data_parallel"], mp_policy=mixed, reshard_after_forward=True)
+
+
+def split_tensors(policy: Any, mesh: DeviceMesh) -> None:
+    """Tensor parallelism by the plan that transformers has for the model's layers; embeddings and head stay whole.
+
+    Of a layer with LoRA, the factor on the split side is split with it.
+    """
+    model = base_model(policy)
+    config, plan = model.config.get_text_config(), model.config.get_text_config().base_model_tp_plan
+    if not plan:
+        raise ValueError(
+            f"transformers has no tensor-parallel plan for {type(model).__name__}: set tensor_parallel_size=1."
+        )
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        if getattr(config, name) % mesh.size():
+            raise ValueError(
+                f"tensor_parallel_size={mesh.size()} must divide the model's {name}={getattr(config, name)}."
+            )
+    styles: dict[str, ParallelStyle] = {}
+    for name, module in model.base_model.named_modules():
+        kind = next((kind for pattern, kind in plan.items() if fnmatch.fnmatchcase(name, pattern)), None)
+        if kind is None:
+            continue
+        if kind not in ("colwise", "rowwise", "replicated_with_grad_allreduce"):
+            raise ValueError(
+                f"Tensor parallelism of {type(model).__name__} needs '{kind}' for {name}, which is not supported: "
+                "set tensor_parallel_size=1."
+            )
+        if kind == "replicated_with_grad_allreduce":  # a norm of each head, of which every rank has some
+            styles[name] = SequenceParallel(sequence_dim=HEADS_DIMENSION, use_local_output=True)
+            continue
+        style, factor = (ColwiseParallel(), "lora_B") if kind == "colwise" else (RowwiseParallel(), "lora_A")
+        if not hasattr(module, "base_layer"):
+            styles[name] = style
+            continue
+        styles[f"{name}.base_layer"] = style
+        for adapter in getattr(module, factor):
+            styles[f"{name}.{factor}.{adapter}"] = type(style)()
+    parallelize_module(model.base_model, mesh, styles)
+
+
+@contextmanager
+def gathered(module: L.LightningModule) -> Iterator[None]:
+    """Inside, every rank holds the whole policy, and calls of it need no other rank."""
+    strategy: Any = module.trainer.strategy
+    if isinstance(strategy, FSDPStrategy):
+        with FullyShardedDataParallel.summon_full_params(cast(nn.Module, strategy.model), writeback=False):
+            yield
+        return
+    units = [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+    try:
+        for handle in [unit.unshard(async_op=True) for unit in units]:
+            if handle is not None:
+                handle.wait()
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(True, recurse=False)
+
+
+def callable_outside_steps(module: L.LightningModule) -> Any:
+    """Inside, the policy can be called where the strategy has not called a step: FSDP1's must be gathered for it."""
+    return gathered(module) if isinstance(module.trainer.strategy, FSDPStrategy) else nullcontext()
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's part of it, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def clip_by_norm(parameters: Iterable[Tensor], max_norm: float) -> None:
+    """Clip the gradients' total norm where some are plain, some sharded, some on other meshes: one norm a mesh."""
+    by_mesh: dict[DeviceMesh | None, list[Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            mesh = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
+            by_mesh.setdefault(mesh, []).append(parameter)
+    norms = []
+    for members in by_mesh.values():
+        norm = nn.utils.get_total_norm([p.grad for p in members if p.grad is not None])
+        norms.append((norm.full_tensor() if isinstance(norm, DTensor) else norm).float())
+    if norms:
+        total = torch.linalg.vector_norm(torch.stack(norms))
+        for members in by_mesh.values():
+            nn.utils.clip_grads_with_norm_(members, max_norm, total)
+
+
+def full_state_dict(module: L.LightningModule) -> dict[str, Tensor] | None:
+    """The whole policy's, on rank 0's CPU, or None where it is not sharded; every rank must call this."""
+    strategy, policy = module.trainer.strategy, cast(Any, module.policy)
+    if isinstance(strategy, ModelParallelStrategy):
+        whole: Any = get_model_state_dict(policy, options=StateDictOptions(full_state_dict=True, cpu_offload=True))
+        return whole
+    if not isinstance(strategy, FSDPStrategy):
+        return None
+    with gathered(module):
+        if module.global_rank:
+            return {}
+        own = {name.replace("_fsdp_wrapped_module.", ""): value for name, value in policy.named_parameters()}
+        return {name: value.detach().to("cpu", copy=True) for name, value in own.items()}
+
+
+def gather_like(part: Tensor, parameter: Tensor) -> Tensor | list[Tensor]:
+    """The whole of what `part` is this rank's part of, on the CPU; every rank must call this.
+
+    Of a parameter that FSDP1 has flattened, the list of the ranks' parts.
+    """
+    if isinstance(parameter, DTensor):
+        layout: dict[str, Any] = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
+        on_device = part.to(parameter.device)
+        whole = DTensor.from_local(on_device, parameter.device_mesh, parameter.placements, **layout)
+        return whole.full_tensor().cpu()
+    if _is_flattened(parameter):
+        parts: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(parts, part)
+        return parts
+    return part
+
+
+def shard_like(whole: Tensor | list[Tensor], parameter: Tensor) -> Tensor:
+    """This rank's part of what `gather_like` has gathered.
+
+    Raises:
+        ValueError: parts of FSDP1 for another number of ranks.
+    """
+    if isinstance(whole, list):
+        if not _is_flattened(parameter) or len(whole) != dist.get_world_size():
+            raise ValueError(
+                f"This checkpoint's reference was saved by FSDPStrategy on {len(whole)} ranks, and can only be resumed "
+                "so: use FSDP2 (ModelParallelStrategy) to change the number of ranks."
+            )
+        return whole[dist.get_rank()].clone()
+    if isinstance(parameter, DTensor):
+        part = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        return part.to_local().to("cpu", copy=True)
+    return whole.to("cpu", copy=True)
+
+
+def _is_flattened(parameter: Tensor) -> bool:
+    return hasattr(parameter, "_fsdp_flattened")
