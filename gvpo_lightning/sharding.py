@@ -182,8 +182,8 @@ def full_state_dict(module: L.LightningModule) -> dict[str, Tensor] | None:
     with gathered(module):
         if module.global_rank:
             return {}
-        own = {name.replace("_fsdp_wrapped_module.", ""): value for name, value in policy.named_parameters()}
-        return {name: value.detach().to("cpu", copy=True) for name, value in own.items()}
+        own = policy.named_parameters(remove_duplicate=False)  # a tied weight under both names, as elsewhere
+        return {name.replace("_fsdp_wrapped_module.", ""): p.detach().to("cpu", copy=True) for name, p in own}
 
 
 def gather_like(part: Tensor, parameter: Tensor) -> Tensor | list[Tensor]:
