@@ -1,0 +1,197 @@
+"""Bytes on one GPU in each phase of a run, and in host memory.
+
+| phase        | when it is largest                                                                               |
+|--------------|--------------------------------------------------------------------------------------------------|
+| rollout      | the last token of a batch of completions; the weights are whole, and the last update's gradients |
+|              | still there, which Lightning frees just before the next backward pass                            |
+| forward      | the end of a micro-batch's forward pass                                                          |
+| backward     | its first layers: all that was saved, and the working memory of the head and of one layer        |
+| last unit    | FSDP's end of the backward pass: gradients of embedding and head, whole and on their way         |
+| reference    | scoring under a model of its own, which comes to the device for it                               |
+| update       | the optimizer's, with AdamW's temporary copy                                                     |
+"""
+
+from dataclasses import dataclass
+
+from gvpo_kernels.forward_gradients import STREAM_BYTES
+from gvpo_kernels.torch_head import CHUNK_BYTES
+from gvpo_kernels.triton_head import SLICE_BYTES, TILE_BYTES
+from gvpo_lightning.estimate.facts import RunFacts
+from gvpo_lightning.estimate.sizes import ModelSizes
+
+TERMS = ("parameters", "gradients", "optimizer", "whole weights", "activations", "head", "key-value cache")
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes by phase and by term of `TERMS` on one GPU, and by term in the host memory of one node."""
+
+    phases: dict[str, dict[str, int]]
+    host: dict[str, int]
+
+    def total(self, phase: str) -> int:
+        """Bytes of a phase."""
+        return sum(self.phases[phase].values())
+
+    @property
+    def peak(self) -> int:
+        """Bytes of the largest phase."""
+        return max(map(self.total, self.phases))
+
+
+def estimate_memory(sizes: ModelSizes, facts: RunFacts) -> Memory:
+    """What each phase of the run takes, beside what the CUDA context, NCCL and the allocator's gaps take."""
+    held = held_bytes(sizes, facts)
+    layer, root, trained = _layer(sizes, facts), sizes.root, _trained_share(sizes, facts)
+    head_gradient = _trained_head(sizes, facts) * facts.compute_bytes
+    saved, working = activation_bytes(sizes, facts)
+    head_saved, head_working = head_bytes(sizes, facts)
+    in_flight = facts.compute_bytes + facts.reduce_bytes
+    if facts.sharded:
+        whole = (root + 2 * layer) * facts.compute_bytes  # the root stays, and the next layer is fetched ahead
+        backward = whole + int(layer * trained * in_flight)
+    else:
+        whole = _cast_weights(sizes, facts)
+        # autocast forgets its casts after the forward pass; what is not computed again has been saved
+        backward = layer * facts.compute_bytes if facts.autocast and facts.checkpointing else whole
+    phases = {}
+    if facts.workload.generates:
+        cache, sampling = generation_bytes(sizes, facts)
+        phases["rollout"] = held | {
+            "whole weights": rollout_weights(sizes, facts),
+            "activations": sampling,
+            "key-value cache": cache,
+        }
+    if facts.reference_parameters:
+        other = facts.reference_parameters * facts.weight_bytes
+        phases["reference"] = held | {"whole weights": other, "activations": working}
+    phases["forward"] = held | {"whole weights": whole, "activations": saved, "head": head_saved}
+    phases["backward"] = held | {
+        "whole weights": backward,
+        "activations": saved + working,
+        "head": head_saved + head_working + head_gradient,
+    }
+    if facts.sharded:
+        last = root * facts.compute_bytes + int(root * trained * in_flight)
+        phases["last unit"] = held | {"whole weights": last}
+    phases["update"] = held | {"optimizer": held["optimizer"] + _update_copy(held, facts)}
+    return Memory(phases, host_bytes(sizes, facts))
+
+
+def held_bytes(sizes: ModelSizes, facts: RunFacts) -> dict[str, int]:
+    """Parameters, gradients and optimizer state on one GPU; DDP's gradients exist twice, once in its buckets."""
+    own = (_layer(sizes, facts) * sizes.num_layers + sizes.root) // facts.shards
+    trained = int(own * _trained_share(sizes, facts))
+    buckets = 2 if facts.strategy == "ddp" and facts.data_parallel > 1 else 1
+    return {
+        "parameters": own * facts.weight_bytes,
+        "gradients": trained * facts.weight_bytes * buckets,
+        "optimizer": trained * facts.optimizer_bytes,
+    }
+
+
+def rollout_weights(sizes: ModelSizes, facts: RunFacts) -> int:
+    """What a rollout holds beside the shards: the model gathered once, by FSDP1 uncast; or autocast's casts."""
+    if not facts.sharded:
+        return _cast_weights(sizes, facts) + (sizes.head * facts.compute_bytes if facts.autocast else 0)
+    whole = _layer(sizes, facts) * sizes.num_layers + sizes.root
+    return whole * (facts.weight_bytes if facts.strategy == "fsdp1" else facts.compute_bytes)
+
+
+def activation_bytes(sizes: ModelSizes, facts: RunFacts) -> tuple[int, int]:
+    """Saved by the decoder layers for a micro-batch's backward pass; and one layer's memory while it is worked on."""
+    tokens = facts.micro_batch * facts.workload.tokens
+    layer = _layer_activations(sizes, facts)
+    stream = tokens * sizes.hidden * facts.stream_bytes
+    norm = tokens * sizes.hidden * (4 + (facts.stream_bytes if facts.trained_parameters is None else 0))
+    gradients = tokens * 3 * sizes.intermediate * facts.compute_bytes // facts.tensor_parallel + 2 * stream
+    mask = facts.micro_batch * facts.workload.tokens**2
+    if facts.checkpointing:
+        return sizes.num_layers * stream + norm + mask, layer + gradients
+    return sizes.num_layers * layer + norm + mask, gradients
+
+
+def head_bytes(sizes: ModelSizes, facts: RunFacts) -> tuple[int, int]:
+    """Saved by the fused loss for the backward pass, and what it works in beside dWeight; see kernels/README.md."""
+    tokens = facts.micro_batch * facts.workload.completion_tokens
+    compute, weight = facts.compute_bytes, sizes.head
+    wide, statistics = 4 * tokens * sizes.hidden, 24 * tokens
+    saved = tokens * sizes.hidden * facts.stream_bytes + statistics
+    if facts.autocast and facts.cuda:
+        saved += (tokens * sizes.hidden + weight) * compute  # cast for the head's matmuls
+    chunk = TILE_BYTES if facts.cuda else 3 * min(CHUNK_BYTES, 4 * tokens * sizes.vocab_size)
+    if not _trained_head(sizes, facts):
+        return saved + wide, chunk
+    if facts.two_passes:
+        return saved + wide + 4 * weight, chunk + min(STREAM_BYTES, tokens * sizes.vocab_size * compute)
+    if facts.cuda:
+        return saved, wide + chunk + min(SLICE_BYTES, tokens * sizes.vocab_size * compute)
+    return saved, tokens * sizes.hidden * compute + chunk + (4 * weight if compute < 4 else 0)
+
+
+def generation_bytes(sizes: ModelSizes, facts: RunFacts) -> tuple[int, int]:
+    """The key-value cache of a batch, full, with the copy that growing one layer makes; prefill and sampling."""
+    work = facts.workload
+    rows = min(work.generation_batch, facts.rollout_completions)
+    keys = sizes.num_kv_heads * sizes.head_dim // facts.tensor_parallel
+    layer = rows * work.tokens * keys * (facts.stream_bytes + facts.compute_bytes)  # autocast leaves keys as they are
+    prefill = rows * work.prompt_tokens
+    prefill *= 3 * sizes.intermediate * facts.compute_bytes // facts.tensor_parallel + 2 * sizes.hidden * (
+        facts.stream_bytes
+    )
+    sampling = rows * sizes.vocab_size * (facts.compute_bytes + 3 * 4)  # logits, as float32, scaled, probabilities
+    return (sizes.num_layers + 1) * layer, max(prefill, sampling)
+
+
+def host_bytes(sizes: ModelSizes, facts: RunFacts) -> dict[str, int]:
+    """One node's: the reference's copy of what is trained, and the model as each process reads it from its file."""
+    processes = min(facts.num_gpus, facts.gpus_per_node)
+    host = {}
+    if facts.reference_parameters:
+        host["reference"] = processes * facts.reference_parameters * facts.weight_bytes
+    elif facts.reference in ("frozen", "every_n_steps", "ema"):
+        trained = held_bytes(sizes, facts)["parameters"] // facts.weight_bytes * _trained_share(sizes, facts)
+        host["reference"] = int(processes * trained * max(facts.weight_bytes, 4 * (facts.reference == "ema")))
+    return host | {"loading": processes * sizes.parameters * facts.weight_bytes}
+
+
+def _layer(sizes: ModelSizes, facts: RunFacts) -> int:
+    return sizes.layer // facts.tensor_parallel
+
+
+def _trained_share(sizes: ModelSizes, facts: RunFacts) -> float:
+    return 1.0 if facts.trained_parameters is None else facts.trained_parameters / sizes.parameters
+
+
+def _trained_head(sizes: ModelSizes, facts: RunFacts) -> int:
+    """Parameters of the head, 0 where it is frozen: adapters are not on the head."""
+    return sizes.head if facts.trained_parameters is None else 0
+
+
+def _cast_weights(sizes: ModelSizes, facts: RunFacts) -> int:
+    """Autocast's copies of the decoder layers' matrices."""
+    if not facts.autocast:
+        return 0
+    # while the policy is trained or scored the head has a cast of its own
+    return _layer(sizes, facts) * sizes.num_layers * facts.compute_bytes
+
+
+def _update_copy(held: dict[str, int], facts: RunFacts) -> int:
+    """AdamW on CUDA takes the square roots of all second moments at once."""
+    return held["optimizer"] // 2 if facts.optimizer_bytes >= 8 and facts.cuda else 0
+
+
+def _layer_activations(sizes: ModelSizes, facts: RunFacts) -> int:
+    """What one layer saves: two norms, attention with padding in the batch, and the MLP."""
+    compute, stream = facts.compute_bytes, facts.stream_bytes
+    tokens, hidden = facts.micro_batch * facts.workload.tokens, sizes.hidden
+    full = facts.trained_parameters is None
+    # a norm saves its input in float32 and, if its weight is trained, its value before that; then what the matrices
+    # read, which autocast casts once for each of them
+    readers = (5 if sizes.gated else 4) if facts.autocast else 2
+    norms = hidden * (2 * 4 + (2 * stream if full else 0) + readers * compute)
+    # with a mask, keys and values are repeated for all heads; the mask is turned into numbers in each layer
+    attention = sizes.num_heads * (4 * sizes.head_dim * compute + 4)
+    mask = facts.micro_batch * facts.workload.tokens**2 * compute
+    mlp = (4 if sizes.gated else 2) * sizes.intermediate * compute
+    return tokens * (norms + (attention + mlp) // facts.tensor_parallel) + mask

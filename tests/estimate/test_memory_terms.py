@@ -1,0 +1,112 @@
+"""The estimator's bytes against those of real tensors, on a CPU."""
+
+import pytest
+import torch
+
+from benchmarks.train_step_paths import make_batch
+from gvpo_lightning.estimate import RunFacts, Workload, estimate_memory, model_sizes
+from gvpo_lightning.estimate.sizes import count_parameters, with_adapters
+from gvpo_lightning.policy import completion_loss, prepare_policy
+from gvpo_lightning.reference import ReferenceSettings, WeightsReference
+
+VOCABULARY = 700
+PLAIN = {"compute_bytes": 4, "cuda": False}
+
+
+@pytest.fixture
+def build(tiny_policy):
+    """A policy of a few layers: `build(lora=False, checkpointing=False, **config)`."""
+
+    def make(lora=False, checkpointing=False, dtype=torch.float32, **overrides):
+        settings = {"hidden_size": 64, "intermediate_size": 176, "num_hidden_layers": 3, "vocab_size": VOCABULARY}
+        model = tiny_policy(**(settings | {"max_position_embeddings": 512} | overrides)).to(dtype)
+        prepare_policy(model)
+        if checkpointing:
+            model.activation_checkpointing_enable()
+        if lora:
+            import peft
+
+            model = peft.get_peft_model(model, peft.LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0))
+        return model
+
+    return make
+
+
+def facts_and_sizes(model, **facts):
+    """A run's facts for a micro-batch of 8 completions of 64 to 96 tokens after prompts of 16, and its sizes."""
+    sizes, trained = model_sizes(model.config), count_parameters(model, trained=True)
+    if hasattr(model, "peft_config"):
+        sizes = with_adapters(sizes, trained)
+        facts["trained_parameters"] = trained
+    work = Workload(16, 96, prompts_per_rollout=1, prompts_per_update=1, generates=False)
+    return RunFacts(work, **(PLAIN | facts)), sizes
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("lora", [False, True])
+@pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
+def test_held_bytes_are_those_of_the_real_tensors(build, lora, tied, optimizer):
+    model = build(lora, tie_word_embeddings=tied)
+    if lora:
+        pytest.importorskip("peft")
+    trained = [p for p in model.parameters() if p.requires_grad]
+    make = torch.optim.AdamW if optimizer == "adamw" else torch.optim.SGD
+    update = make(trained, lr=1e-3)
+    completion_loss(model, make_batch(8, (64, 96), VOCABULARY, "cpu"), 0.1).loss.backward()
+    update.step()
+    reference = WeightsReference(ReferenceSettings(), can_be_reloaded=True)
+    reference.prepare(model)
+    facts, sizes = facts_and_sizes(model, optimizer_bytes=8 if optimizer == "adamw" else 0)
+    memory = estimate_memory(sizes, facts)
+    states = [s for state in update.state.values() for s in state.values() if torch.is_tensor(s) and s.ndim]
+    measured = {
+        "parameters": sum(p.nbytes for p in model.parameters()),
+        "gradients": sum(p.grad.nbytes for p in trained),
+        "optimizer": sum(s.nbytes for s in states),
+    }
+    assert {name: memory.phases["update"][name] for name in measured} == measured
+    assert memory.host["reference"] == sum(w.nbytes for w in reference.weights.values())
+
+
+def saved_bytes(model, batch, autocast):
+    """What autograd keeps of a forward pass beside the parameters: each storage once."""
+    parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
+    storages = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in parameters:
+            storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept alive, so that no address is used twice
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            completion_loss(model, batch, 0.1)
+    return sum(nbytes for nbytes, _ in storages.values())
+
+
+CASES = {
+    "float32": ({}, {}),
+    "float32, checkpointing": ({"checkpointing": True}, {}),
+    "bfloat16": ({"dtype": torch.bfloat16}, {"weight_bytes": 2, "compute_bytes": 2}),
+    "autocast": ({}, {"compute_bytes": 2}),
+    "LoRA": ({"lora": True}, {}),
+    "LoRA, checkpointing": ({"lora": True, "checkpointing": True}, {}),
+    "all heads of their own": ({"num_key_value_heads": 4, "num_hidden_layers": 6}, {}),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_activations_and_head_are_what_autograd_saves(build, case, record_property):
+    settings, facts = CASES[case]
+    if "lora" in settings:
+        pytest.importorskip("peft")
+    model = build(**settings)
+    measured = saved_bytes(model, make_batch(8, (64, 96), VOCABULARY, "cpu"), case == "autocast")
+    facts, sizes = facts_and_sizes(model, checkpointing=settings.get("checkpointing", False), **facts)
+    forward = estimate_memory(sizes, facts).phases["forward"]
+    # autograd holds the casts of weights too; without autocast there are none
+    estimated = sum(forward[name] for name in ("whole weights", "activations", "head"))
+    record_property("estimated over measured", round(estimated / measured, 3))
+    print(case, estimated / measured)
+    assert estimated == pytest.approx(measured, rel=0.2)
