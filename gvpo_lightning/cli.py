@@ -20,7 +20,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from gvpo_lightning.callbacks import CompletionsTable, PredictionWriter, RunSummary
+from gvpo_lightning.callbacks import CompletionsTable, MemoryEstimate, PredictionWriter, RunSummary
 from gvpo_lightning.data import PromptDataModule
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.reference_cache import fill_cache
@@ -121,7 +121,7 @@ def main(args: ArgsType = None) -> None:
             auto_configure_optimizers=False,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [RunSummary(), PredictionWriter()]},
+            trainer_defaults={"callbacks": [MemoryEstimate(), RunSummary(), PredictionWriter()]},
             # without the pages of usage that jsonargparse prints in front of its own errors
             parser_kwargs={"exit_on_error": False} | {name: {"exit_on_error": False} for name in SUBCOMMANDS},
         )

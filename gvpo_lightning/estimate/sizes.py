@@ -54,7 +54,7 @@ def model_sizes(config: PretrainedConfig) -> ModelSizes:
     """
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    lists = [module for module in model.modules() if isinstance(module, nn.ModuleList) and len(module)]
+    lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part)]
     if not lists:
         raise ValueError(f"{type(model).__name__} has no list of decoder layers: its memory can't be estimated.")
     layers = list(max(lists, key=count_parameters))
@@ -85,8 +85,8 @@ def with_adapters(sizes: ModelSizes, adapters: int) -> ModelSizes:
     return replace(sizes, layer=layer, parameters=sizes.parameters + adapters)
 
 
-def count_parameters(module: nn.Module, *, trained: bool = False) -> int:
-    """Elements of the module's parameters, or of those that are trained; of a DTensor, all shards'."""
+def count_parameters(module: Any, *, trained: bool = False) -> int:
+    """Elements of a module's parameters, or of those that are trained; of a DTensor, all shards'."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 

@@ -79,9 +79,9 @@ def saved_bytes(model, batch, autocast):
             storages[storage.data_ptr()] = (storage.nbytes(), tensor)  # kept alive, so that no address is used twice
         return tensor
 
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            completion_loss(model, batch, 0.1)
+    hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+    with hooks, torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        completion_loss(model, batch, 0.1)
     return sum(nbytes for nbytes, _ in storages.values())
 
 

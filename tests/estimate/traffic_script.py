@@ -1,0 +1,96 @@
+"""Forward and backward passes on two ranks; prints the bytes that each collective was given. Run by test_traffic."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from benchmarks.train_step_paths import make_batch
+from gvpo_lightning.policy import completion_logprobs, completion_loss, prepare_policy
+
+RANKS = 2
+payload: dict[str, int] = {}  # bytes of whole tensors by kind of collective
+
+
+def add(kind, tensor):
+    payload[kind] = payload.get(kind, 0) + tensor.nbytes
+
+
+def watch(names, kind, place, keyword):
+    """Count the whole tensor of every call: argument `place` or `keyword`; FSDP looks functions up where they lie."""
+    for name in names:
+        if original := getattr(dist, name, None):
+
+            def counted(*args, original=original, **kwargs):
+                add(kind, kwargs[keyword] if keyword in kwargs else args[place])
+                return original(*args, **kwargs)
+
+            setattr(dist, name, counted)
+
+
+def fully_sharded(model, mixed):
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
+    for layer in model.model.layers:
+        fully_shard(layer, mp_policy=policy)
+    return fully_shard(model, mp_policy=policy)
+
+
+def data_parallel(model):
+    """The model within DDP, whose forward pass is the loss of a batch."""
+    whole = torch.nn.ModuleDict({"policy": model})
+    whole.forward = lambda batch: completion_loss(model, batch, 0.1).loss
+    wrapped = DistributedDataParallel(whole)
+
+    def hook(state, bucket):
+        add("all-reduce", bucket.buffer())
+        return allreduce_hook(state, bucket)
+
+    wrapped.register_comm_hook(None, hook)
+    return wrapped
+
+
+def measure(case):
+    payload.clear()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**case["model"]))
+    prepare_policy(model)
+    if case["checkpointing"]:
+        model.activation_checkpointing_enable()
+    batch = make_batch(4, (8, 16), case["model"]["vocab_size"], "cpu")
+    if case["mode"] == "ddp":
+        wrapped = data_parallel(model)  # kept: without it nothing is reduced
+        wrapped(batch).backward()
+        return dict(payload)
+    model = fully_sharded(model, case["mode"] == "fsdp2-mixed")
+    if case["scored"]:
+        with torch.no_grad():
+            for _ in range(case["accumulate"]):
+                completion_logprobs(model, batch)
+        model.reshard()  # the root stays whole after a pass without gradient
+    for _ in range(case["accumulate"]):
+        completion_loss(model, batch, 0.1).loss.backward()
+    return dict(payload)
+
+
+def main(rank, cases, folder):
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
+    watch(("all_gather_into_tensor", "all_gather_single"), "all-gather", 0, "output_tensor")
+    watch(("reduce_scatter_tensor", "reduce_scatter_single"), "reduce-scatter", 1, "input")
+    measured = [measure(case) for case in cases]
+    if rank == 0:
+        Path(folder, "measured.json").write_text(json.dumps(measured))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    # forked: everything has been imported once
+    mp.start_processes(main, (json.loads(sys.argv[1]), sys.argv[2]), nprocs=RANKS, start_method="fork")
