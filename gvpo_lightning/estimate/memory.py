@@ -4,10 +4,11 @@
 |--------------|--------------------------------------------------------------------------------------------------|
 | rollout      | the last token of a batch of completions; the weights are whole, and the last update's gradients |
 |              | still there, which Lightning frees just before the next backward pass                            |
-| forward      | the end of a micro-batch's forward pass                                                          |
-| backward     | its first layers: all that was saved, and the working memory of the head and of one layer        |
-| last unit    | FSDP's end of the backward pass: gradients of embedding and head, whole and on their way         |
 | reference    | scoring under a model of its own, which comes to the device for it                               |
+| forward      | the end of the decoder layers, before the head                                                   |
+| head         | the fused loss at work, forward or backward                                                      |
+| backward     | the last decoder layer's, with all that the others have saved                                    |
+| last unit    | the end of it: all gradients, with FSDP those of embedding and head whole and on their way       |
 | update       | the optimizer's, with AdamW's temporary copy                                                     |
 """
 
@@ -42,18 +43,11 @@ class Memory:
 def estimate_memory(sizes: ModelSizes, facts: RunFacts) -> Memory:
     """What each phase of the run takes, beside what the CUDA context, NCCL and the allocator's gaps take."""
     held = held_bytes(sizes, facts)
-    layer, root, trained = _layer(sizes, facts), sizes.root, _trained_share(sizes, facts)
-    head_gradient = _trained_head(sizes, facts) * facts.compute_bytes
+    fresh = held if facts.workload.accumulate > 1 else held | {"gradients": _buckets(held, facts)}
     saved, working = activation_bytes(sizes, facts)
     head_saved, head_working = head_bytes(sizes, facts)
-    in_flight = facts.compute_bytes + facts.reduce_bytes
-    if facts.sharded:
-        whole = (root + 2 * layer) * facts.compute_bytes  # the root stays, and the next layer is fetched ahead
-        backward = whole + int(layer * trained * in_flight)
-    else:
-        whole = _cast_weights(sizes, facts)
-        # autocast forgets its casts after the forward pass; what is not computed again has been saved
-        backward = layer * facts.compute_bytes if facts.autocast and facts.checkpointing else whole
+    head_gradient = _trained_head(sizes, facts) * facts.compute_bytes
+    whole, backward, last = _whole_weights(sizes, facts)
     phases = {}
     if facts.workload.generates:
         cache, sampling = generation_bytes(sizes, facts)
@@ -65,15 +59,14 @@ def estimate_memory(sizes: ModelSizes, facts: RunFacts) -> Memory:
     if facts.reference_parameters:
         other = facts.reference_parameters * facts.weight_bytes
         phases["reference"] = held | {"whole weights": other, "activations": working}
-    phases["forward"] = held | {"whole weights": whole, "activations": saved, "head": head_saved}
-    phases["backward"] = held | {
-        "whole weights": backward,
-        "activations": saved + working,
+    phases["forward"] = held | {"whole weights": whole, "activations": saved}
+    phases["head"] = fresh | {
+        "whole weights": whole,
+        "activations": saved,
         "head": head_saved + head_working + head_gradient,
     }
-    if facts.sharded:
-        last = root * facts.compute_bytes + int(root * trained * in_flight)
-        phases["last unit"] = held | {"whole weights": last}
+    phases["backward"] = fresh | {"whole weights": backward, "activations": saved + working, "head": head_gradient}
+    phases["last unit"] = held | {"whole weights": last, "activations": 0 if facts.sharded else working}
     phases["update"] = held | {"optimizer": held["optimizer"] + _update_copy(held, facts)}
     return Memory(phases, host_bytes(sizes, facts))
 
@@ -82,10 +75,9 @@ def held_bytes(sizes: ModelSizes, facts: RunFacts) -> dict[str, int]:
     """Parameters, gradients and optimizer state on one GPU; DDP's gradients exist twice, once in its buckets."""
     own = (_layer(sizes, facts) * sizes.num_layers + sizes.root) // facts.shards
     trained = int(own * _trained_share(sizes, facts))
-    buckets = 2 if facts.strategy == "ddp" and facts.data_parallel > 1 else 1
     return {
         "parameters": own * facts.weight_bytes,
-        "gradients": trained * facts.weight_bytes * buckets,
+        "gradients": trained * facts.weight_bytes * (2 if _has_buckets(facts) else 1),
         "optimizer": trained * facts.optimizer_bytes,
     }
 
@@ -153,6 +145,30 @@ def host_bytes(sizes: ModelSizes, facts: RunFacts) -> dict[str, int]:
         trained = held_bytes(sizes, facts)["parameters"] // facts.weight_bytes * _trained_share(sizes, facts)
         host["reference"] = int(processes * trained * max(facts.weight_bytes, 4 * (facts.reference == "ema")))
     return host | {"loading": processes * sizes.parameters * facts.weight_bytes}
+
+
+def _whole_weights(sizes: ModelSizes, facts: RunFacts) -> tuple[int, int, int]:
+    """Weights held beside the optimizer's own, and gradients on their way: in the forward pass, backward, at its end.
+
+    FSDP's root unit stays whole from the forward to the backward pass, and the next layer is fetched ahead. Autocast
+    forgets its casts after the forward pass; but what is not computed again has been saved.
+    """
+    layer, compute = _layer(sizes, facts), facts.compute_bytes
+    if not facts.sharded:
+        whole = _cast_weights(sizes, facts)
+        return whole, layer * compute if facts.autocast and facts.checkpointing else whole, 0
+    in_flight = _trained_share(sizes, facts) * (compute + facts.reduce_bytes)
+    whole = (sizes.root + 2 * layer) * compute
+    return whole, whole + int(layer * in_flight), sizes.root * compute + int(sizes.root * in_flight)
+
+
+def _has_buckets(facts: RunFacts) -> bool:
+    """DDP on several ranks keeps a second set of gradients, which it sends."""
+    return facts.strategy == "ddp" and facts.data_parallel > 1
+
+
+def _buckets(held: dict[str, int], facts: RunFacts) -> int:
+    return held["gradients"] // 2 if _has_buckets(facts) else 0
 
 
 def _layer(sizes: ModelSizes, facts: RunFacts) -> int:

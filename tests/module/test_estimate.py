@@ -1,0 +1,89 @@
+"""The estimate that a run prints is of its own settings."""
+
+import pytest
+import torch
+
+from gvpo_lightning import GenerationSettings, RolloutSettings
+from gvpo_lightning.callbacks import MemoryEstimate
+from gvpo_lightning.callbacks.estimate import run_facts
+
+GENERATION = GenerationSettings(max_new_tokens=4, batch_size=16)
+
+
+@pytest.fixture
+def facts_of(make_module, fit):
+    """The sizes and facts of a short run: `facts_of(trainer_arguments, **module_settings)`."""
+
+    def read(trainer_arguments=None, **settings):
+        module = make_module(generation=GENERATION, **settings)
+        trainer = fit(module, **({"max_steps": 4, "accumulate_grad_batches": 2} | (trainer_arguments or {})))
+        return run_facts(trainer, module)
+
+    return read
+
+
+def test_facts_are_the_runs_own(facts_of):
+    rollout = RolloutSettings(group_size=4, prompts_per_rollout=8, prompts_per_update=4, epochs_per_rollout=2)
+    sizes, facts = facts_of(rollout=rollout, reference="previous")
+    work = facts.workload
+    assert (work.prompt_tokens, work.completion_tokens) == (5, 4)  # "10+3=" and max_new_tokens
+    assert (work.group_size, work.updates_per_rollout, work.accumulate, work.generation_batch) == (4, 4, 2, 16)
+    assert (facts.num_gpus, facts.strategy, facts.micro_batch, facts.two_passes) == (1, "ddp", 8, False)
+    assert (facts.weight_bytes, facts.compute_bytes, facts.optimizer_bytes) == (4, 4, 8)
+    assert (facts.trained_parameters, facts.reference, facts.checkpointing, facts.cuda) == (
+        None,
+        "previous",
+        False,
+        False,
+    )
+    assert sizes.num_layers == 2
+
+
+def test_precision_optimizer_adapters_and_checkpointing_are_seen(facts_of, tiny_policy):
+    peft = pytest.importorskip("peft")
+    policy = tiny_policy()
+    policy.activation_checkpointing_enable()
+    policy = peft.get_peft_model(policy, peft.LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.0))
+    sizes, facts = facts_of(
+        {"precision": "bf16-mixed"},
+        policy=policy,
+        reference="adapter_off",
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1, momentum=0.9),
+    )
+    trained = sum(p.numel() for p in policy.parameters() if p.requires_grad)
+    assert facts.trained_parameters == trained
+    assert sizes.parameters == sum(p.numel() for p in policy.parameters())
+    assert (facts.compute_bytes, facts.optimizer_bytes, facts.checkpointing) == (2, 4, True)
+
+
+def test_it_is_short_and_says_the_peak(make_module, fit, capsys):
+    fit(make_module(), callbacks=[MemoryEstimate()], max_steps=2)
+    lines = capsys.readouterr().out.splitlines()
+    start = next(number for number, line in enumerate(lines) if line.startswith("Estimated peak on one device: "))
+    end = next(number for number, line in enumerate(lines) if line.startswith("In a machine's own memory: reference"))
+    assert end - start < 10
+    assert lines[start + 1].split("  ")[-1].strip() == "update"
+    assert {"parameters", "gradients", "optimizer", "activations"} <= {line.split()[0] for line in lines[start:end]}
+
+
+def test_an_unknown_kind_of_policy_is_trained_all_the_same(make_module, fit, capsys, monkeypatch):
+    def refuse(config):
+        raise ValueError("no list of decoder layers")
+
+    monkeypatch.setattr("gvpo_lightning.callbacks.estimate.model_sizes", refuse)
+    assert fit(make_module(), callbacks=[MemoryEstimate()], max_steps=2).global_step == 2
+    assert "No estimate of memory: no list of decoder layers" in capsys.readouterr().out
+
+
+def test_gradients_are_there_during_later_rollouts(make_module, fit):
+    """Why the rollout phase counts them."""
+    module, seen = make_module(), []
+    original = module._roll_out
+
+    def roll_out(rows, index):
+        seen.append(all(p.grad is not None for p in module.policy.parameters()))
+        return original(rows, index)
+
+    module._roll_out = roll_out
+    fit(module, max_steps=6)
+    assert seen == [False, True, True]
