@@ -59,17 +59,18 @@ def estimate_seconds(
     phase, the others all of it. Rewards, the optimizer's arithmetic and the loading of data are left out.
     """
     work, calls = facts.workload, estimate_traffic(sizes, facts)
-    matmuls = hardware.flops * hardware.matmul_share
-    updates = work.updates_per_rollout
-    rollout = _decode_seconds(sizes, facts, hardware, engine) / updates if work.generates else 0.0
+    matmuls, updates = hardware.flops * hardware.matmul_share, work.updates_per_rollout
+    decode = _generate_seconds if engine == "generate" else _engine_seconds
+    rollout = decode(sizes, facts, hardware) / updates if work.generates else 0.0
     reference = facts.rollout_completions * _forward_flops(sizes, facts) / matmuls / updates if facts.scores else 0.0
     train = facts.micro_batch * work.accumulate * _train_flops(sizes, facts) / matmuls
+    if engine == "vllm":  # which is given the weights once a rollout; what it sends itself is in its own time
+        calls = [call for call in calls if (call.phase, call.what) != ("rollout", "activations")]
     exposed = 0.0
     for phase, compute in (("rollout", 0.0), ("reference", reference), ("train", train)):
-        mine = [call for call in calls if call.phase == phase]
-        overlapped = sum(call_seconds(call, hardware) for call in mine if call.overlapped)
-        exposed += max(0.0, overlapped - compute)
-        exposed += sum(call_seconds(call, hardware) for call in mine if not call.overlapped)
+        seconds = [(call_seconds(call, hardware), call.overlapped) for call in calls if call.phase == phase]
+        exposed += sum(value for value, overlapped in seconds if not overlapped)
+        exposed += max(0.0, sum(value for value, overlapped in seconds if overlapped) - compute)
     if facts.reference in ("frozen", "every_n_steps", "ema") and facts.scores:
         held = held_bytes(sizes, facts)["parameters"]
         share = 1.0 if facts.trained_parameters is None else facts.trained_parameters / sizes.parameters
@@ -101,22 +102,46 @@ def _train_flops(sizes: ModelSizes, facts: RunFacts) -> float:
     return passes * _forward_flops(sizes, facts, head=False) + head_passes * head
 
 
-def _decode_seconds(
-    sizes: ModelSizes, facts: RunFacts, hardware: Hardware, engine: Literal["generate", "vllm"]
+def engine_parallel(sizes: ModelSizes, hardware: Hardware) -> int:
+    """GPUs over which an engine spreads the model: the fewest, by doubling, whose memory it fills at most by half."""
+    parts = 1
+    while sizes.parameters * 2 / parts > hardware.memory / 2:
+        parts *= 2
+    return parts
+
+
+def _generate_seconds(sizes: ModelSizes, facts: RunFacts, hardware: Hardware) -> float:
+    """Of one rollout in the training processes, batch after batch, every completion with a prompt of its own."""
+    rows = min(facts.workload.generation_batch, facts.rollout_completions)
+    step = _step_seconds(sizes, facts, hardware, rows, facts.tensor_parallel, hardware.cache_passes)
+    step = max(step, sizes.num_layers * hardware.generate_layer)
+    prefill = _prefill_seconds(sizes, facts, hardware, rows, facts.tensor_parallel)
+    return math.ceil(facts.rollout_completions / rows) * (facts.workload.completion_tokens * step + prefill)
+
+
+def _engine_seconds(sizes: ModelSizes, facts: RunFacts, hardware: Hardware) -> float:
+    """Of one rollout by an engine on the same GPUs: all completions at once, the prompt of a group computed once."""
+    parts = min(engine_parallel(sizes, hardware), facts.num_gpus)
+    rows = math.ceil(facts.rollout_completions * facts.data_parallel * parts / facts.num_gpus)
+    step = _step_seconds(sizes, facts, hardware, rows, parts, 1)
+    step = max(step, sizes.num_layers * hardware.engine_layer)
+    if parts > 1:
+        step += 2 * sizes.num_layers * hardware.small_call
+    prefill = _prefill_seconds(sizes, facts, hardware, rows / facts.workload.group_size, parts)
+    return facts.workload.completion_tokens * step + prefill
+
+
+def _step_seconds(
+    sizes: ModelSizes, facts: RunFacts, hardware: Hardware, rows: int, parts: int, cache_passes: int
 ) -> float:
-    """Seconds of one rollout: prefill, and steps bound by launches or by reading weights and cache."""
-    work, hf = facts.workload, engine == "generate"
-    # an engine pages its cache, so it takes all completions at once, and computes the prompt of a group once
-    rows = min(work.generation_batch, facts.rollout_completions) if hf else facts.rollout_completions
-    batches = math.ceil(facts.rollout_completions / rows)
-    keys = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * facts.compute_bytes / facts.tensor_parallel
-    cache = rows * (work.prompt_tokens + work.completion_tokens / 2) * keys * (hardware.cache_passes if hf else 1)
-    weights = (sizes.layers / facts.tensor_parallel + sizes.head) * facts.compute_bytes
-    read = (weights + cache) / (hardware.bandwidth * hardware.bandwidth_share)
-    launches = sizes.num_layers * (hardware.generate_layer if hf else hardware.engine_layer)
-    compute = 2 * rows * (sizes.layers / facts.tensor_parallel + sizes.head)
-    step = max(read, launches, compute / (hardware.flops * hardware.matmul_share))
-    if facts.tensor_parallel > 1 and not hf:
-        step += 2 * sizes.num_layers * hardware.small_call  # where Python is the limit it hides them
-    prefill = 2 * sizes.layers / facts.tensor_parallel * work.prompt_tokens * rows / (1 if hf else work.group_size)
-    return batches * (work.completion_tokens * step + prefill / (hardware.flops * hardware.matmul_share))
+    """A decoding step's reading of weights and half-full cache, or its matmuls, on one of `parts` GPUs."""
+    work, weights = facts.workload, sizes.layers / parts + sizes.head
+    keys = 2 * sizes.num_layers * sizes.num_kv_heads * sizes.head_dim * facts.compute_bytes / parts
+    cache = rows * (work.prompt_tokens + work.completion_tokens / 2) * keys * cache_passes
+    read = (weights * facts.compute_bytes + cache) / (hardware.bandwidth * hardware.bandwidth_share)
+    return max(read, 2 * rows * weights / (hardware.flops * hardware.matmul_share))
+
+
+def _prefill_seconds(sizes: ModelSizes, facts: RunFacts, hardware: Hardware, rows: float, parts: int) -> float:
+    operations = 2 * sizes.layers / parts * facts.workload.prompt_tokens * rows
+    return operations / (hardware.flops * hardware.matmul_share)

@@ -78,16 +78,20 @@ def _data_parallel(sizes: ModelSizes, facts: RunFacts) -> list[Collective]:
 
 
 def _tensor_parallel(sizes: ModelSizes, facts: RunFacts) -> list[Collective]:
-    """Two all-reduces of the residual stream a layer and pass; a pass more where layers are computed again."""
+    """All-reduces of the residual stream, in each layer two forward and two backward, which take two things.
+
+    The matrices that read the same tensor must share its gradient's all-reduce (`PrepareModuleInput`), or there are five
+    backward; and a layer that is computed again stops before its last one (`use_reentrant=False`).
+    """
     work = facts.workload
-    token = 2 * sizes.num_layers * sizes.hidden * facts.compute_bytes
+    token = sizes.num_layers * sizes.hidden * facts.compute_bytes
     trained = facts.micro_batch * work.accumulate * work.tokens
-    passes = 2 + facts.checkpointing + facts.two_passes
     rollout = facts.rollout_completions * work.tokens // work.updates_per_rollout
     ranks = (facts.tensor_parallel, facts.tensor_parallel)
-    calls = [Collective("train", "activations", "all-reduce", passes * trained * token, *ranks, False)]
+    count = 4 + facts.checkpointing + 2 * facts.two_passes
+    calls = [Collective("train", "activations", "all-reduce", count * trained * token, *ranks, False)]
     if work.generates:
-        calls.append(Collective("rollout", "activations", "all-reduce", rollout * token, *ranks, False))
+        calls.append(Collective("rollout", "activations", "all-reduce", 2 * rollout * token, *ranks, False))
     if facts.scores:
-        calls.append(Collective("reference", "activations", "all-reduce", rollout * token, *ranks, False))
+        calls.append(Collective("reference", "activations", "all-reduce", 2 * rollout * token, *ranks, False))
     return calls

@@ -23,7 +23,7 @@ def build(tiny_policy):
         model = tiny_policy(**(settings | {"max_position_embeddings": 512} | overrides)).to(dtype)
         prepare_policy(model)
         if checkpointing:
-            model.activation_checkpointing_enable()
+            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if lora:
             import peft
 

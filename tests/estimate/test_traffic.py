@@ -31,6 +31,8 @@ CASES = {
         "checkpointing": True,
         "accumulate": 2,
     },
+    "tensor parallel": {"mode": "tensor parallel"},
+    "tensor parallel, layers again": {"mode": "tensor parallel", "checkpointing": True},
     "fsdp2 after scoring": {"scored": True, "accumulate": 2},
 }
 DEFAULTS = {"mode": "fsdp2", "tied": False, "checkpointing": False, "accumulate": 1, "scored": False}
@@ -59,10 +61,12 @@ def measured(tmp_path_factory):
 def test_payload_of_an_update_is_what_two_processes_send(name, measured, record_property):
     case, payload = DEFAULTS | CASES[name], measured[name]
     accumulate = case["accumulate"]
+    prompts = (1 if case["mode"] == "tensor parallel" else 2) * accumulate
     facts = RunFacts(
-        Workload(2, 16, 2, 2 * accumulate, 2 * accumulate, accumulate=accumulate, generates=False),
+        Workload(2, 16, 4, prompts, prompts, accumulate=accumulate, generates=False),
         num_gpus=2,
-        strategy="ddp" if case["mode"] == "ddp" else "fsdp2",
+        strategy="fsdp2" if case["mode"].startswith("fsdp2") else "ddp",
+        tensor_parallel=2 if case["mode"] == "tensor parallel" else 1,
         compute_bytes=2 if case["mode"] == "fsdp2-mixed" else 4,
         checkpointing=case["checkpointing"],
         reference="frozen" if case["scored"] else "cached",

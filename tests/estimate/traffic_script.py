@@ -7,8 +7,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from torch.distributed import _functional_collectives as functional_collectives
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -23,23 +27,40 @@ def add(kind, tensor):
     payload[kind] = payload.get(kind, 0) + tensor.nbytes
 
 
-def watch(names, kind, place, keyword):
-    """Count the whole tensor of every call: argument `place` or `keyword`; FSDP looks functions up where they lie."""
+def watch(module, names, kind, place, keyword):
+    """Count the whole tensor of every call, argument `place` or `keyword`: callers look functions up in `module`."""
     for name in names:
-        if original := getattr(dist, name, None):
+        if original := getattr(module, name, None):
 
             def counted(*args, original=original, **kwargs):
                 add(kind, kwargs[keyword] if keyword in kwargs else args[place])
                 return original(*args, **kwargs)
 
-            setattr(dist, name, counted)
+            setattr(module, name, counted)
 
 
 def fully_sharded(model, mixed):
     policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
     for layer in model.model.layers:
         fully_shard(layer, mp_policy=policy)
-    return fully_shard(model, mp_policy=policy)
+    fully_shard(model, mp_policy=policy)
+
+
+def tensor_parallel(model):
+    plan = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
+    plan |= {f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
+    plan |= {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
+    # one gradient for what q, k and v (gate and up) read, not one for each of them
+    replicated = {"hidden_states": Replicate()}
+    plan["self_attn"] = PrepareModuleInput(
+        input_kwarg_layouts=replicated, desired_input_kwarg_layouts=replicated, use_local_output=False
+    )
+    plan["mlp"] = PrepareModuleInput(
+        input_layouts=Replicate(), desired_input_layouts=Replicate(), use_local_output=False
+    )
+    mesh = init_device_mesh("cpu", (RANKS,))
+    for layer in model.model.layers:
+        parallelize_module(layer, mesh, plan)
 
 
 def data_parallel(model):
@@ -62,13 +83,16 @@ def measure(case):
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**case["model"]))
     prepare_policy(model)
     if case["checkpointing"]:
-        model.activation_checkpointing_enable()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     batch = make_batch(4, (8, 16), case["model"]["vocab_size"], "cpu")
+    if case["mode"] == "tensor parallel":
+        tensor_parallel(model)
     if case["mode"] == "ddp":
         wrapped = data_parallel(model)  # kept: without it nothing is reduced
         wrapped(batch).backward()
         return dict(payload)
-    model = fully_sharded(model, case["mode"] == "fsdp2-mixed")
+    if case["mode"].startswith("fsdp2"):
+        fully_sharded(model, case["mode"] == "fsdp2-mixed")
     if case["scored"]:
         with torch.no_grad():
             for _ in range(case["accumulate"]):
@@ -82,8 +106,9 @@ def measure(case):
 def main(rank, cases, folder):
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=RANKS)
-    watch(("all_gather_into_tensor", "all_gather_single"), "all-gather", 0, "output_tensor")
-    watch(("reduce_scatter_tensor", "reduce_scatter_single"), "reduce-scatter", 1, "input")
+    watch(functional_collectives, ("all_reduce",), "all-reduce", 0, "self")
+    watch(dist, ("all_gather_into_tensor", "all_gather_single"), "all-gather", 0, "output_tensor")
+    watch(dist, ("reduce_scatter_tensor", "reduce_scatter_single"), "reduce-scatter", 1, "input")
     measured = [measure(case) for case in cases]
     if rank == 0:
         Path(folder, "measured.json").write_text(json.dumps(measured))

@@ -42,7 +42,7 @@ def test_facts_are_the_runs_own(facts_of):
 def test_precision_optimizer_adapters_and_checkpointing_are_seen(facts_of, tiny_policy):
     peft = pytest.importorskip("peft")
     policy = tiny_policy()
-    policy.activation_checkpointing_enable()
+    policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     policy = peft.get_peft_model(policy, peft.LoraConfig(r=2, target_modules="all-linear", lora_dropout=0.0))
     sizes, facts = facts_of(
         {"precision": "bf16-mixed"},
