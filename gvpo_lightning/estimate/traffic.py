@@ -80,8 +80,8 @@ def _data_parallel(sizes: ModelSizes, facts: RunFacts) -> list[Collective]:
 def _tensor_parallel(sizes: ModelSizes, facts: RunFacts) -> list[Collective]:
     """All-reduces of the residual stream, in each layer two forward and two backward, which take two things.
 
-    The matrices that read the same tensor must share its gradient's all-reduce (`PrepareModuleInput`), or there are five
-    backward; and a layer that is computed again stops before its last one (`use_reentrant=False`).
+    Matrices that read the same tensor must share the all-reduce of its gradient (`PrepareModuleInput`), or there are
+    five backward. A layer that is computed again needs one more: it stops before its last (`use_reentrant=False`).
     """
     work = facts.workload
     token = sizes.num_layers * sizes.hidden * facts.compute_bytes

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.scaling import LLAMA_70B, QWEN_7B, estimates
-from benchmarks.scaling_page import PAGE, updated_page
+from benchmarks.scaling_page import PAGE, ROOM, peaks, updated_page
 from gvpo_lightning.estimate import H100, H200, RunFacts, Workload, estimate_memory, estimate_seconds, estimate_traffic
 
 
@@ -23,6 +23,18 @@ def test_sizes_are_those_of_the_published_models(record):
     published = [7_615_616_512, 70_553_706_496]  # the numbers of parameters on the models' own pages
     assert [plan["sizes"]["parameters"] for plan in record["plans"]] == published
     assert (QWEN_7B["num_hidden_layers"], LLAMA_70B["num_hidden_layers"]) == (28, 80)
+
+
+def test_what_the_page_advises_follows_from_its_numbers(record):
+    small, large = record["plans"]
+    room = ROOM * record["hardware"]["H100 SXM"]["memory"]
+    rollout, training = ({way: peaks(row)[phase] for way, row in large["ways"].items()} for phase in (0, 1))
+    assert peaks(small["ways"]["DDP"])[1] > room > max(peaks(small["ways"]["DDP, LoRA of rank 16"]))
+    assert max(peaks(small["ways"]["FSDP2"])) < room
+    assert rollout["FSDP2"] > ROOM * record["hardware"]["H200 SXM"]["memory"] > room > training["FSDP2"]
+    assert max(rollout["TP 8 × FSDP2"], training["TP 8 × FSDP2"]) < room
+    beside = {way: sum(row["seconds"].values()) - row["seconds"]["rollout"] for way, row in large["ways"].items()}
+    assert beside["TP 8 × FSDP2"] > beside["FSDP2"]
 
 
 @pytest.fixture

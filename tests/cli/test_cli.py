@@ -241,3 +241,8 @@ def test_a_model_without_an_end_token_is_refused(config, tmp_path, capsys, tiny_
     (tmp_path / "model" / "tokenizer_config.json").write_text(json.dumps(settings))
     path = config(model__policy=str(tmp_path / "model"))
     assert "no end-of-sequence token" in one_line_error(["fit", "--config", path], capsys)
+
+
+def test_fit_says_once_what_memory_it_will_take(config, capsys):
+    main(quiet("fit", "--config", config()))
+    assert capsys.readouterr().out.count("Estimated peak on one device: ") == 1
