@@ -35,7 +35,14 @@ from gvpo_lightning.rollout.loader import Row
 from gvpo_lightning.rollout.sampling import Rollout, RolloutSettings
 from gvpo_lightning.sampling_module import SamplingModule
 from gvpo_lightning.seeding import derive_seed
-from gvpo_lightning.sharding import callable_outside_steps, clip_by_norm, is_sharded, local_tensor, shard_model
+from gvpo_lightning.sharding import (
+    callable_outside_steps,
+    clip_by_norm,
+    is_sharded,
+    local_tensor,
+    root_stays_gathered,
+    shard_model,
+)
 from gvpo_lightning.sources.mixture import SourceMixture
 from gvpo_lightning.sources.settings import SourceSettings
 from gvpo_lightning.two_passes import first_pass, scatter, sequence_coefficients
@@ -222,6 +229,7 @@ class GVPOModule(SamplingModule):
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Roll out at the first micro-batch of a rollout."""
         if batch["slot"] == 0:
+            self._drop_gradients()  # which Lightning would keep until the next backward pass
             self.rollout = self._roll_out(batch["rows"], batch["rollout"])
         assert self.rollout is not None
         assert self.rollout.index == batch["rollout"]
@@ -256,15 +264,16 @@ class GVPOModule(SamplingModule):
         assert rollout is not None
         if slot == 0:
             self._start_update(update, rollout)
-        result = completion_loss(
-            self.policy,
-            rollout.micro_batch(update.micro_batches[slot], self.trainer.strategy.root_device),
-            self.beta,
-            num_groups=max(update.num_groups, 1),
-            sequence_coefficients=self._coefficients[slot] if self._coefficients else None,
-            temperature=self.temperature,
-            implementation=self.loss_implementation,
-        )
+        with root_stays_gathered(self.policy):
+            result = completion_loss(
+                self.policy,
+                rollout.micro_batch(update.micro_batches[slot], self.trainer.strategy.root_device),
+                self.beta,
+                num_groups=max(update.num_groups, 1),
+                sequence_coefficients=self._coefficients[slot] if self._coefficients else None,
+                temperature=self.temperature,
+                implementation=self.loss_implementation,
+            )
         self._meter.add(result.log_ratios, self._entropies[slot] if self._coefficients else result.entropies)
         self.microstep += 1
         return result.loss * update.scale
@@ -327,8 +336,7 @@ class GVPOModule(SamplingModule):
         if usable and update.num_groups:
             self.consecutive_skips = 0
             return
-        for parameter in self.parameters():
-            parameter.grad = None  # an optimizer passes over parameters without gradient: no momentum, no decay
+        self._drop_gradients()  # an optimizer passes over parameters without gradient: no momentum, no decay
         if usable:
             return
         self.consecutive_skips += 1
@@ -355,6 +363,10 @@ class GVPOModule(SamplingModule):
             wrapped.clip_grad_norm_(gradient_clip_val)
         else:
             clip_by_norm(self.parameters(), gradient_clip_val)
+
+    def _drop_gradients(self) -> None:
+        for parameter in self.parameters():
+            parameter.grad = None
 
     def _gradients_are_finite(self) -> Tensor:
         """Whether this rank's part of them is, a bool scalar on the device."""

@@ -6,6 +6,7 @@ for a rollout it is gathered once and always resharded, since a root that stays 
 """
 
 import fnmatch
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any, cast
@@ -19,10 +20,11 @@ from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     ParallelStyle,
+    PrepareModuleInput,
     RowwiseParallel,
     SequenceParallel,
     parallelize_module,
@@ -73,13 +75,30 @@ def shard_model(policy: Any, strategy: Strategy, precision: str) -> None:
     if mesh["tensor_parallel"].size() > 1:
         split_tensors(policy, mesh["tensor_parallel"])
     if mesh["data_parallel"].size() > 1:
-        mixed = MixedPrecisionPolicy()
-        if precision == "bf16-mixed":  # float32 weights, gathered and used in bfloat16
-            mixed = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
-        classes, root = tuple(layer_classes(policy)), base_model(policy)
-        units = [module for module in root.modules() if isinstance(module, classes)]
-        for unit in [*units, root]:  # the root too: what is scored with other weights must not stay gathered
-            fully_shard(unit, mesh=mesh["data_parallel"], mp_policy=mixed, reshard_after_forward=True)
+        split_parameters(policy, mesh["data_parallel"], mixed=precision == "bf16-mixed")
+
+
+def split_parameters(policy: Any, mesh: DeviceMesh, *, mixed: bool) -> None:
+    """FSDP2, a unit a layer; `mixed`: the weights stay float32, and are gathered and used in bfloat16."""
+    dtypes = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
+    classes, root = tuple(layer_classes(policy)), base_model(policy)
+    units = [module for module in root.modules() if isinstance(module, classes)]
+    for unit in [*units, root]:  # the root too: what was scored as the reference must not stay gathered
+        fully_shard(unit, mesh=mesh, mp_policy=dtypes, reshard_after_forward=True)
+
+
+@contextmanager
+def root_stays_gathered(policy: Any) -> Iterator[None]:
+    """Inside, a forward pass that will be followed by a backward pass leaves embeddings and head gathered for it."""
+    root = base_model(policy)
+    if not isinstance(root, FSDPModule):
+        yield
+        return
+    root.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        root.set_reshard_after_forward(True, recurse=False)
 
 
 def split_tensors(policy: Any, mesh: DeviceMesh) -> None:
@@ -118,7 +137,26 @@ def split_tensors(policy: Any, mesh: DeviceMesh) -> None:
         styles[f"{name}.base_layer"] = style
         for adapter in getattr(module, factor):
             styles[f"{name}.{factor}.{adapter}"] = type(style)()
-    parallelize_module(model.base_model, mesh, styles)
+    parallelize_module(model.base_model, mesh, styles | _shared_inputs(model.base_model, styles))
+
+
+def _shared_inputs(model: nn.Module, styles: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
+    """For layers that read one tensor together (q, k and v; gate and up), one all-reduce of its gradient for all."""
+    readers: dict[str, list[nn.Module]] = {}
+    for name, style in styles.items():
+        if isinstance(style, ColwiseParallel):
+            readers.setdefault(name.rpartition(".")[0], []).append(model.get_submodule(name))
+    shared: dict[str, ParallelStyle] = {}
+    for name, modules in readers.items():
+        parent = model.get_submodule(name)
+        if len(modules) < 2 or any(hasattr(part, "base_layer") for part in parent.children()):
+            continue  # of LoRA, one factor is whole, and can't take what is prepared for split ones
+        first, *others = inspect.signature(parent.forward).parameters
+        layouts: dict[str, Any] = {"input_layouts": Replicate(), "desired_input_layouts": Replicate()}
+        if others:  # attention, which transformers calls by keyword
+            layouts = {key: {first: Replicate()} for key in ("input_kwarg_layouts", "desired_input_kwarg_layouts")}
+        shared[name] = PrepareModuleInput(**layouts, use_local_output=False)
+    return shared
 
 
 @contextmanager

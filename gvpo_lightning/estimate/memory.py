@@ -2,8 +2,8 @@
 
 | phase        | when it is largest                                                                               |
 |--------------|--------------------------------------------------------------------------------------------------|
-| rollout      | the last token of a batch of completions; the weights are whole, and the last update's gradients |
-|              | still there, which Lightning frees just before the next backward pass                            |
+| rollout      | the last token of a batch of completions; the weights are whole, the last update's gradients     |
+|              | gone but for DDP's buckets                                                                       |
 | reference    | scoring under a model of its own, which comes to the device for it                               |
 | forward      | the end of the decoder layers, before the head                                                   |
 | head         | the fused loss at work, forward or backward                                                      |
@@ -52,13 +52,18 @@ def estimate_memory(sizes: ModelSizes, facts: RunFacts) -> Memory:
     if facts.workload.generates:
         cache, sampling = generation_bytes(sizes, facts)
         phases["rollout"] = held | {
+            "gradients": _buckets(held, facts),
             "whole weights": rollout_weights(sizes, facts),
             "activations": sampling,
             "key-value cache": cache,
         }
     if facts.reference_parameters:
         other = facts.reference_parameters * facts.weight_bytes
-        phases["reference"] = held | {"whole weights": other, "activations": working}
+        phases["reference"] = held | {
+            "gradients": _buckets(held, facts),
+            "whole weights": other,
+            "activations": working,
+        }
     phases["forward"] = held | {"whole weights": whole, "activations": saved}
     phases["head"] = fresh | {
         "whole weights": whole,

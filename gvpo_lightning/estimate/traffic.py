@@ -72,8 +72,7 @@ def _data_parallel(sizes: ModelSizes, facts: RunFacts) -> list[Collective]:
         calls.append(Collective("rollout", "weights", "all-gather", whole * width // updates, *ranks, False))
     if facts.scores:
         batches = math.ceil(facts.rollout_completions / facts.micro_batch)
-        scored = batches * layers + sizes.root
-        calls.append(Collective("reference", "weights", "all-gather", scored * compute // updates, *ranks))
+        calls.append(Collective("reference", "weights", "all-gather", batches * whole * compute // updates, *ranks))
     return calls
 
 

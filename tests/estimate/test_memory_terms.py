@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from lightning.pytorch.strategies import SingleDeviceStrategy
 
 from benchmarks.train_step_paths import make_batch
 from gvpo_lightning.estimate import RunFacts, Workload, estimate_memory, model_sizes
@@ -56,7 +57,7 @@ def test_held_bytes_are_those_of_the_real_tensors(build, lora, tied, optimizer):
     completion_loss(model, make_batch(8, (64, 96), VOCABULARY, "cpu"), 0.1).loss.backward()
     update.step()
     reference = WeightsReference(ReferenceSettings(), can_be_reloaded=True)
-    reference.prepare(model)
+    reference.prepare(model, SingleDeviceStrategy(), "32-true")
     facts, sizes = facts_and_sizes(model, optimizer_bytes=8 if optimizer == "adamw" else 0)
     memory = estimate_memory(sizes, facts)
     states = [s for state in update.state.values() for s in state.values() if torch.is_tensor(s) and s.ndim]

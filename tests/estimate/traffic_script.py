@@ -10,14 +10,12 @@ import torch.multiprocessing as mp
 from torch.distributed import _functional_collectives as functional_collectives
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, PrepareModuleInput, RowwiseParallel, parallelize_module
 from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.train_step_paths import make_batch
 from gvpo_lightning.policy import completion_logprobs, completion_loss, prepare_policy
+from gvpo_lightning.sharding import root_stays_gathered, split_parameters, split_tensors
 
 RANKS = 2
 payload: dict[str, int] = {}  # bytes of whole tensors by kind of collective
@@ -37,30 +35,6 @@ def watch(module, names, kind, place, keyword):
                 return original(*args, **kwargs)
 
             setattr(module, name, counted)
-
-
-def fully_sharded(model, mixed):
-    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if mixed else MixedPrecisionPolicy()
-    for layer in model.model.layers:
-        fully_shard(layer, mp_policy=policy)
-    fully_shard(model, mp_policy=policy)
-
-
-def tensor_parallel(model):
-    plan = {f"self_attn.{name}_proj": ColwiseParallel() for name in "qkv"}
-    plan |= {f"mlp.{name}_proj": ColwiseParallel() for name in ("gate", "up")}
-    plan |= {"self_attn.o_proj": RowwiseParallel(), "mlp.down_proj": RowwiseParallel()}
-    # one gradient for what q, k and v (gate and up) read, not one for each of them
-    replicated = {"hidden_states": Replicate()}
-    plan["self_attn"] = PrepareModuleInput(
-        input_kwarg_layouts=replicated, desired_input_kwarg_layouts=replicated, use_local_output=False
-    )
-    plan["mlp"] = PrepareModuleInput(
-        input_layouts=Replicate(), desired_input_layouts=Replicate(), use_local_output=False
-    )
-    mesh = init_device_mesh("cpu", (RANKS,))
-    for layer in model.model.layers:
-        parallelize_module(layer, mesh, plan)
 
 
 def data_parallel(model):
@@ -86,20 +60,21 @@ def measure(case):
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     batch = make_batch(4, (8, 16), case["model"]["vocab_size"], "cpu")
     if case["mode"] == "tensor parallel":
-        tensor_parallel(model)
+        split_tensors(model, init_device_mesh("cpu", (RANKS,)))
     if case["mode"] == "ddp":
         wrapped = data_parallel(model)  # kept: without it nothing is reduced
         wrapped(batch).backward()
         return dict(payload)
     if case["mode"].startswith("fsdp2"):
-        fully_sharded(model, case["mode"] == "fsdp2-mixed")
+        split_parameters(model, init_device_mesh("cpu", (RANKS,)), mixed=case["mode"] == "fsdp2-mixed")
     if case["scored"]:
         with torch.no_grad():
             for _ in range(case["accumulate"]):
                 completion_logprobs(model, batch)
-        model.reshard()  # the root stays whole after a pass without gradient
     for _ in range(case["accumulate"]):
-        completion_loss(model, batch, 0.1).loss.backward()
+        with root_stays_gathered(model):
+            loss = completion_loss(model, batch, 0.1).loss
+        loss.backward()
     return dict(payload)
 
 
