@@ -9,6 +9,7 @@ import lightning as L
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_lightning.checks import check_prompts
+from gvpo_lightning.export import sample_at_a_temperature
 from gvpo_lightning.policy import load_policy, load_tokenizer, prepare_policy, stop_token_ids
 from gvpo_lightning.rewards import Reward, reward_columns
 from gvpo_lightning.rollout.generation import GenerationSettings
@@ -151,9 +152,7 @@ class SamplingModule(L.LightningModule):
     def export(self, folder: str | Path) -> None:
         """Write the policy, its tokenizer and generation config as a Hugging Face folder."""
         if self.global_rank == 0:
-            generation_config = self.policy.generation_config
-            if not generation_config.do_sample and generation_config.temperature is not None:
-                generation_config.do_sample = True  # transformers refuses to save the one without the other
+            sample_at_a_temperature(self.policy.generation_config)
             self.policy.save_pretrained(folder)
-            generation_config.save_pretrained(folder)  # which peft leaves out
+            self.policy.generation_config.save_pretrained(folder)  # which peft leaves out
             self.tokenizer.save_pretrained(folder)
