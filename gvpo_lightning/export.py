@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from gvpo_lightning.saved_weights import SavedWeights, as_written, open_weights
+from gvpo_lightning.saved_weights import SavedWeights, as_written, match_names, open_weights
 
 if TYPE_CHECKING:
     from gvpo_lightning.sampling_module import SamplingModule
@@ -52,9 +52,9 @@ def export_checkpoint(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output={str(output)!r} exists and is not an empty folder: remove it, or give another one.")
     weights = open_weights(ckpt_path)
-    _refuse_adapters(weights, ckpt_path)
+    _refuse_adapters(weights)
     model = _without_storage(module)
-    sources = _sources(model, weights, f"ckpt_path={str(ckpt_path)!r}", f"policy={module.policy_source!r:.200}")
+    sources = match_names(model, weights)
     partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     partial.mkdir(parents=True)
@@ -69,51 +69,19 @@ def export_checkpoint(
     return output
 
 
-def _refuse_adapters(weights: SavedWeights, ckpt_path: str | Path) -> None:
+def _refuse_adapters(weights: SavedWeights) -> None:
     for name in weights.tensors:
         if "lora_" in name:
             raise ValueError(
-                f"ckpt_path={str(ckpt_path)!r} holds an adapter ({name!r}), which `gvpo export` can't write: in "
-                "Python, build the module with the adapter as for training, call module.configure_model() and "
-                "module.load_state_dict(torch.load(ckpt_path)['state_dict']), and then module.export(folder)."
+                f"{weights.path} holds an adapter ({name!r}), which `gvpo export` can't write. In Python: build the "
+                "module with the adapter as for training, and call gvpo_lightning.saved_weights.load_weights("
+                "module.policy, ckpt_path) and module.export(folder)."
             )
 
 
 def _without_storage(module: "SamplingModule") -> PreTrainedModel:
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(copy.deepcopy(module.model_config()))
-
-
-def _sources(model: PreTrainedModel, weights: SavedWeights, checkpoint: str, policy: str) -> dict[str, str]:
-    """For each tensor to be written, once for those that are tied, the name that the checkpoint has it under."""
-    ties: dict[int, list[str]] = {}
-    shapes: dict[str, torch.Size] = {}
-    for name, tensor in model.state_dict(keep_vars=True).items():
-        ties.setdefault(id(tensor), []).append(name)
-        shapes[name] = tensor.shape
-    saved = {name: tensor.shape for name, tensor in weights.tensors.items()}
-    missing = [names[0] for names in ties.values() if not set(names) & saved.keys()]
-    others = sorted(saved.keys() - shapes.keys())
-    differing = [name for name in saved.keys() & shapes.keys() if saved[name] != shapes[name]]
-    mend = f"The config must be the one that the checkpoint was trained with ({policy})."
-    if missing:
-        raise ValueError(f"{checkpoint} has no {missing[0]!r} ({len(missing)} are missing). {mend}")
-    if others:
-        raise ValueError(f"{checkpoint} has {others[0]!r}, which the policy has not ({len(others)} of them). {mend}")
-    if differing:
-        name = min(differing)
-        raise ValueError(f"{checkpoint} has {name!r} as {tuple(saved[name])}, not {tuple(shapes[name])}. {mend}")
-    for names in ties.values():
-        present = [name for name in names if name in saved]
-        copies = [weights.load([name])[name].view(torch.uint8) for name in present] if len(present) > 1 else []
-        if any(not torch.equal(copies[0], other) for other in copies[1:]):
-            raise ValueError(
-                f"{' and '.join(present)} are one tensor in the policy, but differ in {checkpoint}. {mend}"
-            )
-    ignored = model._keys_to_ignore_on_save or ()
-    return {
-        names[0]: next(name for name in names if name in saved) for names in ties.values() if names[0] not in ignored
-    }
 
 
 def _write_weights(
@@ -126,6 +94,8 @@ def _write_weights(
 ) -> None:
     planned = {}
     for name, source in sources.items():
+        if name in (model._keys_to_ignore_on_save or ()):
+            continue
         saved = weights.tensors[source]
         planned[name] = torch.empty(saved.shape, dtype=as_written(saved, dtype), device="meta")
     split = split_torch_state_dict_into_shards(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
 # what FSDP1, activation checkpointing and torch.compile put into the names of parameters
@@ -29,9 +29,11 @@ class SavedWeights:
     """Tensors that lie in a checkpoint.
 
     Attributes:
+        path: the checkpoint.
         tensors: by name, each with the shape and dtype that it was saved with; only `load` gives their values.
     """
 
+    path: Path
     tensors: dict[str, Tensor]
 
     def load(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
@@ -43,6 +45,7 @@ class FileWeights(SavedWeights):
     """Weights in a single file, which is mapped into memory and read where it is touched."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         try:
             checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except UNREADABLE as error:
@@ -62,6 +65,7 @@ class FolderWeights(SavedWeights):
     """Weights in the shards of a distributed checkpoint, of whatever number of ranks; each is put together whole."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         for name in (".metadata", "meta.pt"):
             if not (path / name).is_file():
                 raise ValueError(
@@ -130,3 +134,44 @@ def open_weights(path: str | Path) -> SavedWeights:
     if not weights.tensors:
         raise ValueError(f"{path} is not a checkpoint of a GVPOModule: it has no weights named 'policy.…'.")
     return weights
+
+
+def match_names(model: nn.Module, weights: SavedWeights) -> dict[str, str]:
+    """For each tensor of the model, one of those that are tied, the name that the checkpoint has it under.
+
+    Raises:
+        ValueError: model and checkpoint differ in names or shapes, or tied weights have come apart.
+    """
+    ties: dict[int, list[str]] = {}
+    shapes: dict[str, torch.Size] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        ties.setdefault(id(tensor), []).append(name)
+        shapes[name] = tensor.shape
+    saved = {name: tensor.shape for name, tensor in weights.tensors.items()}
+    missing = [names[0] for names in ties.values() if not set(names) & saved.keys()]
+    others = sorted(saved.keys() - shapes.keys())
+    differing = [name for name in saved.keys() & shapes.keys() if saved[name] != shapes[name]]
+    mend = "Give the policy that this checkpoint was trained from (model.policy)."
+    if missing:
+        raise ValueError(f"{weights.path} has no {missing[0]!r} ({len(missing)} are missing). {mend}")
+    if others:
+        raise ValueError(f"{weights.path} has {others[0]!r}, which the policy has not ({len(others)} of them). {mend}")
+    if differing:
+        name = min(differing)
+        raise ValueError(f"{weights.path} has {name!r} as {tuple(saved[name])}, not {tuple(shapes[name])}. {mend}")
+    for names in ties.values():
+        present = [name for name in names if name in saved]
+        copies = [weights.load([name])[name].view(torch.uint8) for name in present] if len(present) > 1 else []
+        if any(not torch.equal(copies[0], other) for other in copies[1:]):
+            raise ValueError(
+                f"{' and '.join(present)} are one tensor in the policy, but differ in {weights.path}. {mend}"
+            )
+    return {names[0]: next(name for name in names if name in saved) for names in ties.values()}
+
+
+def load_weights(model: nn.Module, path: str | Path) -> None:
+    """Put a checkpoint's weights into the policy, which is whole; errors as in `open_weights` and `match_names`."""
+    weights = open_weights(path)
+    sources, own = match_names(model, weights), model.state_dict()
+    for name, source in sources.items():
+        own[name].copy_(weights.load([source])[source])

@@ -19,7 +19,7 @@ from gvpo_lightning.export import export_checkpoint
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.policy import load_tokenizer
 from gvpo_lightning.rewards import ExactAnswer
-from gvpo_lightning.saved_weights import FileWeights, FolderWeights
+from gvpo_lightning.saved_weights import FileWeights, FolderWeights, load_weights
 
 
 def script(name, *arguments) -> str:
@@ -267,7 +267,7 @@ def adapter(state):
 
 
 MISFITS = {
-    without_a_layer: "has no 'model.layers.1.mlp.gate_proj.weight' (3 are missing). The config must be",
+    without_a_layer: "has no 'model.layers.1.mlp.gate_proj.weight' (3 are missing). Give the policy that",
     with_a_layer: "has 'model.layers.2.input_layernorm.weight', which the policy has not",
     narrower: "has 'model.norm.weight' as (7,), not (64,)",
     adapter: "holds an adapter ('model.layers.0.self_attn.q_proj.lora_A.default.weight')",
@@ -320,6 +320,30 @@ def test_ties_that_came_apart_are_refused(arithmetic, tmp_path, capsys):
     state["lm_head.weight"] = state["lm_head.weight"] + 1
     checkpoint = save_folder(tmp_path / "ckpt", under("policy.", state))
     assert "are one tensor in the policy, but differ" in refusal(capsys, tmp_path / "model", checkpoint)
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_the_refusal_of_adapters_says_to_do_works(arithmetic, tmp_path, kind):
+    peft = pytest.importorskip("peft")
+
+    def build(seed):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+        return peft.get_peft_model(model, peft.LoraConfig(target_modules=["q_proj"], init_lora_weights=False))
+
+    save_policy(tmp_path / "model", arithmetic)
+    trained = build(1)
+    checkpoint, state = tmp_path / "ckpt", under("policy.", trained.state_dict())
+    torch.save({"state_dict": state}, checkpoint) if kind == "file" else save_folder(checkpoint, state)
+    module = GVPOModule(build(2), ExactAnswer(), tokenizer=str(tmp_path / "model"))
+    with pytest.raises(ValueError, match=r"load_weights\(module.policy, ckpt_path\) and module.export\(folder\)"):
+        export_checkpoint(module, checkpoint, tmp_path / "out")
+    load_weights(module.policy, checkpoint)
+    module.export(tmp_path / "out")
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+    ids = torch.tensor([[3, 4, 5]])
+    with torch.no_grad():
+        assert torch.equal(exported(ids).logits, trained.eval()(ids).logits)
 
 
 def test_a_folder_in_use_is_left_alone(arithmetic, tmp_path, capsys):
