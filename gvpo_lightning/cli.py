@@ -1,4 +1,4 @@
-"""`gvpo fit | validate | test | predict | reference | export --config FILE`: Lightning's CLI around `GVPOModule`.
+"""`gvpo fit | validate | test | predict | reference | export | debug-batch --config FILE`: Lightning's CLI.
 
 What wins on resume: the config and the command line, always; a checkpoint brings weights, optimizer,
 scheduler and position, and no settings.
@@ -24,12 +24,13 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from gvpo_lightning.callbacks import CompletionsTable, PredictionWriter, RunSummary
 from gvpo_lightning.data import PromptDataModule
+from gvpo_lightning.debug_batch import debug_batch
 from gvpo_lightning.export import export_checkpoint
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.reference_cache import fill_cache
 
-SUBCOMMANDS = ("fit", "validate", "test", "predict", "reference", "export")
-MODEL_ALONE = {"export"}  # of a config with trainer and data these use the model's part
+SUBCOMMANDS = ("fit", "validate", "test", "predict", "reference", "export", "debug-batch")
+MODEL_ALONE = {"export", "debug-batch"}  # of a config with trainer and data these use the model's part
 NOT_THE_MODEL = ("trainer", "data", "completions_table")
 
 
@@ -106,6 +107,20 @@ class GVPOTrainer(Trainer):
         as_torch = None if dtype is None else getattr(torch, dtype)
         folder = export_checkpoint(model, ckpt_path, output, max_shard_size=max_shard_size, dtype=as_torch)
         print(f"The policy is in {folder}")
+
+    def debug_batch(self, model: GVPOModule, batch: str, ckpt_path: str | None = None) -> None:
+        """Show what is to blame in the update that a run stopped at.
+
+        Args:
+            model: its policy computes the update again.
+            batch: the file that the stopped run names.
+            ckpt_path: weights for the policy: a checkpoint file, the folder of a distributed one, or "last".
+        """
+        debug_batch(model, batch, ckpt_path)
+
+
+# commands are spelt with hyphens, and looked up by that name
+setattr(GVPOTrainer, "debug-batch", GVPOTrainer.debug_batch)
 
 
 class GVPOCLI(LightningCLI):

@@ -26,6 +26,7 @@ from gvpo_lightning.collect import collect_rollout
 from gvpo_lightning.distributed import gather_objects
 from gvpo_lightning.guards import Guard
 from gvpo_lightning.meters import UpdateMeter
+from gvpo_lightning.offending import save_update_of
 from gvpo_lightning.plan import Update, plan_updates
 from gvpo_lightning.policy import check_logprob_head, completion_loss, stop_token_ids
 from gvpo_lightning.reference import CachedReference, ReferenceKind, ReferenceSettings, make_reference
@@ -59,8 +60,10 @@ class GVPOModule(SamplingModule):
         generation: how completions are sampled.
         optimizer, lr_scheduler: callables from parameters to an optimizer and from that to a scheduler, which
             is stepped once an update.
-        max_skipped_updates: consecutive updates with log-ratios that are not finite, each of which is skipped
-            whole, before training stops.
+        max_skipped_updates: consecutive updates with log-ratios or gradients that are not finite, each of which is
+            skipped whole, before training stops and saves the last of them for `gvpo debug-batch`.
+        max_log_ratio: an update with a completion whose |log pi - log pi'| (nats) is beyond it is skipped like one
+            that is not finite. No healthy run gets there.
         loss_implementation: "triton" (CUDA), "torch" (chunked, any device), "reference" (plain, all logits
             stored) or "auto", "triton" where it can run and else "torch". Compared with eager at start-up.
 
@@ -84,12 +87,13 @@ class GVPOModule(SamplingModule):
         optimizer: OptimizerCallable = lambda parameters: torch.optim.AdamW(parameters, lr=1e-6),
         lr_scheduler: LRSchedulerCallable | None = None,
         max_skipped_updates: int = 5,
+        max_log_ratio: float = 1e4,
         loss_implementation: Literal["auto", "triton", "torch", "reference"] = "auto",
     ) -> None:
         super().__init__(policy, reward, tokenizer, generation, rollout.group_size)
         if not isinstance(reference, ReferenceSettings):
             reference = ReferenceSettings(reference)
-        for name, value in (("beta", beta), ("temperature", temperature)):
+        for name, value in (("beta", beta), ("temperature", temperature), ("max_log_ratio", max_log_ratio)):
             if not value > 0:
                 raise ValueError(f"{name} must be > 0, got {value}.")
         self.reference_settings = reference
@@ -109,7 +113,7 @@ class GVPOModule(SamplingModule):
         self.beta, self.temperature = beta, temperature
         self.rollout_settings = rollout
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.max_skipped_updates = max_skipped_updates
+        self.max_skipped_updates, self.max_log_ratio = max_skipped_updates, max_log_ratio
         self.loss_implementation = loss_implementation
 
         self.microstep = 0  # micro-batches trained so far: the run's only position, saved in checkpoints
@@ -124,6 +128,7 @@ class GVPOModule(SamplingModule):
         self._coefficients: list[Tensor] | None = None  # of a cut update's micro-batches
         self._entropies: list[Tensor | None] = []
         self._finite: Tensor | None = None
+        self._token_logprobs: list[Tensor] = []  # of the update's micro-batches so far
         self._update: Update | None = None
         self._rollout_length: int | None = None  # micro-batches, in the fit before this one
 
@@ -251,7 +256,8 @@ class GVPOModule(SamplingModule):
         if self._coefficients:
             result = replace(result, entropies=self._entropies[slot])
         assert self._finite is not None
-        self._finite &= torch.isfinite(result.log_ratios).all()
+        self._finite &= (result.log_ratios.abs() <= self.max_log_ratio).all()  # not of NaN either
+        self._token_logprobs.append(result.token_logprobs)
         self._meter.add(part, result)
         if slot == len(update.micro_batches) - 1:
             self._log_update(update, is_first=index == 0)
@@ -261,7 +267,7 @@ class GVPOModule(SamplingModule):
 
     def _start_update(self, update: Update, rollout: Rollout) -> None:
         """Of an update whose groups are cut, the pass that must come first."""
-        self._update, self._coefficients = update, None
+        self._update, self._coefficients, self._token_logprobs = update, None, []
         self._finite = torch.ones((), dtype=torch.bool, device=rollout.batch.kept.device)
         if update.over_limit:
             self.guard.say(
@@ -284,27 +290,31 @@ class GVPOModule(SamplingModule):
                 num_groups=max(update.num_groups, 1),
                 temperature=self.temperature,
                 implementation=self.loss_implementation,
+                max_log_ratio=self.max_log_ratio,
             )
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Skip the whole update, on every rank, if a log-ratio or a gradient is not finite, or nothing counts."""
+        """Skip the whole update, on every rank, if log-ratios or gradients are not sound, or nothing counts."""
         assert self._update is not None
         finite = bool(self._finite) and self._gradients_are_finite()
         finite = self.trainer.strategy.reduce_boolean_decision(finite, all=True)
         if finite and self._update.num_groups:
             self.consecutive_skips = 0
             return
+        stops = not finite and self.consecutive_skips >= self.max_skipped_updates
+        saved = save_update_of(self, self._token_logprobs) if stops else ""
         for parameter in self.parameters():
             parameter.grad = None  # an optimizer passes over parameters without gradient: no momentum, no decay
         if finite:
             return
         self.skipped_updates += 1
         self.consecutive_skips += 1
-        if self.consecutive_skips > self.max_skipped_updates:
+        if stops:
             raise RuntimeError(
-                f"{self.consecutive_skips} updates in a row had log-ratios or gradients that are not finite "
-                f"(max_skipped_updates={self.max_skipped_updates}): the policy has diverged. Lower the learning rate, "
-                "or raise beta, and resume from an earlier checkpoint."
+                f"{self.consecutive_skips} updates in a row had log-ratios or gradients that are not finite, or "
+                f"log-ratios beyond max_log_ratio={self.max_log_ratio:g} (max_skipped_updates="
+                f"{self.max_skipped_updates}): the policy has diverged. Lower the learning rate, or raise beta, and "
+                f"resume from an earlier checkpoint. The last such update: {saved}"
             )
 
     def _gradients_are_finite(self) -> bool:

@@ -5,6 +5,7 @@ group. Where a group's completions are in several micro-batches, all log-ratios 
 weights that the update starts from; after that every completion can be trained on its own.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -24,15 +25,17 @@ def sequence_coefficients(
     num_groups: int,
     temperature: float = 1.0,
     implementation: str = "auto",
+    max_log_ratio: float = math.inf,
 ) -> tuple[list[Tensor], list[Tensor | None], Tensor]:
     """dL / d log pi(y_i|x) of every completion of an update, by micro-batch.
 
     Args:
         parts: the update's micro-batches; all completions of a group are in them.
         num_groups: the loss's denominator.
+        max_log_ratio: finite log-ratios beyond it are as bad as others.
 
     Returns:
-        for each micro-batch its (S,) coefficients and its (N,) entropies; and whether all log-ratios are finite,
+        for each micro-batch its (S,) coefficients and its (N,) entropies; and whether all log-ratios are sound,
         a bool scalar. If not, the coefficients are 0.
     """
     sums, entropies = [], []
@@ -46,9 +49,10 @@ def sequence_coefficients(
     kept, rewards, group_ids = (
         torch.cat([getattr(part, name) for part in parts]) for name in ("kept", "rewards", "group_ids")
     )
-    finite = torch.isfinite(torch.cat(sums)).all()
+    log_ratios = torch.cat(sums)
+    finite = torch.isfinite(log_ratios).all() & (log_ratios.abs() <= max_log_ratio).all()
     # a completion as one token: the loss needs nothing else of it
-    log_ratios = torch.where(finite, torch.cat(sums), 0.0)[:, None].requires_grad_()
+    log_ratios = torch.where(finite, log_ratios, 0.0)[:, None].requires_grad_()
     zeros = torch.zeros_like(log_ratios)
     with torch.enable_grad():
         loss = gvpo_loss(log_ratios, zeros, kept[:, None], rewards, group_ids, beta, num_groups=num_groups).loss
