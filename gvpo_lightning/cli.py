@@ -30,7 +30,7 @@ from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.reference_cache import fill_cache
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "reference", "export", "debug-batch")
-MODEL_ALONE = {"export", "debug-batch"}  # of a config with trainer and data these use the model's part
+MODEL_ALONE = ("export", "debug-batch")  # of a config with trainer and data these use the model's part
 NOT_THE_MODEL = ("trainer", "data", "completions_table")
 
 
@@ -142,6 +142,7 @@ class GVPOCLI(LightningCLI):
         parser.add_lightning_class_args(self._model_class, "model")
         for name in NOT_THE_MODEL:
             parser.add_argument(f"--{name}", type=dict[str, Any], default={}, help=argparse.SUPPRESS)
+        parser.add_argument("--weights_only", type=Any, help=argparse.SUPPRESS)  # in the config.yaml that fit leaves
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """`completions_table.*` configures the table that every run has."""

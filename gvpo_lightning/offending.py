@@ -131,7 +131,9 @@ def save_update_of(module: "GVPOModule", token_logprobs: Sequence[Tensor]) -> st
         )
     except OSError as error:  # the run has worse troubles
         return f"could not be saved: {error}."
-    return f"{path}: `gvpo debug-batch --config … --batch {path}` shows what is to blame."
+    config = path.with_name("config.yaml")  # the command line leaves one
+    command = f"gvpo debug-batch --config {config if config.exists() else 'CONFIG'} --batch {path}"
+    return f"{path}: `{command}` shows what is to blame."
 
 
 def not_finite_parameters(model: nn.Module) -> dict[str, list[str]]:

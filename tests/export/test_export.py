@@ -193,6 +193,20 @@ def test_the_command_needs_neither_data_nor_gpus_nor_loggers(config, saved, tmp_
     assert_holds(tmp_path / "b", saved)
 
 
+def test_the_export_of_a_run_by_its_own_config_is_the_one_that_it_left(arithmetic, tmp_path):
+    run = tmp_path / "run"
+    fit = ["fit", "--config", str(arithmetic.parent / "arithmetic.yaml"), f"--model.policy={arithmetic / 'model'}"]
+    fit += [f"--data.path={arithmetic / 'sums'}", f"--trainer.default_root_dir={run}", "--data.train_split=train[:16]"]
+    main(
+        [*fit, "--trainer.max_steps=2", "--trainer.enable_progress_bar=false", "--data.validation_split=validation[:4]"]
+    )
+    main(["export", f"--config={run / 'config.yaml'}", "--ckpt_path=last", f"--output={tmp_path / 'out'}"])
+    for name in ("model.safetensors", "generation_config.json", "tokenizer.json"):
+        assert (tmp_path / "out" / name).read_bytes() == (run / "export" / name).read_bytes(), name
+    configs = [json.loads((folder / "config.json").read_text()) for folder in (tmp_path / "out", run / "export")]
+    assert configs[0] == configs[1]
+
+
 def test_last_is_also_found_where_the_config_puts_checkpoints(config, saved, tmp_path):
     callback = (
         f"{{class_path: {ModelCheckpoint.__module__}.ModelCheckpoint, init_args: {{dirpath: {tmp_path / 'own'}}}}}"

@@ -1,5 +1,8 @@
 """A run whose updates can't be used stops and leaves the last one; `gvpo debug-batch` shows what was to blame."""
 
+import json
+import re
+
 import lightning as L
 import pytest
 import torch
@@ -26,6 +29,13 @@ class At(L.Callback):
 @torch.no_grad()
 def break_a_weight(module):
     module.policy.model.layers[1].mlp.up_proj.weight[0, 0] = torch.nan
+
+
+class BreaksAWeight(At):
+    """For configs."""
+
+    def __init__(self) -> None:
+        super().__init__(1, break_a_weight)
 
 
 @pytest.fixture
@@ -59,7 +69,7 @@ def stop(fit, module, match, **trainer_arguments):
 
 def test_a_weight_that_becomes_nan_is_named(make_module, fit, debug_batch, tmp_path):
     module = make_module(**ONE_ROLLOUT, max_skipped_updates=1)
-    message = rf"2 updates in a row.*{tmp_path / FILE}: `gvpo debug-batch --config … --batch {tmp_path / FILE}`"
+    message = rf"2 updates in a row.*{tmp_path / FILE}: `gvpo debug-batch --config CONFIG --batch {tmp_path / FILE}`"
     stop(fit, module, message, callbacks=[At(2, break_a_weight)])
     assert module.num_updates == 4  # two are trained, two are skipped
     saved = load_offending_update(tmp_path / FILE)
@@ -188,6 +198,22 @@ def test_conversations_and_ranks_without_completions_are_saved_and_shown(debug_b
         shown = debug_batch(batch=path)
         assert ("[bold]how much?[/bold] → a :smile:" in shown) == (name == "full")
         assert f"log-ratios not finite: 0 of {size}" in shown
+
+
+def test_the_command_that_the_stopped_run_names_works(arithmetic, tmp_path, capsys):
+    settings = {"policy": str(arithmetic / "model"), "reward": "gvpo_lightning.rewards.ExactAnswer"}
+    settings |= {"generation": {"max_new_tokens": 4}, "max_skipped_updates": 0}
+    callbacks = [f"{__name__}.BreaksAWeight"]
+    trainer = {"accelerator": "cpu", "default_root_dir": str(tmp_path), "callbacks": callbacks}
+    trainer |= {"enable_progress_bar": False, "enable_model_summary": False}
+    config = {"model": settings, "trainer": trainer, "data": {"path": str(arithmetic / "sums")}}
+    (tmp_path / "own.yaml").write_text(json.dumps(config))
+    with pytest.raises(RuntimeError, match="1 updates in a row") as stopped:
+        main(["fit", "--config", str(tmp_path / "own.yaml")])
+    (command,) = re.findall("`gvpo (.*)`", str(stopped.value))
+    assert command.startswith(f"debug-batch --config {tmp_path / 'config.yaml'}")
+    main(command.split())
+    assert "model.layers.1.mlp.up_proj.weight" in capsys.readouterr().out
 
 
 def test_other_files_are_refused(debug_batch, tmp_path, capsys):
