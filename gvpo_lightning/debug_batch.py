@@ -168,6 +168,8 @@ def now_lines(module: "GVPOModule", update: OffendingUpdate, groups: list[GroupF
         return [*lines, "The policy is broken, whatever the batch: give --ckpt_path of an earlier checkpoint."]
     if not_finite or beyond or gradients:
         return [*lines, "The weights are finite: completions and groups at the top of the tables are to blame."]
+    if update.settings.get("num_ranks", 1) > 1:
+        lines.append("Each rank has left a file of its own part of the update: look into the others as well.")
     return [*lines, "All is sound here: the weights that the run had by then, or its precision, are to blame."]
 
 

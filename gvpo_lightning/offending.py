@@ -126,6 +126,7 @@ def save_update_of(module: "GVPOModule", token_logprobs: Sequence[Tensor]) -> st
                 "num_groups": max(update.num_groups, 1),
                 "step": module.num_updates,
                 "rank": module.global_rank,
+                "num_ranks": module.world_size,
             },
             parameters=not_finite_parameters(module.policy),
         )

@@ -186,7 +186,7 @@ def test_conversations_and_ranks_without_completions_are_saved_and_shown(debug_b
     batch.rewards = torch.tensor([0.0, 1.0, 0.5])
     empty = Rollout(0, batch, [], [], [], []).micro_batch([])
     conversation = [{"role": "user", "content": "[bold]how much?[/bold]"}]
-    limits = {"beta": 0.5, "temperature": 1.0, "max_log_ratio": 1e4, "num_groups": 1, "step": 3}
+    limits = {"beta": 0.5, "temperature": 1.0, "max_log_ratio": 1e4, "num_groups": 1, "step": 3, "num_ranks": 2}
     for name, part in {"full": batch, "empty": empty}.items():
         size = len(part)
         columns = {"texts": ["a :smile:"] * size, "prompts": [conversation] * size, "sources": ["file"] * size}
@@ -198,6 +198,7 @@ def test_conversations_and_ranks_without_completions_are_saved_and_shown(debug_b
         shown = debug_batch(batch=path)
         assert ("[bold]how much?[/bold] → a :smile:" in shown) == (name == "full")
         assert f"log-ratios not finite: 0 of {size}" in shown
+        assert "look into the others" in shown
 
 
 def test_the_command_that_the_stopped_run_names_works(arithmetic, tmp_path, capsys):
