@@ -1,4 +1,4 @@
-"""`gvpo fit | validate | test | predict | reference --config FILE`: Lightning's CLI around `GVPOModule`.
+"""`gvpo fit | validate | test | predict | reference | export | debug-batch --config FILE`: Lightning's CLI.
 
 What wins on resume: the config and the command line, always; a checkpoint brings weights, optimizer,
 scheduler and position, and no settings.
@@ -11,9 +11,11 @@ import itertools
 import operator
 import sys
 import typing
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCLI
@@ -22,10 +24,14 @@ from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
 from gvpo_lightning.callbacks import CompletionsTable, MemoryEstimate, PredictionWriter, RunSummary
 from gvpo_lightning.data import PromptDataModule
+from gvpo_lightning.debug_batch import debug_batch
+from gvpo_lightning.export import export_checkpoint
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.reference_cache import fill_cache
 
-SUBCOMMANDS = ("fit", "validate", "test", "predict", "reference")
+SUBCOMMANDS = ("fit", "validate", "test", "predict", "reference", "export", "debug-batch")
+MODEL_ALONE = ("export", "debug-batch")  # of a config with trainer and data these use the model's part
+NOT_THE_MODEL = ("trainer", "data", "completions_table")
 
 
 def prefer_integers() -> None:
@@ -48,8 +54,26 @@ def keep_old_metrics(path: Path) -> None:
         path.rename(path.with_suffix(f".{number}.csv"))
 
 
+def last_checkpoint(trainer: Mapping[str, Any]) -> Path:
+    """The newest last.ckpt of a run with these settings of the trainer, as `fit --ckpt_path last` finds it.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    folders = [Path(trainer.get("default_root_dir") or ".") / "checkpoints"]
+    for callback in trainer.get("callbacks") or []:
+        settings = {} if isinstance(callback, str) else callback.get("init_args") or {}
+        folders += [Path(settings["dirpath"])] if settings.get("dirpath") else []
+    found = [path for folder in folders for path in folder.glob("last*.ckpt")]
+    if not found:
+        raise FileNotFoundError(
+            f"ckpt_path=last: there is no last.ckpt in {' or '.join(map(str, folders))}: give the checkpoint's path."
+        )
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
 class GVPOTrainer(Trainer):
-    """Lightning's Trainer, with a function for the one subcommand that it lacks."""
+    """Lightning's Trainer, with functions for the subcommands that it lacks."""
 
     def reference(
         self, model: GVPOModule, datamodule: PromptDataModule | None = None, output: str | None = None
@@ -63,21 +87,84 @@ class GVPOTrainer(Trainer):
         """
         print(f"Reference log-probs are in {fill_cache(model, self, output)}")
 
+    def export(
+        self,
+        model: GVPOModule,
+        ckpt_path: str,
+        output: str,
+        max_shard_size: str = "5GB",
+        dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+    ) -> None:
+        """Turn a checkpoint, sharded or not, into a Hugging Face folder.
+
+        Args:
+            model: its policy's config and tokenizer are the exported model's.
+            ckpt_path: a checkpoint file, the folder of a distributed one, or "last".
+            output: the new folder.
+            max_shard_size: the most that one file of weights holds, and that is in memory at a time.
+            dtype: of the weights; default: the checkpoint's.
+        """
+        as_torch = None if dtype is None else getattr(torch, dtype)
+        folder = export_checkpoint(model, ckpt_path, output, max_shard_size=max_shard_size, dtype=as_torch)
+        print(f"The policy is in {folder}")
+
+    def debug_batch(self, model: GVPOModule, batch: str, ckpt_path: str | None = None) -> None:
+        """Show what is to blame in the update that a run stopped at.
+
+        Args:
+            model: its policy computes the update again.
+            batch: the file that the stopped run names.
+            ckpt_path: weights for the policy: a checkpoint file, the folder of a distributed one, or "last".
+        """
+        debug_batch(model, batch, ckpt_path)
+
+
+# commands are spelt with hyphens, and looked up by that name
+setattr(GVPOTrainer, "debug-batch", GVPOTrainer.debug_batch)
+
 
 class GVPOCLI(LightningCLI):
     """LightningCLI with GVPO's defaults."""
 
     @staticmethod
     def subcommands() -> dict[str, set[str]]:
-        """Lightning's, and `reference`."""
-        return LightningCLI.subcommands() | {"reference": {"model", "datamodule"}}
+        """Lightning's, and `GVPOTrainer`'s."""
+        return LightningCLI.subcommands() | {"reference": {"model", "datamodule"}} | {n: {"model"} for n in MODEL_ALONE}
+
+    def _prepare_subcommand_parser(self, klass: type, subcommand: str, **kwargs: Any) -> LightningArgumentParser:
+        self._model_alone = subcommand in MODEL_ALONE
+        return super()._prepare_subcommand_parser(klass, subcommand, **kwargs)
+
+    def add_core_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Where the model's part is enough, the others are read and not used: data, GPUs or loggers need not exist."""
+        if not self._model_alone:
+            return super().add_core_arguments_to_parser(parser)
+        parser.add_lightning_class_args(self._model_class, "model")
+        for name in NOT_THE_MODEL:
+            parser.add_argument(f"--{name}", type=dict[str, Any], default={}, help=argparse.SUPPRESS)
+        parser.add_argument("--weights_only", type=Any, help=argparse.SUPPRESS)  # in the config.yaml that fit leaves
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """`completions_table.*` configures the table that every run has."""
-        parser.add_lightning_class_args(CompletionsTable, "completions_table")
+        if not self._model_alone:
+            parser.add_lightning_class_args(CompletionsTable, "completions_table")
+
+    def instantiate_classes(self) -> None:
+        """As Lightning does, or the model alone; `--ckpt_path last` needs the trainer's settings, not a trainer."""
+        if self.subcommand not in MODEL_ALONE:
+            return super().instantiate_classes()
+        config = self.config[self.subcommand]
+        if config["ckpt_path"] == "last":
+            config["ckpt_path"] = str(last_checkpoint(config["trainer"]))
+        for name in NOT_THE_MODEL:
+            config[name] = {}  # or jsonargparse would instantiate what has a class_path in it
+        super().instantiate_classes()
+        self.datamodule = None
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
         """CSV and TensorBoard in the run's folder, and checkpoints every epoch, unless the config says otherwise."""
+        if self.subcommand in MODEL_ALONE:
+            return self.trainer_class(accelerator="cpu", devices=1, logger=False, enable_checkpointing=False)
         config = self._get(self.config_init, "trainer")
         folder = Path(config.get("default_root_dir") or ".")
         if config.get("logger") in (None, True) and not config.get("fast_dev_run"):

@@ -25,6 +25,7 @@ from gvpo_lightning.checks import check_trainer, check_training_batches
 from gvpo_lightning.collect import collect_rollout
 from gvpo_lightning.guards import Guard
 from gvpo_lightning.meters import UpdateMeter, measure_update
+from gvpo_lightning.offending import save_update_of
 from gvpo_lightning.plan import Update, plan_updates
 from gvpo_lightning.policy import check_logprob_head, completion_loss, stop_token_ids
 from gvpo_lightning.reference import CachedReference, ReferenceKind, ReferenceSettings, make_reference
@@ -66,7 +67,8 @@ class GVPOModule(SamplingModule):
         generation: how completions are sampled.
         optimizer, lr_scheduler: callables from parameters to an optimizer and from that to a scheduler, which
             is stepped once an update.
-        max_skipped_updates: consecutive updates that are skipped whole before training stops.
+        max_skipped_updates: consecutive updates that are skipped whole before training stops and saves the last of
+            them for `gvpo debug-batch`.
         max_log_ratio: an update is skipped if a completion's |log pi - log pi'| is beyond it, or is not finite, or a
             gradient is not; no healthy run gets there.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
@@ -135,6 +137,7 @@ class GVPOModule(SamplingModule):
         self.guard = Guard()
         self._coefficients: list[Tensor] | None = None  # of a cut update's micro-batches
         self._entropies: list[Tensor] = []
+        self._token_logprobs: list[Tensor] = []  # of the update's micro-batches so far
         self._is_configured = False
         self._rollout_length: int | None = None  # micro-batches, in the fit before this one
 
@@ -274,6 +277,7 @@ class GVPOModule(SamplingModule):
                 temperature=self.temperature,
                 implementation=self.loss_implementation,
             )
+        self._token_logprobs.append(result.token_logprobs)
         self._meter.add(result.log_ratios, self._entropies[slot] if self._coefficients else result.entropies)
         self.microstep += 1
         return result.loss * update.scale
@@ -281,7 +285,7 @@ class GVPOModule(SamplingModule):
     def _start_update(self, update: Update, rollout: Rollout) -> None:
         """Of an update whose groups are cut, the pass that must come first."""
         self._meter.reset()
-        self._coefficients = None
+        self._coefficients, self._token_logprobs = None, []
         if update.over_limit:
             self.guard.say(
                 "over limit",
@@ -336,16 +340,18 @@ class GVPOModule(SamplingModule):
         if usable and update.num_groups:
             self.consecutive_skips = 0
             return
+        stops = not usable and self.consecutive_skips >= self.max_skipped_updates
+        saved = save_update_of(self, update, self._token_logprobs) if stops else ""
         self._drop_gradients()  # an optimizer passes over parameters without gradient: no momentum, no decay
         if usable:
             return
         self.consecutive_skips += 1
-        if self.consecutive_skips > self.max_skipped_updates:
+        if stops:
             raise RuntimeError(
-                f"{self.consecutive_skips} updates in a row had gradients that are not finite, or log-ratios that are "
-                f"not or beyond max_log_ratio={self.max_log_ratio:g} (max_skipped_updates={self.max_skipped_updates}): "
-                "the policy has diverged. Lower the learning rate, or raise beta, and resume from an earlier "
-                "checkpoint."
+                f"{self.consecutive_skips} updates in a row had log-ratios or gradients that are not finite, or "
+                f"log-ratios beyond max_log_ratio={self.max_log_ratio:g} (max_skipped_updates="
+                f"{self.max_skipped_updates}): the policy has diverged. Lower the learning rate, or raise beta, and "
+                f"resume from an earlier checkpoint. The last such update: {saved}"
             )
 
     def configure_gradient_clipping(

@@ -10,6 +10,7 @@ from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrain
 
 from gvpo_lightning.checks import check_prompts
 from gvpo_lightning.distributed import DataRanks
+from gvpo_lightning.export import sample_at_a_temperature
 from gvpo_lightning.policy import load_policy, load_tokenizer, prepare_policy, stop_token_ids
 from gvpo_lightning.rewards import Reward, reward_columns
 from gvpo_lightning.rollout.generation import GenerationSettings
@@ -170,9 +171,7 @@ class SamplingModule(L.LightningModule):
         """Write the policy, its tokenizer and generation config as a Hugging Face folder; every rank must call this."""
         state = full_state_dict(self)
         if self.global_rank == 0:
-            generation_config = self.policy.generation_config
-            if not generation_config.do_sample and generation_config.temperature is not None:
-                generation_config.do_sample = True  # transformers refuses to save the one without the other
+            sample_at_a_temperature(self.policy.generation_config)
             self.policy.save_pretrained(folder, state_dict=state)
-            generation_config.save_pretrained(folder)  # which peft leaves out
+            self.policy.generation_config.save_pretrained(folder)  # which peft leaves out
             self.tokenizer.save_pretrained(folder)
