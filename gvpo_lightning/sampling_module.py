@@ -169,7 +169,7 @@ class SamplingModule(L.LightningModule):
 
     def export(self, folder: str | Path) -> None:
         """Write the policy, its tokenizer and generation config as a Hugging Face folder; every rank must call this."""
-        state = full_state_dict(self)
+        state = None if self._trainer is None else full_state_dict(self)
         if self.global_rank == 0:
             sample_at_a_temperature(self.policy.generation_config)
             self.policy.save_pretrained(folder, state_dict=state)

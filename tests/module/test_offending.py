@@ -7,10 +7,10 @@ import lightning as L
 import pytest
 import torch
 
-from gvpo_lightning.batch import CompletionBatch, collate_completions
+from gvpo_lightning.batch import CompletionBatch, collate_completions, dropped_completion
 from gvpo_lightning.cli import main
 from gvpo_lightning.offending import load_offending_update, save_offending_update
-from gvpo_lightning.rollout.sampling import Rollout, RolloutSettings
+from gvpo_lightning.rollout.sampling import RolloutSettings
 
 FILE = "offending_update_rank0.pt"
 
@@ -184,7 +184,7 @@ def test_a_folder_that_can_not_be_written_does_not_hide_why_the_run_stopped(make
 def test_conversations_and_ranks_without_completions_are_saved_and_shown(debug_batch, tmp_path):
     batch = collate_completions([[4, 5], [4, 5], [6]], [[4, 1], [5, 6, 1], [7, 1]], [False] * 3, [0, 0, 1], 0)
     batch.rewards = torch.tensor([0.0, 1.0, 0.5])
-    empty = Rollout(0, batch, [], [], [], []).micro_batch([])
+    empty = dropped_completion()
     conversation = [{"role": "user", "content": "[bold]how much?[/bold]"}]
     limits = {"beta": 0.5, "temperature": 1.0, "max_log_ratio": 1e4, "num_groups": 1, "step": 3, "num_ranks": 2}
     for name, part in {"full": batch, "empty": empty}.items():
