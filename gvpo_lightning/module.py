@@ -401,6 +401,8 @@ class GVPOModule(SamplingModule):
         metrics["group/dropped"] = float(update.num_dropped)
         metrics["update/skipped"] = float(self.skipped_updates)
         metrics["update/passes"] = 2.0 if update.is_cut else 1.0
+        # in host memory, or progress bar and loggers would wait for the device
+        metrics = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in metrics.items()}
         shown = {name: metrics.pop(name) for name in ("reward/mean", "loss", "residual/rms")}
         self.log_dict(shown, prog_bar=True, batch_size=1)  # these are over all ranks already
         self.log_dict(metrics, batch_size=1)
