@@ -94,18 +94,21 @@ def check_updates(ranks, policy):
     assert ranks[0]["metrics"]["loss"] == pytest.approx(loss.item(), rel=1e-4)
 
 
-def trained_by_rank(ranks) -> list[list[list[int]]]:
-    """For each rank, the micro-batches of the first update."""
-    return [rank["rollouts"][0]["updates"][0] for rank in ranks]
+def updates_of(ranks):
+    """Every update, as for each rank its micro-batches, with the rollout's group ids."""
+    for rollouts in zip(*(rank["rollouts"] for rank in ranks), strict=True):
+        for update in zip(*(rollout["updates"] for rollout in rollouts), strict=True):
+            yield update, rollouts[0]["batch"]["group_ids"]
 
 
-def num_trained(micro_batches) -> int:
-    return sum(map(len, micro_batches))
+def num_trained(update) -> list[int]:
+    """By each rank, fewest first."""
+    return sorted(sum(map(len, micro_batches)) for micro_batches in update)
 
 
-def is_cut(micro_batches, group_ids) -> bool:
+def is_cut(parts, group_ids) -> bool:
     """Whether a group has completions in several of them."""
-    homes = [group for rows in micro_batches for group in group_ids[rows].unique().tolist()]
+    homes = [group for rows in parts for group in group_ids[rows].unique().tolist()]
     return len(homes) > len(set(homes))
 
 
@@ -131,27 +134,26 @@ def test_update_over_two_ranks_is_that_of_one_big_batch(run, name):
     assert passes >= 1
     assert sorted(prompts[: 24 * passes]) == sorted(passes * [f"{n}+{n % 7}=" for n in range(24)])
     assert ("replay" in ranks[0]["rollouts"][-1]["sources"]) == (name == "uneven")
-    assert len(set(map(num_trained, trained_by_rank(ranks)))) == 2  # or the test would not show what unequal ranks do
-    group_ids = ranks[0]["rollouts"][0]["batch"]["group_ids"]
-    first, second = trained_by_rank(ranks)
-    over_ranks = is_cut([[row for rows in mine for row in rows] for mine in (first, second)], group_ids)
-    assert over_ranks == is_cut(first, group_ids) == (name == "uneven")
+    updates = list(updates_of(ranks))
+    assert any(len(set(num_trained(update))) == 2 for update, _ in updates)  # or it would not show unequal ranks
+    within = [any(is_cut(micro_batches, ids) for micro_batches in update) for update, ids in updates]
+    between = [is_cut([list(itertools.chain(*rows)) for rows in update], ids) for update, ids in updates]
+    assert any(within) == any(between) == (name == "uneven")
 
 
 def test_a_group_that_two_ranks_share_unequally_trains_as_a_whole_one(run):
     ranks = run("spanning")
-    assert sorted(map(num_trained, trained_by_rank(ranks))) == [1, 2]
+    assert all(num_trained(update) == [1, 2] for update, _ in updates_of(ranks))
     assert ranks[0]["metrics"]["update/passes"] == 2
     for rollout in ranks[0]["rollouts"]:
         assert rollout["completions"][:4] != rollout["completions"][4:]  # ranks do not sample the same
 
 
 def test_a_rank_with_nothing_to_train_steps_with_the_other(run):
-    ranks = run("nothing to train")
-    assert sorted(map(num_trained, trained_by_rank(ranks))) == [0, 3]
+    assert all(num_trained(update) == [0, 3] for update, _ in updates_of(run("nothing to train")))
 
 
 def test_a_rank_with_nothing_to_sample_steps_with_the_others(run):
     ranks = run("nothing to sample")
-    assert sorted(map(num_trained, trained_by_rank(ranks))) == [0, 1, 1]
+    assert all(num_trained(update) == [0, 1, 1] for update, _ in updates_of(ranks))
     assert ranks[0]["metrics"]["completion/dropped_fraction"] == 0

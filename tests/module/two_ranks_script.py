@@ -21,7 +21,9 @@ from gvpo_lightning.rewards import Reward
 
 def patchy(prompts, completions, **columns):
     """Varied; some completions have none, so that groups and ranks differ in size."""
-    return [None if text.startswith("1") else len(set(text)) / 4 for text in completions]
+    return [
+        None if len(text) % 3 == 1 or text.startswith("4") else len(set(text)) / 4 + len(text) for text in completions
+    ]
 
 
 def distinct(prompts, completions, **columns):
