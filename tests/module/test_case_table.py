@@ -162,6 +162,27 @@ def test_log_ratio_that_is_not_finite_skips_the_whole_update(make_module, fit, w
     assert torch.isfinite(weights(module)).all()
 
 
+@pytest.mark.parametrize("micro_batch_size", [None, 3], ids=["whole groups", "cut groups"])
+def test_log_ratio_beyond_the_limit_skips_the_whole_update(make_module, fit, weights, records, micro_batch_size):
+    sizes = {"group_size": 4, "prompts_per_rollout": 8, "prompts_per_update": 4, "micro_batch_size": micro_batch_size}
+
+    def train(max_log_ratio, steps):
+        module = make_module(rollout=RolloutSettings(**sizes), max_log_ratio=max_log_ratio)
+        trainer = fit(module, max_steps=steps, accumulate_grad_batches=6)
+        return module, float(trainer.callback_metrics["log_ratio/policy/max"])
+
+    first, smallest = train(1e4, 1)
+    _, largest = train(1e4, 2)
+    assert smallest < 1e-4 < 1e-2 < largest  # as the policy moves away
+    assert train(2 * largest, 2)[0].skipped_updates == 0
+    records.clear()
+    skipped, seen = train(largest / 2, 2)
+    assert skipped.skipped_updates == 1
+    assert seen == largest
+    assert torch.equal(weights(skipped), weights(first))
+    assert len(records) == 12  # it is stepped through all the same
+
+
 def test_gradient_that_is_not_finite_skips_the_update_too(make_module, fit, weights):
     module = make_module()
     start = weights(module)
