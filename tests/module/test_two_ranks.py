@@ -58,10 +58,10 @@ def check_agreement(ranks):
             assert same({name: ours[name] for name in shared}, {name: theirs[name] for name in shared})
 
 
-def big_batch_loss(policy, batch, rows):
-    """The definition over all completions of an update at once."""
+def big_batch(policy, batch, rows):
+    """Loss by its definition and mean entropy over all completions of an update at once."""
     part = batch.select(torch.tensor(rows))
-    logprobs, _ = completion_logprobs(policy, part)
+    logprobs, entropies = completion_logprobs(policy, part, return_entropy=True)
     losses = []
     for group in part.group_ids.unique():
         mine = part.group_ids == group
@@ -69,7 +69,7 @@ def big_batch_loss(policy, batch, rows):
         reward = part.rewards[mine]
         residual = 0.5 * (log_ratio - log_ratio.mean()) - (reward - reward.mean())
         losses.append(residual.square().sum() / (2 * (int(mine.sum()) - 1)))
-    return torch.stack(losses).mean()
+    return torch.stack(losses).mean(), entropies[part.completion_mask].mean()
 
 
 def check_updates(ranks, policy):
@@ -83,7 +83,7 @@ def check_updates(ranks, policy):
             rows = [row for part in parts for micro_batch in part for row in micro_batch]
             before, after = next(steps)
             policy.load_state_dict(before)
-            loss = big_batch_loss(policy, batch, rows)
+            loss, entropy = big_batch(policy, batch, rows)
             gradients = torch.autograd.grad(loss, list(policy.parameters()))
             for name, gradient in zip(before, gradients, strict=True):
                 torch.testing.assert_close(after[name], before[name] - 0.1 * gradient, atol=2e-7, rtol=1e-5)
@@ -92,6 +92,7 @@ def check_updates(ranks, policy):
         assert sorted(trained) == (batch.kept & (sizes[batch.group_ids] >= 2)).nonzero().squeeze(1).tolist()
     assert next(steps, None) is None
     assert ranks[0]["metrics"]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert ranks[0]["metrics"]["entropy"] == pytest.approx(entropy.item(), rel=1e-4)
 
 
 def updates_of(ranks):
