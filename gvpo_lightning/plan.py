@@ -108,7 +108,8 @@ def plan_updates(
     updates = []
     for start, stop in itertools.pairwise(bounds):
         counting = [(g, groups[g]) for g in order[start:stop] if len(groups[g].rows) >= 2]
-        bins = _micro_batches(counting, accumulate * num_ranks, limits)
+        # largest first, as `_bins_of` deals them: a run of shorter completions may be larger than the one before
+        bins = sorted(_micro_batches(counting, accumulate * num_ranks, limits), key=padded_tokens, reverse=True)
         updates.append(
             Update(
                 micro_batches=tuple(
@@ -127,7 +128,7 @@ def plan_updates(
 
 
 def _bins_of(rank: int, num_ranks: int, accumulate: int) -> list[int]:
-    """Bins come largest first: what ranks train at the same time is of one size, and who has more alternates."""
+    """Of bins from the largest down: at every step ranks have what is nearest in size, and who has more alternates."""
     return [slot * num_ranks + (rank if slot % 2 == 0 else num_ranks - 1 - rank) for slot in range(accumulate)]
 
 

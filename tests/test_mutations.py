@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gvpo_kernels import reference
-from gvpo_lightning import objectives, plan
+from gvpo_lightning import objectives, plan, two_passes
 from tests.objectives import (
     test_case_table,
     test_group_over_ranks,
@@ -113,6 +113,11 @@ def cut_groups_trained_like_whole_ones(monkeypatch):
     change_updates(monkeypatch, lambda update: dataclasses.replace(update, is_cut=False))
 
 
+def log_ratios_of_other_completions(monkeypatch):
+    right = two_passes.scatter
+    monkeypatch.setattr(two_passes, "scatter", lambda *arguments: right(*arguments).roll(1))
+
+
 def dropped_completion_left_in_the_mean(monkeypatch):
     right = reference.group_statistics
 
@@ -199,23 +204,31 @@ MUTATIONS = {
     ],
     sum_instead_of_mean: [
         (test_gvpo_loss.test_equals_the_definition, {}),
-        (test_plan.check_plan, [[3, 2, 4, 1]], 1, 2),
+        (test_plan.check_plan, [3, 2, 4, 1], 1, 1, 2),
     ],
     mean_of_each_micro_batch: [
         (test_gvpo_loss.test_num_groups_is_the_denominator,),
         (test_gvpo_loss.test_micro_batches_of_whole_groups_add_up_to_the_batch,),
-        (test_plan.check_plan, [[3, 2, 4, 1]], 1, 2),
-        (test_plan.check_plan, [[3, 2], [4, 1]], 1, 1),
+        (test_plan.check_plan, [3, 2, 4, 1], 1, 1, 2),
+        (test_plan.check_plan, [3, 2, 4, 1], 2, 1, 1),
     ],
     cut_groups_trained_like_whole_ones: [
-        (test_plan.check_plan, [[3, 2]], 1, 5),
-        (test_plan.check_plan, [[4, 3, 2]], 1, 3, 0, plan.Limits(completions=3)),
+        (test_plan.check_plan, [3, 2], 1, 1, 5),
+        (test_plan.check_plan, [4], 2, 1, 1),
+        (test_plan.check_plan, [4, 3, 2], 1, 1, 3, 0, plan.Limits(completions=3)),
+    ],
+    log_ratios_of_other_completions: [
+        (test_plan.check_plan, [3, 2], 1, 1, 5),
+        (test_plan.check_plan, [4], 2, 1, 1),
     ],
     accumulation_forgotten: [
-        (test_plan.check_plan, [[3, 2, 4, 1]], 1, 2),
-        (test_plan.check_plan, [[3, 2]], 1, 5),
+        (test_plan.check_plan, [3, 2, 4, 1], 1, 1, 2),
+        (test_plan.check_plan, [3, 2], 1, 1, 5),
     ],
-    ranks_forgotten_in_the_scale: [(test_plan.check_plan, [[3, 2], [4, 1]], 1, 1)],
+    ranks_forgotten_in_the_scale: [
+        (test_plan.check_plan, [3, 2, 4, 1], 2, 1, 1),
+        (test_plan.check_plan, [4], 2, 1, 1),
+    ],
     dropped_completion_left_in_the_mean: [
         (test_gvpo_loss.test_equals_the_definition, {"dropped": 2}),
         (test_case_table.test_a_completion_with_an_empty_mask_leaves_its_group,),

@@ -3,28 +3,29 @@
 import pytest
 import torch
 
+from gvpo_lightning import module as training
 from gvpo_lightning.policy import completion_logprobs
 from gvpo_lightning.reference import score
 from gvpo_lightning.rollout.sampling import Rollout, RolloutSettings
 
 
-def recorded(module):
-    """Records each micro-batch that the module trains, with the policy's log-probs at that moment."""
-    records = []
-    add = module._meter.add
+@pytest.fixture
+def records(monkeypatch):
+    """Each micro-batch that is trained, with the policy's log-probs at that moment."""
+    found, right = [], training.completion_loss
 
-    def spy(batch, result):
-        records.append((batch, batch.unpack(result.token_logprobs)))
-        add(batch, result)
+    def spy(policy, batch, *arguments, **options):
+        result = right(policy, batch, *arguments, **options)
+        found.append((batch, batch.unpack(result.token_logprobs)))
+        return result
 
-    module._meter.add = spy
-    return records
+    monkeypatch.setattr(training, "completion_loss", spy)
+    return found
 
 
 @pytest.mark.parametrize("reference", ["frozen", "previous"])
-def test_first_update_after_a_rollout_has_log_ratio_zero(make_module, fit, reference):
+def test_first_update_after_a_rollout_has_log_ratio_zero(make_module, fit, reference, records):
     module = make_module(reference=reference)
-    records = recorded(module)
     fit(module, max_steps=8)
     gaps = [float((logprobs - batch.reference_logprobs).abs().max()) for batch, logprobs in records]
     firsts = gaps[0:1] if reference == "frozen" else gaps[0::2]
@@ -114,9 +115,8 @@ def test_truncated_completions_are_kept_or_leave_their_group(make_module, fit, c
     assert float(trainer.callback_metrics["completion/truncated_fraction"]) > 0
 
 
-def test_policy_and_reference_are_scored_at_the_same_temperature(make_module, fit):
+def test_policy_and_reference_are_scored_at_the_same_temperature(make_module, fit, records):
     module = make_module(temperature=0.7)
-    records = recorded(module)
     fit(module, max_steps=1)
     batch, logprobs = records[0]
     assert float((logprobs - batch.reference_logprobs).abs().max()) < 1e-5
@@ -125,9 +125,8 @@ def test_policy_and_reference_are_scored_at_the_same_temperature(make_module, fi
     assert float((at_one - batch.reference_logprobs).abs().max()) > 1e-2
 
 
-def test_dropout_of_the_users_model_is_switched_off(make_module, fit, tiny_policy):
+def test_dropout_of_the_users_model_is_switched_off(make_module, fit, tiny_policy, records):
     module = make_module(policy=tiny_policy(attention_dropout=0.5))
-    records = recorded(module)
     fit(module, max_steps=1)
     batch, logprobs = records[0]
     assert module.policy.training
@@ -138,8 +137,8 @@ def break_log_ratios(monkeypatch, module, at_steps):
     """Puts NaN into the reference log-probs of one completion in the given micro-batches."""
     original = Rollout.micro_batch
 
-    def broken(rollout, rows):
-        part = original(rollout, rows)
+    def broken(rollout, rows, device):
+        part = original(rollout, rows, device)
         if module.microstep in at_steps:
             part.reference_logprobs[0, 0] = torch.nan
         return part
@@ -161,6 +160,27 @@ def test_log_ratio_that_is_not_finite_skips_the_whole_update(make_module, fit, w
     assert module.consecutive_skips == 0
     assert not torch.equal(weights(module), before)
     assert torch.isfinite(weights(module)).all()
+
+
+@pytest.mark.parametrize("micro_batch_size", [None, 3], ids=["whole groups", "cut groups"])
+def test_log_ratio_beyond_the_limit_skips_the_whole_update(make_module, fit, weights, records, micro_batch_size):
+    sizes = {"group_size": 4, "prompts_per_rollout": 8, "prompts_per_update": 4, "micro_batch_size": micro_batch_size}
+
+    def train(max_log_ratio, steps):
+        module = make_module(rollout=RolloutSettings(**sizes), max_log_ratio=max_log_ratio)
+        trainer = fit(module, max_steps=steps, accumulate_grad_batches=6)
+        return module, float(trainer.callback_metrics["log_ratio/policy/max"])
+
+    first, smallest = train(1e4, 1)
+    _, largest = train(1e4, 2)
+    assert smallest < 1e-4 < 1e-2 < largest  # as the policy moves away
+    assert train(2 * largest, 2)[0].skipped_updates == 0
+    records.clear()
+    skipped, seen = train(largest / 2, 2)
+    assert skipped.skipped_updates == 1
+    assert seen == largest
+    assert torch.equal(weights(skipped), weights(first))
+    assert len(records) == 12  # it is stepped through all the same
 
 
 def test_gradient_that_is_not_finite_skips_the_update_too(make_module, fit, weights):
@@ -224,7 +244,7 @@ def test_gradient_of_an_update_is_that_of_one_big_batch(make_module, fit, monkey
     assert module.updates[0].is_cut == (accumulate > 4)
 
     batch = module.rollout.batch
-    rows = [row for micro_batch in module.updates[0].micro_batches for row in micro_batch]
+    rows = list(module.updates[0].rows)
     groups = batch.group_ids[rows].unique().tolist()
     assert len(groups) == module.updates[0].num_groups
     with torch.no_grad():

@@ -14,6 +14,7 @@ from gvpo_lightning.policy import completion_logprobs, completion_loss, prepare_
 from gvpo_lightning.rollout.sampling import Rollout, RolloutSettings
 
 BETA = 0.5
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -63,26 +64,37 @@ def random_rollout(sizes, seed, longest=6) -> Rollout:
 
 
 def planned_gradient(policy, rollout, update):
-    """As the module trains it, and as Lightning adds it up."""
+    """As the module trains an update's parts, one a rank, and as Lightning and DDP add them up."""
     total = [torch.zeros_like(p) for p in policy.parameters()]
-    coefficients = None
-    num_groups = max(update.num_groups, 1)
-    parts = [rollout.micro_batch(rows) for rows in update.micro_batches]
-    if update.is_cut:
-        coefficients, _, finite = two_passes.sequence_coefficients(policy, parts, BETA, num_groups=num_groups)
-        assert bool(finite)
-    for slot, part in enumerate(parts):
-        known = coefficients[slot] if coefficients else None
-        result = completion_loss(policy, part, BETA, num_groups=num_groups, sequence_coefficients=known)
-        gradients = torch.autograd.grad(result.loss * update.scale / len(parts), list(policy.parameters()))
-        for sum_, gradient in zip(total, gradients, strict=True):
-            sum_ += gradient
+    parts = [[rollout.micro_batch(rows, CPU) for rows in part.micro_batches] for part in update]
+    if update[0].is_cut:
+        # in place of the ranks' all-reduce
+        log_ratios = sum(
+            two_passes.scatter(two_passes.first_pass(policy, mine)[0], part.positions, len(part.rows))
+            for part, mine in zip(update, parts, strict=True)
+        )
+    for part, mine in zip(update, parts, strict=True):
+        known = [None] * len(mine)
+        num_groups = max(part.num_groups, 1)
+        if part.is_cut:
+            whole = rollout.micro_batch(part.rows, CPU)
+            coefficients = two_passes.sequence_coefficients(
+                log_ratios, whole.rewards, whole.group_ids, BETA, num_groups=num_groups, max_log_ratio=1e4
+            )
+            known = [coefficients[where] if where else coefficients.new_zeros(1) for where in part.positions]
+        for micro_batch, its_coefficients in zip(mine, known, strict=True):
+            result = completion_loss(
+                policy, micro_batch, BETA, num_groups=num_groups, sequence_coefficients=its_coefficients
+            )
+            loss = result.loss * part.scale / len(mine) / len(update)
+            for sum_, gradient in zip(total, torch.autograd.grad(loss, list(policy.parameters())), strict=True):
+                sum_ += gradient
     return torch.cat([g.flatten() for g in total])
 
 
 def big_batch_gradient(policy, rollout, rows):
     """The definition over all completions of an update at once, by plain autograd."""
-    part = rollout.micro_batch(rows)
+    part = rollout.micro_batch(rows, CPU)
     logprobs, _ = completion_logprobs(policy, part, implementation="reference")
     log_ratios = (logprobs.double() - part.reference_logprobs.double()).sum(dim=1)
     losses = [log_ratios.sum() * 0]
@@ -96,8 +108,16 @@ def big_batch_gradient(policy, rollout, rows):
     return torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(policy.parameters()))])
 
 
+def plan(rollout, num_ranks, **settings):
+    """The updates as every rank works them out: [update][rank]."""
+    shapes = rollout.group_shapes()
+    ranks = [plan_updates(shapes, rank=rank, num_ranks=num_ranks, **settings) for rank in range(num_ranks)]
+    return list(zip(*ranks, strict=True))
+
+
 CASES = {
     "sizes": st.lists(st.integers(0, 6), min_size=1, max_size=6),
+    "num_ranks": st.integers(1, 5),
     "num_updates": st.integers(1, 3),
     "accumulate": st.integers(1, 5),
     "completions": st.none() | st.integers(1, 8),
@@ -111,9 +131,9 @@ CASES = {
 def test_any_cut_has_the_gradient_of_one_big_batch(policies, case):
     exact, _ = policies
     rollout = random_rollout(case["sizes"], case["seed"])
-    updates = plan_updates(
-        [rollout.group_shapes()],
-        rank=0,
+    updates = plan(
+        rollout,
+        case["num_ranks"],
         num_updates=case["num_updates"],
         accumulate=case["accumulate"],
         seed=case["seed"],
@@ -121,8 +141,9 @@ def test_any_cut_has_the_gradient_of_one_big_batch(policies, case):
     )
     trained = []
     for update in updates:
-        assert len(update.micro_batches) == case["accumulate"]
-        rows = sorted(row for part in update.micro_batches for row in part)
+        assert all(len(part.micro_batches) == case["accumulate"] for part in update)
+        rows = sorted(row for part in update for micro_batch in part.micro_batches for row in micro_batch)
+        assert all(list(part.rows) == rows for part in update)
         torch.testing.assert_close(
             planned_gradient(exact, rollout, update), big_batch_gradient(exact, rollout, rows), atol=1e-12, rtol=1e-10
         )
@@ -131,16 +152,16 @@ def test_any_cut_has_the_gradient_of_one_big_batch(policies, case):
     assert len(trained) == len(set(trained)) == sum(size for size in sizes if size >= 2)
 
 
-def test_a_cut_update_in_bfloat16_is_as_near_the_truth_as_eager_in_one_batch(policies):
+@pytest.mark.parametrize("num_ranks", [1, 2])
+def test_a_cut_update_in_bfloat16_is_as_near_the_truth_as_eager_in_one_batch(policies, num_ranks):
     exact, low = policies
     ours, eager = [], []
     for seed in range(5):
         rollout = random_rollout([8, 5, 7], seed)
-        (update,) = plan_updates(
-            [rollout.group_shapes()], rank=0, num_updates=1, accumulate=6, seed=0, limits=Limits(completions=3)
-        )
-        assert update.is_cut
-        rows = sorted(row for part in update.micro_batches for row in part)
+        accumulate = 6 // num_ranks
+        (update,) = plan(rollout, num_ranks, num_updates=1, accumulate=accumulate, seed=0, limits=Limits(completions=3))
+        assert update[0].is_cut
+        rows = update[0].rows
         truth = big_batch_gradient(exact, rollout, rows)
         ours.append(float((planned_gradient(low, rollout, update).double() - truth).norm() / truth.norm()))
         eager.append(float((big_batch_gradient(low, rollout, rows).double() - truth).norm() / truth.norm()))
@@ -210,8 +231,8 @@ def test_a_log_ratio_that_is_not_finite_skips_a_cut_update_too(make_module, fit,
     before = weights(module)
     original = Rollout.micro_batch
 
-    def broken(rollout, rows):
-        part = original(rollout, rows)
+    def broken(rollout, rows, device):
+        part = original(rollout, rows, device)
         part.reference_logprobs[0, 0] = torch.nan
         return part
 

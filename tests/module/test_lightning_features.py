@@ -36,6 +36,14 @@ def test_accumulation_and_micro_batch_size_do_not_change_the_training(make_modul
     torch.testing.assert_close(weights(cut), weights(whole), atol=2e-6, rtol=1e-5)
 
 
+def test_gradient_checkpointing_does_not_change_the_training(make_module, fit, weights):
+    plain, checkpointed = make_module(), make_module(gradient_checkpointing=True)
+    for module in (plain, checkpointed):
+        fit(module, max_steps=3)
+    assert (plain.policy.is_gradient_checkpointing, checkpointed.policy.is_gradient_checkpointing) == (False, True)
+    assert torch.equal(weights(plain), weights(checkpointed))
+
+
 def test_gradient_clipping_bounds_the_step(make_module, fit, weights):
     module = make_module(optimizer=sgd)
     before = weights(module)

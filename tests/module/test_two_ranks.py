@@ -1,5 +1,6 @@
-"""Two real processes: an update over both ranks is the update of one big batch."""
+"""Real processes: whatever part of an update each rank has, it is the update of one big batch."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -10,52 +11,150 @@ import torch
 
 from gvpo_lightning.batch import CompletionBatch
 from gvpo_lightning.policy import completion_logprobs, load_policy
+from tests.module.two_ranks_script import RUNS
 
 
-@pytest.fixture(params=["even", "uneven"])
-def ranks(request, arithmetic, tmp_path):
-    script = Path(__file__).parent / "two_ranks_script.py"
-    result = subprocess.run(
-        [sys.executable, str(script), str(arithmetic / "model"), str(tmp_path), request.param],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert result.returncode == 0, result.stderr[-3000:]
-    return [torch.load(tmp_path / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
+@pytest.fixture(scope="module")
+def results(arithmetic, tmp_path_factory):
+    """What every rank of every run left; runs on as many ranks share their processes."""
+    folder, script = tmp_path_factory.mktemp("ranks"), Path(__file__).parent / "two_ranks_script.py"
+    for num_ranks in {run.ranks for run in RUNS.values()}:
+        names = [name for name, run in RUNS.items() if run.ranks == num_ranks]
+        result = subprocess.run(
+            [sys.executable, str(script), str(arithmetic / "model"), str(folder), *names],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=300,
+            check=False,
+        )
+        assert result.returncode == 0, result.stderr[-3000:]
+    return {
+        name: [torch.load(folder / f"{name} {rank}.pt", weights_only=True) for rank in range(run.ranks)]
+        for name, run in RUNS.items()
+    }
 
 
-def test_update_over_two_ranks_is_that_of_one_big_batch(ranks, arithmetic):
-    first, second = ranks
+def same(ours, theirs) -> bool:
+    """Whether two states are equal, their tensors to the bit."""
+    if isinstance(ours, torch.Tensor):
+        return torch.equal(ours.nan_to_num(7.0), theirs.nan_to_num(7.0))
+    if isinstance(ours, dict):
+        return ours.keys() == theirs.keys() and all(same(ours[name], theirs[name]) for name in ours)
+    return repr(ours) == repr(theirs)  # where NaN is NaN
+
+
+def check_agreement(ranks):
+    """Every rank has the same rollouts, weights and metrics, whatever part of them was its own."""
+    first, *others = ranks
     own = {name for name in first["metrics"] if name.startswith(("time/", "throughput/"))}
-    for name in first["metrics"].keys() - own:
-        assert first["metrics"][name] == second["metrics"][name], name  # over both ranks, and finite
-    for ours, theirs in zip(first["weights"], second["weights"], strict=True):
-        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
-    prompts = [prompt for rank in ranks for rollout in rank["rollouts"] for prompt in rollout["prompts"]]
-    passes = len(prompts) // 24
-    in_order = [
-        p for parts in zip(*(r["rollouts"] for r in ranks), strict=True) for part in parts for p in part["prompts"]
-    ]
-    assert sorted(in_order[: 24 * passes]) == sorted(passes * [f"{n}+{n % 7}=" for n in range(24)])
-    replayed = [source == "replay" for rank in ranks for source in rank["rollouts"][-1]["sources"]]
-    assert any(replayed) == (len(prompts) > 24)
-    sizes = [CompletionBatch(**r["rollouts"][0]["batch"]).kept.sum() for r in ranks]
-    assert sizes[0] != sizes[1]  # or the test would not show what unequal ranks do
+    for other in others:
+        for name in first["metrics"].keys() - own:
+            assert first["metrics"][name] == other["metrics"][name], name  # and finite
+        for ours, theirs in zip(first["weights"], other["weights"], strict=True):
+            assert same(ours, theirs)
+        for ours, theirs in zip(first["rollouts"], other["rollouts"], strict=True):
+            shared = ours.keys() - {"updates"}
+            assert same({name: ours[name] for name in shared}, {name: theirs[name] for name in shared})
 
-    policy = load_policy(str(arithmetic / "model"))
-    residuals = []
-    for rank in ranks:
-        batch = CompletionBatch(**rank["rollouts"][0]["batch"])
-        logprobs, _ = completion_logprobs(policy, batch)
-        for group in rank["rollouts"][0]["updates"][0]:
-            rows = (batch.group_ids == group) & batch.kept
-            log_ratio = logprobs[rows].sum(1) - batch.reference_logprobs[rows].sum(1)
-            reward = batch.rewards[rows]
-            residual = 0.5 * (log_ratio - log_ratio.mean()) - (reward - reward.mean())
-            residuals.append(residual.square().sum() / (2 * (int(rows.sum()) - 1)))
-    gradients = torch.autograd.grad(torch.stack(residuals).mean(), list(policy.parameters()))
-    for (name, start), gradient in zip(policy.named_parameters(), gradients, strict=True):
-        torch.testing.assert_close(first["weights"][0][name], start.detach() - 0.1 * gradient, atol=2e-7, rtol=1e-5)
+
+def big_batch(policy, batch, rows):
+    """Loss by its definition and mean entropy over all completions of an update at once."""
+    part = batch.select(torch.tensor(rows))
+    logprobs, entropies = completion_logprobs(policy, part, return_entropy=True)
+    losses = []
+    for group in part.group_ids.unique():
+        mine = part.group_ids == group
+        log_ratio = logprobs[mine].sum(1) - part.reference_logprobs[mine].sum(1)
+        reward = part.rewards[mine]
+        residual = 0.5 * (log_ratio - log_ratio.mean()) - (reward - reward.mean())
+        losses.append(residual.square().sum() / (2 * (int(mine.sum()) - 1)))
+    return torch.stack(losses).mean(), entropies[part.completion_mask].mean()
+
+
+def check_updates(ranks, policy):
+    """Each update moved the weights by one big batch's gradient, and trained every group of two or more once."""
+    states = [{name: p.detach().clone() for name, p in policy.named_parameters()}, *ranks[0]["weights"]]
+    steps = itertools.pairwise(states)
+    for rollout, *others in zip(*(rank["rollouts"] for rank in ranks), strict=True):
+        batch = CompletionBatch(**rollout["batch"])
+        trained = []
+        for parts in zip(rollout["updates"], *(other["updates"] for other in others), strict=True):
+            rows = [row for part in parts for micro_batch in part for row in micro_batch]
+            before, after = next(steps)
+            policy.load_state_dict(before)
+            loss, entropy = big_batch(policy, batch, rows)
+            gradients = torch.autograd.grad(loss, list(policy.parameters()))
+            for name, gradient in zip(before, gradients, strict=True):
+                torch.testing.assert_close(after[name], before[name] - 0.1 * gradient, atol=2e-7, rtol=1e-5)
+            trained += rows
+        sizes = batch.group_ids[batch.kept].bincount(minlength=len(rollout["prompts"]))
+        assert sorted(trained) == (batch.kept & (sizes[batch.group_ids] >= 2)).nonzero().squeeze(1).tolist()
+    assert next(steps, None) is None
+    assert ranks[0]["metrics"]["loss"] == pytest.approx(loss.item(), rel=1e-4)
+    assert ranks[0]["metrics"]["entropy"] == pytest.approx(entropy.item(), rel=1e-4)
+
+
+def updates_of(ranks):
+    """Every update, as for each rank its micro-batches, with the rollout's group ids."""
+    for rollouts in zip(*(rank["rollouts"] for rank in ranks), strict=True):
+        for update in zip(*(rollout["updates"] for rollout in rollouts), strict=True):
+            yield update, rollouts[0]["batch"]["group_ids"]
+
+
+def num_trained(update) -> list[int]:
+    """By each rank, fewest first."""
+    return sorted(sum(map(len, micro_batches)) for micro_batches in update)
+
+
+def is_cut(parts, group_ids) -> bool:
+    """Whether a group has completions in several of them."""
+    homes = [group for rows in parts for group in group_ids[rows].unique().tolist()]
+    return len(homes) > len(set(homes))
+
+
+@pytest.fixture
+def run(results, arithmetic):
+    """What the ranks of a run left, held against each other and against one big batch."""
+
+    def checked(name) -> list[dict]:
+        ranks = results[name]
+        assert len(ranks[0]["weights"]) == RUNS[name].updates
+        check_agreement(ranks)
+        check_updates(ranks, load_policy(str(arithmetic / "model")))
+        return ranks
+
+    return checked
+
+
+@pytest.mark.parametrize("name", ["even", "uneven"])
+def test_update_over_two_ranks_is_that_of_one_big_batch(run, name):
+    ranks = run(name)
+    prompts = [prompt for rollout in ranks[0]["rollouts"] for prompt in rollout["prompts"]]
+    passes = len(prompts) // 24
+    assert passes >= 1
+    assert sorted(prompts[: 24 * passes]) == sorted(passes * [f"{n}+{n % 7}=" for n in range(24)])
+    assert ("replay" in ranks[0]["rollouts"][-1]["sources"]) == (name == "uneven")
+    updates = list(updates_of(ranks))
+    assert any(len(set(num_trained(update))) == 2 for update, _ in updates)  # or it would not show unequal ranks
+    within = [any(is_cut(micro_batches, ids) for micro_batches in update) for update, ids in updates]
+    between = [is_cut([list(itertools.chain(*rows)) for rows in update], ids) for update, ids in updates]
+    assert any(within) == any(between) == (name == "uneven")
+
+
+def test_a_group_that_two_ranks_share_unequally_trains_as_a_whole_one(run):
+    ranks = run("spanning")
+    assert all(num_trained(update) == [1, 2] for update, _ in updates_of(ranks))
+    assert ranks[0]["metrics"]["update/passes"] == 2
+    for rollout in ranks[0]["rollouts"]:
+        assert rollout["completions"][:4] != rollout["completions"][4:]  # ranks do not sample the same
+
+
+def test_a_rank_with_nothing_to_train_steps_with_the_other(run):
+    assert all(num_trained(update) == [0, 3] for update, _ in updates_of(run("nothing to train")))
+
+
+def test_a_rank_with_nothing_to_sample_steps_with_the_others(run):
+    ranks = run("nothing to sample")
+    assert all(num_trained(update) == [0, 1, 1] for update, _ in updates_of(ranks))
+    assert ranks[0]["metrics"]["completion/dropped_fraction"] == 0

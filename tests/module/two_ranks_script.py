@@ -1,6 +1,8 @@
-"""SGD on two ranks; each saves what it trained on and the weights after each update. Run by test_two_ranks."""
+"""SGD on several ranks; each saves what it trained on and the weights after each update. Run by test_two_ranks."""
 
+import os
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import lightning as L
@@ -14,29 +16,72 @@ from gvpo_lightning import (
     RolloutSettings,
     SourceSettings,
 )
+from gvpo_lightning.rewards import Reward
 
 
-def reward(prompts, completions, **columns):
+def patchy(prompts, completions, **columns):
     """Varied; some completions have none, so that groups and ranks differ in size."""
-    return [None if text.startswith("1") else len(set(text)) / 4 for text in completions]
+    return [
+        None if len(text) % 3 == 1 or text.startswith("4") else len(set(text)) / 4 + len(text) for text in completions
+    ]
 
 
-SETTINGS = {
-    "even": {"rollout": RolloutSettings(group_size=4, prompts_per_rollout=12, prompts_per_update=6)},
-    # 7 prompts for 2 ranks in 2 updates, groups that are cut over micro-batches, replay from the second pass on
-    "uneven": {
-        "rollout": RolloutSettings(group_size=4, prompts_per_rollout=7, prompts_per_update=4, micro_batch_size=4),
-        "sources": SourceSettings(replay=ReplaySettings(2)),
-    },
+def distinct(prompts, completions, **columns):
+    """No two of a group that ranks have sampled together have the same."""
+    first = 10 * int(os.environ.get("LOCAL_RANK", "0"))
+    return [first + number + len(text) / 8 for number, text in enumerate(completions)]
+
+
+def few(prompts, completions, **columns):
+    """One of the first rank's completions has a reward, two of the second's."""
+    count = 1 + int(os.environ.get("LOCAL_RANK", "0"))
+    return [reward if n < count else None for n, reward in enumerate(distinct(prompts, completions))]
+
+
+@dataclass(frozen=True)
+class Run:
+    """What is run: on how many ranks, with how many micro-batches and updates."""
+
+    rollout: RolloutSettings
+    reward: Reward = patchy
+    replay: float = 0.0
+    ranks: int = 2
+    accumulate: int = 2
+    updates: int = 4
+
+
+RUNS = {
+    "even": Run(RolloutSettings(group_size=4, prompts_per_rollout=12, prompts_per_update=6)),
+    # 7 prompts in 2 updates, groups that are cut over micro-batches and ranks, replay from the second pass on
+    "uneven": Run(
+        RolloutSettings(group_size=4, prompts_per_rollout=7, prompts_per_update=4, micro_batch_size=3),
+        replay=2,
+        accumulate=3,
+        updates=12,
+    ),
+    # one group, of which three completions are kept: two are trained on one rank, one on the other
+    "spanning": Run(
+        RolloutSettings(group_size=8, prompts_per_rollout=1, prompts_per_update=1), reward=few, accumulate=1
+    ),
+    # one group that fits into one micro-batch: all that the other rank trains is a dropped completion
+    "nothing to train": Run(
+        RolloutSettings(group_size=3, prompts_per_rollout=1, prompts_per_update=1, micro_batch_size=3), reward=distinct
+    ),
+    # two completions for three ranks: one samples, rewards and scores none, another trains none
+    "nothing to sample": Run(
+        RolloutSettings(group_size=2, prompts_per_rollout=1, prompts_per_update=1), reward=distinct, ranks=3
+    ),
 }
 
 
-def main(model: str, folder: Path, settings: str) -> None:
+def train(model: str, folder: Path, name: str) -> None:
+    run = RUNS[name]
     module = GVPOModule(
         model,
-        reward,
+        run.reward,
         beta=0.5,
-        **SETTINGS[settings],
+        rollout=run.rollout,
+        sources=SourceSettings(replay=ReplaySettings(run.replay) if run.replay else None),
         generation=GenerationSettings(max_new_tokens=4),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
     )
@@ -44,9 +89,9 @@ def main(model: str, folder: Path, settings: str) -> None:
     trainer = L.Trainer(
         accelerator="cpu",
         strategy="ddp",
-        devices=2,
-        max_steps=4 if settings == "even" else 12,
-        accumulate_grad_batches=2,
+        devices=run.ranks,
+        max_steps=run.updates,
+        accumulate_grad_batches=run.accumulate,
         logger=False,
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -57,21 +102,19 @@ def main(model: str, folder: Path, settings: str) -> None:
     class Recorder(L.Callback):
         def on_train_batch_end(self, trainer, module, *_):
             if not rollouts or module.rollout.index != rollouts[-1]["index"]:
-                state = module.rollout.state_dict()
-                ids = module.rollout.batch.group_ids
-                groups = [
-                    ids[[row for rows in update.micro_batches for row in rows]].unique().tolist()
-                    for update in module.updates
-                ]
-                rollouts.append(state | {"updates": groups})
-            if module.microstep % 2 == 0:
+                updates = [list(map(list, update.micro_batches)) for update in module.updates]
+                rollouts.append(module.rollout.state_dict() | {"updates": updates})
+            if module.microstep % run.accumulate == 0:
                 weights.append({name: p.detach().clone() for name, p in module.policy.named_parameters()})
 
     trainer.callbacks.append(Recorder())
     trainer.fit(module, RolloutLoader(prompts, module))
     metrics = {name: float(value) for name, value in trainer.callback_metrics.items()}
-    torch.save({"rollouts": rollouts, "weights": weights, "metrics": metrics}, folder / f"rank{trainer.global_rank}.pt")
+    torch.save(
+        {"rollouts": rollouts, "weights": weights, "metrics": metrics}, folder / f"{name} {trainer.global_rank}.pt"
+    )
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3])
+    for name in sys.argv[3:]:  # in the same processes, whose start is what takes time
+        train(sys.argv[1], Path(sys.argv[2]), name)

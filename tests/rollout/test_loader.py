@@ -6,6 +6,7 @@ import torch
 from datasets import Dataset
 from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
 
+from gvpo_lightning.distributed import DataRanks
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.rollout.generation import GenerationSettings
 from gvpo_lightning.rollout.loader import RolloutLoader, rows_of
@@ -22,12 +23,12 @@ def reward(prompts, completions, **columns):
 
 @pytest.fixture
 def make_module(tiny_policy, tokenizer):
-    """Builds a real module attached to a real Trainer; rank and ranks are the only things pretended."""
+    """Builds a real module attached to a real Trainer; `ranks` is the only thing pretended."""
 
-    def build(prompts_per_rollout=4, prompts_per_update=2, rank=0, ranks=1, **settings) -> GVPOModule:
+    def build(prompts_per_rollout=4, prompts_per_update=2, ranks=None, **settings) -> GVPOModule:
         class Module(GVPOModule):
-            world_size = ranks
-            global_rank = rank
+            data_ranks = ranks or DataRanks()
+            world_size, global_rank = data_ranks.size, data_ranks.rank
 
         module = Module(
             tiny_policy(),
@@ -173,24 +174,17 @@ def test_a_dataloaders_own_order_is_kept(make_module, arguments, expected):
     assert seen == (expected * 10)[: len(seen)]
 
 
-def test_two_ranks_share_a_rollout(make_module, source):
-    whole = numbers(epoch(RolloutLoader(source(10), make_module())))
-    parts = [numbers(epoch(RolloutLoader(source(10), make_module(rank=rank, ranks=2)))) for rank in range(2)]
-    assert [first + second for first, second in zip(*parts, strict=True)] == whole
-    assert all(len(rollout) == 2 for part in parts for rollout in part)
-
-
 @pytest.mark.parametrize("ranks", [2, 3, 6])
-def test_ranks_share_a_rollout_that_they_do_not_divide(make_module, source, ranks):
+def test_every_rank_is_given_the_same_whole_rollouts(make_module, source, ranks):
+    """The ranks share the sampling, completion by completion; which prompts there are does not depend on them."""
     sizes = {"prompts_per_rollout": 5, "prompts_per_update": 2}
-    loader = RolloutLoader(source(10), make_module(**sizes))
-    assert len(loader) == 6  # two rollouts of three updates
-    whole = numbers(epoch(loader))
-    modules = [make_module(rank=rank, ranks=ranks, **sizes) for rank in range(ranks)]
-    parts = [numbers(epoch(RolloutLoader(source(10), module))) for module in modules]
-    assert [[number for share in shares for number in share] for shares in zip(*parts, strict=True)] == whole
-    for shares in zip(*parts, strict=True):
-        assert {len(share) for share in shares} <= {5 // ranks, 5 // ranks + 1}
+    alone = RolloutLoader(source(10), make_module(**sizes))
+    assert len(alone) == 6  # two rollouts of three updates
+    expected = [epoch(alone), epoch(alone)]
+    assert [len(rollout) for rollout in numbers(expected[0])] == [5, 5]
+    for rank in range(ranks):
+        loader = RolloutLoader(source(10), make_module(ranks=DataRanks(rank, ranks), **sizes))
+        assert [epoch(loader), epoch(loader)] == expected
 
 
 def test_conversations_need_collate_fn_list(make_module, tokenizer):

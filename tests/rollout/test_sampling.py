@@ -121,7 +121,7 @@ def test_a_rollout_survives_a_checkpoint(sample, tmp_path):
     rollout.metrics = rollout_metrics(rollout.batch)
     torch.save(rollout.state_dict(), tmp_path / "rollout.pt")
     state = torch.load(tmp_path / "rollout.pt", weights_only=True)
-    again = Rollout.from_state_dict(state, torch.device("cpu"))
+    again = Rollout.from_state_dict(state)
     for name in ("index", "prompts", "completions", "sources", "dropped", "metrics"):
         assert getattr(again, name) == getattr(rollout, name)
     for name, tensor in rollout.batch.state_dict().items():
