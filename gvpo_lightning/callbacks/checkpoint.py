@@ -32,6 +32,7 @@ class RunCheckpoint(ModelCheckpoint):
       when all ranks are done. Leftovers of a killed save are removed at the next start.
     * `last.ckpt` is a symlink beside the checkpoint that it means, moved in one step before an older one is removed.
       `ckpt_path="last"` starts a run from the beginning where there is none yet, and says so.
+    * It saves after whole optimizer updates, since a checkpoint within one can't be resumed.
     * A save that fails, as on a full disk, leaves `last` as it was and ends the run with `CheckpointError`.
     * The first save logs how large each kind of content is.
 
@@ -67,6 +68,13 @@ class RunCheckpoint(ModelCheckpoint):
         super().setup(trainer, pl_module, stage)
         if stage == "fit" and trainer.is_global_zero and self._is_local:
             remove_partials(self._folder)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Save after whole updates only; Lightning's may save within one after a resume, or when its time has come."""
+        if not trainer.fit_loop._should_accumulate():
+            super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
 
     @property
     def _is_local(self) -> bool:

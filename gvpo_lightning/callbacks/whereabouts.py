@@ -1,6 +1,7 @@
 """`Whereabouts`: errors within training say where in the run they came, and which of them another rank caused."""
 
 import re
+from typing import Any
 
 import lightning as L
 import torch.distributed as dist
@@ -14,16 +15,19 @@ OTHER_RANK = re.compile(
 
 
 class Whereabouts(L.Callback):
-    """Adds notes to an exception that ends `fit` once training has begun; `GVPOModule` brings this callback along.
+    """Adds notes to an exception that ends `fit`; `GVPOModule` brings this callback along.
 
-    The first names rank, rollout, update, micro-batch and phase. A second one follows where the exception is of a
-    collective operation in which another rank did not take part: how long was waited, and what to look at.
+    Once training has begun, the first names rank, rollout, update, micro-batch and phase. One more follows where the
+    exception is of a collective operation in which another rank did not take part: how long was waited, and what to
+    look at.
     """
 
     def __init__(self) -> None:
         self._has_begun = False
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_train_batch_start(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, batch: Any, batch_idx: int
+    ) -> None:
         """From now on there is a place to name; what came before are mistakes in the settings."""
         self._has_begun = True
 
@@ -33,12 +37,12 @@ class Whereabouts(L.Callback):
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Add the notes."""
-        if not self._has_begun or isinstance(exception, SystemExit):
+        if isinstance(exception, SystemExit):
             return
-        self._has_begun = False
         assert isinstance(pl_module, GVPOModule)
-        place = where(trainer, pl_module)
-        exception.add_note(f"This was {place}.")
+        place = where(trainer, pl_module) if self._has_begun else f"on rank {trainer.global_rank}, outside of training"
+        if self._has_begun:
+            exception.add_note(f"This was {place}.")
         if is_other_ranks(exception):
             timeout = getattr(trainer.strategy, "_timeout", None)
             waited = "" if timeout is None else f", which waits {timeout.total_seconds():.0f} s at most"
@@ -47,6 +51,7 @@ class Whereabouts(L.Callback):
                 "first error in the other ranks' output. Where rewards or rollouts take so long, raise the "
                 "strategy's timeout, as in DDPStrategy(timeout=timedelta(hours=1))."
             )
+        self._has_begun = False
 
 
 def where(trainer: L.Trainer, module: GVPOModule) -> str:
