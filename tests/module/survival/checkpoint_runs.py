@@ -47,8 +47,11 @@ def network(folder: Path, strategy: str = "single", steps: int = 4, callback=Non
     return trainer, Network(), data
 
 
-def fit(folder: str, rank: int, port: int, strategy: str, steps: int, die_at: int = -1) -> None:
-    """Train from `last` for so many steps in all; rank 0 dies right before the given change of the file system."""
+def fit(folder: str, rank: int, port: int, strategy: str, steps: int, die_at: int = -1, die_writing: int = -1) -> None:
+    """Train from `last` for so many steps in all.
+
+    Rank 0 dies right before the given change of the file system, or when half of the given step's file is written.
+    """
     os.dup2(os.open(f"{folder}/rank{rank}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     if strategy != "single":
         os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": "2"}
@@ -56,7 +59,29 @@ def fit(folder: str, rank: int, port: int, strategy: str, steps: int, die_at: in
     trainer, module, data = network(Path(folder), strategy, steps)
     if rank == 0:
         sys.addaudithook(Killer(f"{folder}/checkpoints", die_at))
+        trainer.callbacks.insert(0, make_bomb(die_writing))
     trainer.fit(module, data, ckpt_path="last")
+
+
+def make_bomb(step: int):
+    """A callback whose state of the given step can't be written by a process that lives on."""
+    import lightning as L
+
+    class Bomb(L.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            self.is_armed = trainer.global_step == step
+
+        def state_dict(self):
+            return {"fuse": Fuse()} if self.is_armed else {}
+
+    return Bomb()
+
+
+class Fuse:
+    """Kills the process that pickles it, which is when torch has opened the file."""
+
+    def __reduce__(self):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Killer:

@@ -23,14 +23,14 @@ from tests.module.survival.checkpoint_runs import network
 from tests.module.survival.survivor import FORK
 
 
-def run_network(folder: Path, strategy: str = "single", steps: int = 2, die_at: int = -1) -> list[int]:
+def run_network(folder: Path, strategy: str = "single", steps: int = 2, **dying) -> list[int]:
     """Exit codes of a run of every rank."""
     folder.mkdir(exist_ok=True)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     processes = [
-        FORK.Process(target=fit_network, args=(str(folder), rank, port, strategy, steps, die_at))
+        FORK.Process(target=fit_network, args=(str(folder), rank, port, strategy, steps), kwargs=dying)
         for rank in range(1 if strategy == "single" else 2)
     ]
     for process in processes:
@@ -67,6 +67,17 @@ def test_dying_before_any_change_of_the_folder_leaves_last_whole(tmp_path, strat
         assert set(run_network(run, strategy)) == {0}, (run / "rank0.err").read_text()
         assert step_of(last) == 2
         assert not list((run / "checkpoints").glob(f".*{PARTIAL}"))
+
+
+@pytest.mark.parametrize("strategy", ["single", "fsdp2"])
+def test_dying_in_the_middle_of_a_file_leaves_nothing_that_looks_like_a_checkpoint(tmp_path, strategy):
+    assert run_network(tmp_path / "run", strategy, die_writing=1)[0] == -signal.SIGKILL
+    folder = tmp_path / "run" / "checkpoints"
+    assert len(list(folder.glob(f".*{PARTIAL}"))) == 1
+    assert not list(folder.glob("*.ckpt"))
+    assert run_network(tmp_path / "run", strategy, die_writing=2)[0] == -signal.SIGKILL
+    assert {path.name for path in folder.glob("*.ckpt")} == {"last.ckpt", "epoch=0-step=1.ckpt"}
+    assert step_of(folder / "last.ckpt") == 1
 
 
 def test_distributed_checkpoints_are_folders_that_last_means(tmp_path):

@@ -7,6 +7,7 @@ import time
 import pytest
 
 from gvpo_lightning.callbacks import preemption
+from gvpo_lightning.rollout.sampling import RolloutSettings
 from tests.module.survival.survivor import assert_the_same_as
 
 CASES = {
@@ -76,7 +77,7 @@ def test_a_second_sigterm_kills_at_once(crew):
     assert first.end() == [-signal.SIGTERM]
 
 
-def test_own_handlers_are_called_and_put_back(make_module, fit, tmp_path):
+def test_own_handlers_are_called_and_put_back_and_the_update_is_finished(make_module, fit, tmp_path):
     called = []
     before = signal.signal(signal.SIGTERM, lambda *_: called.append("own"))
     own = signal.getsignal(signal.SIGTERM)
@@ -86,15 +87,16 @@ def test_own_handlers_are_called_and_put_back(make_module, fit, tmp_path):
         return [float(len(text)) for text in completions]
 
     try:
-        module = make_module(reward=reward)
+        rollout = RolloutSettings(group_size=4, prompts_per_rollout=8, prompts_per_update=4, micro_batch_size=8)
+        module = make_module(reward=reward, rollout=rollout)
         with pytest.raises(SystemExit) as stopped:
-            fit(module, enable_checkpointing=False)
+            fit(module, accumulate_grad_batches=2)
         assert stopped.value.code == 143
         assert called == ["own"]
         assert signal.getsignal(signal.SIGTERM) is own
         assert (tmp_path / "preempted-step=1.ckpt").exists()
-        second = make_module()
-        trainer = fit(second, ckpt_path=tmp_path / "preempted-step=1.ckpt")
+        resumed = make_module(rollout=rollout)
+        trainer = fit(resumed, accumulate_grad_batches=2, ckpt_path=tmp_path / "preempted-step=1.ckpt")
         assert trainer.global_step == 8
     finally:
         signal.signal(signal.SIGTERM, before)
