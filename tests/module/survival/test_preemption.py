@@ -5,8 +5,11 @@ import signal
 import time
 
 import pytest
+import torch
+from lightning.pytorch.callbacks import ModelCheckpoint
 
-from gvpo_lightning.callbacks import preemption
+from gvpo_lightning.callbacks import SettingsWin, Whereabouts, preemption
+from gvpo_lightning.rollout.loader import RolloutLoader
 from gvpo_lightning.rollout.sampling import RolloutSettings
 from tests.module.survival.survivor import assert_the_same_as
 
@@ -82,13 +85,9 @@ def test_own_handlers_are_called_and_put_back_and_the_update_is_finished(make_mo
     before = signal.signal(signal.SIGTERM, lambda *_: called.append("own"))
     own = signal.getsignal(signal.SIGTERM)
 
-    def reward(prompts, completions, **columns):
-        os.kill(os.getpid(), signal.SIGTERM)
-        return [float(len(text)) for text in completions]
-
     try:
         rollout = RolloutSettings(group_size=4, prompts_per_rollout=8, prompts_per_update=4, micro_batch_size=8)
-        module = make_module(reward=reward, rollout=rollout)
+        module = make_module(reward=terminating_reward, rollout=rollout)
         with pytest.raises(SystemExit) as stopped:
             fit(module, accumulate_grad_batches=2)
         assert stopped.value.code == 143
@@ -100,3 +99,26 @@ def test_own_handlers_are_called_and_put_back_and_the_update_is_finished(make_mo
         assert trainer.global_step == 8
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def terminating_reward(prompts, completions, **columns):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return [float(len(text)) for text in completions]
+
+
+def test_a_plain_model_checkpoint_saves_its_last(make_module, fit, tmp_path):
+    plain = ModelCheckpoint(tmp_path / "plain", save_last=True)
+    with pytest.raises(SystemExit):
+        fit(make_module(reward=terminating_reward), enable_checkpointing=True, callbacks=[plain])
+    assert torch.load(tmp_path / "plain" / "last.ckpt")["global_step"] == 1
+
+
+def test_the_callbacks_are_there_once(make_module, fit, prompts):
+    own = preemption.Preemption()
+    module = make_module()
+    trainer = fit(module, max_steps=1, callbacks=[own])
+    trainer.fit_loop.epoch_loop.max_steps = 2
+    trainer.fit(module, RolloutLoader(prompts, module))
+    for kind in (preemption.Preemption, SettingsWin, Whereabouts):
+        assert sum(isinstance(callback, kind) for callback in trainer.callbacks) == 1
+    assert own in trainer.callbacks
