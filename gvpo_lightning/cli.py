@@ -22,7 +22,8 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from gvpo_lightning.callbacks import CompletionsTable, MemoryEstimate, PredictionWriter, RunSummary
+from gvpo_lightning.callbacks import CompletionsTable, MemoryEstimate, PredictionWriter, RunCheckpoint, RunSummary
+from gvpo_lightning.callbacks.whole import CheckpointError
 from gvpo_lightning.data import PromptDataModule
 from gvpo_lightning.debug_batch import debug_batch
 from gvpo_lightning.export import export_checkpoint
@@ -177,7 +178,7 @@ class GVPOCLI(LightningCLI):
                 ]
         has_own = any(isinstance(callback, ModelCheckpoint) for callback in config.get("callbacks") or [])
         if config.get("enable_checkpointing") is not False and not has_own:
-            self.trainer_defaults["callbacks"].append(ModelCheckpoint(save_last=True, save_on_train_epoch_end=True))
+            self.trainer_defaults["callbacks"].append(RunCheckpoint())
         return super().instantiate_trainer(**kwargs)
 
     def _run_subcommand(self, subcommand: str) -> None:
@@ -196,7 +197,8 @@ class GVPOCLI(LightningCLI):
 def main(args: ArgsType = None) -> None:
     """The `gvpo` command; `args` for calls from Python.
 
-    A mistake in the settings or the data ends it with one line on stderr and exit status 2.
+    A mistake in the settings or the data ends it with one line on stderr and exit status 2, a checkpoint that can't
+    be written with one line and status 1, SIGTERM with status 143 (`callbacks.Preemption`).
     """
     prefer_integers()
     try:
@@ -212,9 +214,10 @@ def main(args: ArgsType = None) -> None:
             # without the pages of usage that jsonargparse prints in front of its own errors
             parser_kwargs={"exit_on_error": False} | {name: {"exit_on_error": False} for name in SUBCOMMANDS},
         )
-    except (ValueError, FileNotFoundError, argparse.ArgumentError, MisconfigurationException) as error:
-        print(f"gvpo: error: {' '.join(str(error).split())}", file=sys.stderr)
-        raise SystemExit(2) from error
+    except (ValueError, FileNotFoundError, argparse.ArgumentError, MisconfigurationException, CheckpointError) as error:
+        message = " ".join([str(error), *getattr(error, "__notes__", ())])
+        print(f"gvpo: error: {' '.join(message.split())}", file=sys.stderr)
+        raise SystemExit(1 if isinstance(error, CheckpointError) else 2) from error
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from typing import Any, Literal
 
 import torch
+from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
@@ -133,6 +134,7 @@ class GVPOModule(SamplingModule):
         self.skipped_updates = self.consecutive_skips = 0
         self.seconds = dict.fromkeys(("rollout", "reward", "reference", "train"), 0.0)
         self.num_completion_tokens = 0
+        self.phase = "train"  # or what `timed` is timing
         self._meter = UpdateMeter()
         self.guard = Guard()
         self._coefficients: list[Tensor] | None = None  # of a cut update's micro-batches
@@ -148,6 +150,12 @@ class GVPOModule(SamplingModule):
         """Steps of the fit loop from one rollout to the next."""
         settings = self.rollout_settings
         return settings.updates_per_pass * settings.epochs_per_rollout * self.trainer.accumulate_grad_batches
+
+    def configure_callbacks(self) -> list[Callback]:
+        """Those that let a run survive SIGTERM and changed settings, and name where errors come from."""
+        from gvpo_lightning.callbacks import missing_callbacks  # which know this module
+
+        return missing_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
 
     def setup(self, stage: str) -> None:
         """Check what can be checked without the model."""
@@ -410,9 +418,10 @@ class GVPOModule(SamplingModule):
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Add what is spent inside to `seconds`."""
-        start = time.perf_counter()
+        start, self.phase = time.perf_counter(), phase
         yield
         self.seconds[phase] += time.perf_counter() - start
+        self.phase = "train"  # not where an error has left the phase: it is named in the error's notes
 
     # -- checkpoints --------------------------------------------------------------------------------------
 

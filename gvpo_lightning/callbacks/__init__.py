@@ -1,8 +1,30 @@
-"""Lightning callbacks: what a run shows and leaves behind."""
+"""Lightning callbacks: what a run shows and leaves behind, and how it survives."""
 
+from lightning.pytorch import Callback
+
+from gvpo_lightning.callbacks.checkpoint import RunCheckpoint
 from gvpo_lightning.callbacks.completions import CompletionsTable, PredictionWriter
 from gvpo_lightning.callbacks.estimate import MemoryEstimate
 from gvpo_lightning.callbacks.optimality import OptimalityMeter
+from gvpo_lightning.callbacks.preemption import Preemption
+from gvpo_lightning.callbacks.settings import SettingsWin
 from gvpo_lightning.callbacks.summary import RunSummary
+from gvpo_lightning.callbacks.whereabouts import Whereabouts
 
-__all__ = ["CompletionsTable", "MemoryEstimate", "OptimalityMeter", "PredictionWriter", "RunSummary"]
+__all__ = [
+    "CompletionsTable",
+    "MemoryEstimate",
+    "OptimalityMeter",
+    "PredictionWriter",
+    "Preemption",
+    "RunCheckpoint",
+    "RunSummary",
+    "SettingsWin",
+    "Whereabouts",
+]
+
+
+def missing_callbacks(present: list[Callback]) -> list[Callback]:
+    """Those that every GVPO run needs to survive, as far as they are not there."""
+    needed = (SettingsWin, Whereabouts, Preemption)
+    return [kind() for kind in needed if not any(isinstance(callback, kind) for callback in present)]

@@ -35,6 +35,7 @@ class RunSummary(L.Callback):
         self.reward_before: float | None = None
         self.history: list[dict[str, float]] = []
         self._started = time.perf_counter()
+        self._is_written = False
 
     def state_dict(self) -> dict[str, Any]:
         """So that a resumed run's summary covers the whole run."""
@@ -50,7 +51,7 @@ class RunSummary(L.Callback):
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Start the clock."""
-        self._started = time.perf_counter()
+        self._started, self._is_written = time.perf_counter(), False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The reward to start from."""
@@ -90,6 +91,13 @@ class RunSummary(L.Callback):
         }
         self._write(folder, summary)
         pl_module.export(folder / "export")
+        self._is_written = True
+
+    def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Of a run that was resumed at its end, where nothing is trained: it may have been killed before it said so."""
+        if not self._is_written:
+            pl_module.to(trainer.strategy.root_device)  # from where the strategy's teardown has put it
+            self.on_train_end(trainer, pl_module)
 
     @rank_zero_only
     def _write(self, folder: Path, summary: dict[str, Any]) -> None:

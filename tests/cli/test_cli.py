@@ -2,6 +2,9 @@
 
 import inspect
 import json
+import os
+import resource
+import signal
 import typing
 
 import lightning as L
@@ -134,6 +137,73 @@ def test_resume_from_the_command_line_goes_on_where_it_was(config, tmp_path):
     assert resumed == through
     before = [json.loads((tmp_path / n / "summary.json").read_text())["reward_before"] for n in ("through", "second")]
     assert before[0] == before[1]
+
+
+def test_resume_from_last_finds_the_runs_own_checkpoint_or_starts(config, tmp_path):
+    def run(name, *arguments):
+        main(quiet("fit", "--config", config(), f"--trainer.default_root_dir={tmp_path / name}", *arguments))
+        return (tmp_path / name / "export" / "model.safetensors").read_bytes()
+
+    through = run("through", "--trainer.max_steps=8")
+    run("run", "--trainer.max_steps=4", "--ckpt_path=last")
+    assert run("run", "--trainer.max_steps=8", "--ckpt_path=last") == through
+    for path in ("summary.json", "export/model.safetensors"):  # a run that is killed when all is trained
+        (tmp_path / "run" / path).unlink()
+    assert run("run", "--trainer.max_steps=8", "--ckpt_path=last") == through
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["steps"] == 8
+
+
+def test_sigterm_saves_and_ends_with_143_without_the_long_evaluation(config, tmp_path):
+    path = config(model__reward="tests.cli.test_cli.terminates_at_the_second_rollout")
+    with pytest.raises(SystemExit) as stopped:
+        main(quiet("fit", "--config", path))
+    assert stopped.value.code == 143
+    run = tmp_path / "run"
+    assert torch.load(run / "checkpoints" / "last.ckpt")["global_step"] == 3
+    assert not (run / "summary.json").exists()
+    assert not (run / "export").exists()
+    main(quiet("fit", "--config", config(), "--ckpt_path=last"))
+    assert json.loads((run / "summary.json").read_text())["steps"] == 4
+
+
+def terminates_at_the_second_rollout(prompts, completions, calls=[], **columns):  # noqa: B006
+    """In the evaluation before training and the first rollout it behaves."""
+    calls.append(len(completions))
+    if len(calls) == 4:
+        os.kill(os.getpid(), signal.SIGTERM)
+    return [0.5 + 0.01 * len(text) for text in completions]
+
+
+def test_a_checkpoint_that_does_not_fit_is_one_line_by_rlimit_fsize(config, tmp_path, capsys):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    path = config(model__reward="tests.cli.test_cli.limits_files_at_the_second_rollout")
+    try:
+        with pytest.raises(SystemExit) as stopped:
+            main(quiet("fit", "--config", path))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert stopped.value.code == 1
+    error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("gvpo: error: ")]
+    assert len(error) == 1
+    assert "epoch=0-step=4.ckpt could not be written: File too large" in error[0]
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+
+
+def limits_files_at_the_second_rollout(prompts, completions, calls=[], **columns):  # noqa: B006
+    """Files of 1 MB are smaller than a checkpoint and larger than what else is written."""
+    calls.append(len(completions))
+    if len(calls) == 4:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (10**6, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+    return [0.5 + 0.01 * len(text) for text in completions]
+
+
+def test_the_command_lines_learning_rate_wins_over_the_checkpoint(config, tmp_path):
+    main(quiet("fit", "--config", config(), "--trainer.max_steps=2"))
+    lr = "--model.optimizer.init_args.lr=5e-5"
+    main(quiet("fit", "--config", config(), "--trainer.max_steps=4", "--ckpt_path=last", lr))
+    state = torch.load(tmp_path / "run" / "checkpoints" / "last.ckpt")["optimizer_states"][0]
+    assert state["param_groups"][0]["lr"] == pytest.approx(5e-5)
+    assert state["state"][0]["step"] == 4
 
 
 def test_later_commands_keep_what_fit_left(config, tmp_path):
