@@ -13,18 +13,20 @@ def test_a_rank_that_is_late_ends_the_others_with_an_error_that_names_the_step(c
     run.processes[0].join(30)
     assert run.processes[0].exitcode == 1
     assert 1 < time.monotonic() - started < 5.5
-    place = "on rank 0 of 2, in rollout 1, update 2, micro-batch 0 of 3 (phase: train)"
+    place = "on rank 0 of 2, in rollout 1, update 2, micro-batch 0 of 3 (phase: reward)"
     assert f"Another rank is late or dead: {place}, a collective operation went without it" in run.errors()
     assert "which waits 2 s at most" in run.errors()
     assert set(run.end()) == {1}
 
 
-def test_an_error_names_its_phase_and_the_other_rank_says_that_it_is_not_its_own(crew):
+def test_a_reward_that_fails_ends_every_rank_at_once_and_each_says_whose_it_was(crew):
     run = crew("ddp", fail=1)
     assert set(run.end()) == {1}
     assert "This was on rank 1 of 2, in rollout 1, update 2, micro-batch 0 of 3 (phase: reward)." in run.errors(1)
-    assert "Another rank is late" not in run.errors(1)
-    assert "Another rank is late or dead: on rank 0 of 2, in rollout 1, update 2" in run.errors(0)
+    assert "The reward failed on rank 1: " in run.errors(0)
+    for rank in (0, 1):
+        assert "KeyError: 'no such answer'" in run.errors(rank)
+        assert "Another rank is late" not in run.errors(rank)
 
 
 def test_an_error_in_one_process_names_its_place_once(make_module, fit):
