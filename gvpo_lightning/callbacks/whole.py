@@ -16,6 +16,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 from torch import Tensor
+from torch.distributed.checkpoint import CheckpointException
 
 from gvpo_lightning.distributed import DataRanks
 
@@ -92,11 +93,11 @@ def save_whole(trainer: L.Trainer, path: Path, *, weights_only: bool = False) ->
     checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only)
     sizes = content_sizes(checkpoint)
     partial = strategy.broadcast(partial_path(path))  # rank 0's
+    error: BaseException | None = None
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         strategy.save_checkpoint(checkpoint, partial)
-        error = None
-    except Exception as exception:
+    except (Exception, CheckpointException) as exception:  # distributed checkpointing's own is no Exception
         error = exception
     _raise_together(error, trainer, path, partial, sizes)
     try:
@@ -118,7 +119,7 @@ def _put_in_place(partial: Path, path: Path) -> None:
 
 
 def _raise_together(
-    error: Exception | None, trainer: L.Trainer, path: Path, partial: Path, sizes: dict[str, int]
+    error: BaseException | None, trainer: L.Trainer, path: Path, partial: Path, sizes: dict[str, int]
 ) -> None:
     ranks = DataRanks(trainer.global_rank, trainer.world_size)
     reasons = ranks.gather(None if error is None else _reason(error))

@@ -1,6 +1,7 @@
 """What test_checkpoint runs in processes of its own: a network small enough to save dozens of times a second."""
 
 import os
+import resource
 import signal
 import sys
 from pathlib import Path
@@ -47,10 +48,20 @@ def network(folder: Path, strategy: str = "single", steps: int = 4, callback=Non
     return trainer, Network(), data
 
 
-def fit(folder: str, rank: int, port: int, strategy: str, steps: int, die_at: int = -1, die_writing: int = -1) -> None:
+def fit(
+    folder: str,
+    rank: int,
+    port: int,
+    strategy: str,
+    steps: int,
+    die_at: int = -1,
+    die_writing: int = -1,
+    full_at: int = -1,
+) -> None:
     """Train from `last` for so many steps in all.
 
-    Rank 0 dies right before the given change of the file system, or when half of the given step's file is written.
+    Rank 0 dies right before the given change of the file system, or when half of the given step's file is written; at
+    the step `full_at` its files can't get larger than 1 KB, as on a full disk.
     """
     os.dup2(os.open(f"{folder}/rank{rank}.err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     if strategy != "single":
@@ -58,8 +69,9 @@ def fit(folder: str, rank: int, port: int, strategy: str, steps: int, die_at: in
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     trainer, module, data = network(Path(folder), strategy, steps)
     if rank == 0:
-        sys.addaudithook(Killer(f"{folder}/checkpoints", die_at))
-        trainer.callbacks.insert(0, make_bomb(die_writing))
+        if full_at < 0:  # the list of changes would get too large as well
+            sys.addaudithook(Killer(f"{folder}/checkpoints", die_at))
+        trainer.callbacks[:0] = [make_bomb(die_writing), make_limit(full_at)]
     trainer.fit(module, data, ckpt_path="last")
 
 
@@ -75,6 +87,18 @@ def make_bomb(step: int):
             return {"fuse": Fuse()} if self.is_armed else {}
 
     return Bomb()
+
+
+def make_limit(step: int):
+    """A callback after which no file can be written whole."""
+    import lightning as L
+
+    class Limit(L.Callback):
+        def on_train_batch_end(self, trainer, module, *_):
+            if trainer.global_step == step:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (1024, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+
+    return Limit()
 
 
 class Fuse:

@@ -191,6 +191,15 @@ def test_a_limit_on_file_sizes_leaves_the_last_checkpoint_as_it_was_by_rlimit_fs
     assert_only_the_first_is_there(tmp_path, failed.value)
 
 
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_limit_on_one_ranks_files_ends_both_ranks_by_rlimit_fsize(tmp_path, strategy):
+    run, folder = tmp_path / "run", tmp_path / "run" / "checkpoints"
+    assert run_network(run, strategy, full_at=2) == [1, 1]
+    assert "epoch=0-step=2.ckpt could not be written: File too large (rank 0)" in (run / "rank1.err").read_text()
+    assert {path.name for path in folder.iterdir()} == {"last.ckpt", "epoch=0-step=1.ckpt"}
+    assert step_of(folder / "last.ckpt") == 1
+
+
 def test_a_frozen_reference_from_a_folder_costs_no_room(make_module, fit, arithmetic, tmp_path, caplog):
     sizes = {}
     for kind in ("frozen", "previous", "ema"):
