@@ -43,11 +43,13 @@ def memory_table(ways: dict[str, Any], hardware: dict[str, Any]) -> str:
         training = [terms for name, terms in row["phases"].items() if name != "rollout"]
         whole = max(terms.get("whole weights", 0) for terms in training)
         work = max(terms.get("activations", 0) + terms.get("head", 0) for terms in training)
-        cells = [way, *(gib(rollout[name]) for name in ("parameters", "gradients", "optimizer"))]
+        gradients = max(terms["gradients"] for terms in training)
+        cells = [way, gib(rollout["parameters"]), gib(gradients), gib(rollout["optimizer"])]
         cells += [f"{gib(rollout['whole weights'])}, {gib(whole)}", gib(work)]
         cells += [gib(rollout["key-value cache"] + rollout["activations"]), ", ".join(map(gib, both))]
         cells += [", ".join(fits(peak, hardware) for peak in both)]
-        rows.append([*cells, f"{gib(host.get('reference', 0))}, {gib(host['loading'])}"])
+        copies = host.get("reference", 0) + host.get("policy while scoring", 0)
+        rows.append([*cells, f"{gib(copies)}, {gib(host['loading'])}"])
     return table(header, rows)
 
 

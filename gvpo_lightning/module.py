@@ -41,6 +41,7 @@ from gvpo_lightning.sharding import (
     callable_outside_steps,
     clip_by_norm,
     is_sharded,
+    loading_in_turns,
     local_tensor,
     root_stays_gathered,
     shard_model,
@@ -179,9 +180,16 @@ class GVPOModule(SamplingModule):
         """Load the policy, take what the reference needs of it, and shard it if the strategy does not."""
         if self._is_configured:
             return
+        if self._trainer is None:
+            super().configure_model()
+            return
+        with loading_in_turns(self.trainer.strategy, self.model_config()):
+            self._load_and_shard()
+
+    def _load_and_shard(self) -> None:
         super().configure_model()
         self.sources.stops = stop_token_ids(self.policy, self.tokenizer)
-        fits = self._trainer is not None and self.trainer.state.fn == "fit"
+        fits = self.trainer.state.fn == "fit"
         if fits:
             if isinstance(self.reference, CachedReference) and not self.reference.is_checked:
                 check_cache(self)
@@ -189,8 +197,6 @@ class GVPOModule(SamplingModule):
             self.reference.identify(self.policy)
         if self.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if self._trainer is None:
-            return
         shard_model(self.policy, self.trainer.strategy, self.trainer.precision)
         self._is_configured = is_sharded(self.trainer.strategy)
         if fits and not isinstance(self.trainer.strategy, FSDPStrategy):  # which has yet to shard it

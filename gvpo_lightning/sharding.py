@@ -7,8 +7,10 @@ for a rollout it is gathered once and always resharded, since a root that stays 
 
 import fnmatch
 import inspect
+import math
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, cast
 
 import lightning as L
@@ -29,6 +31,7 @@ from torch.distributed.tensor.parallel import (
     SequenceParallel,
     parallelize_module,
 )
+from transformers import AutoModelForCausalLM, PretrainedConfig
 
 from gvpo_lightning.distributed import DataRanks
 
@@ -137,7 +140,8 @@ def split_tensors(policy: Any, mesh: DeviceMesh) -> None:
         styles[f"{name}.base_layer"] = style
         for adapter in getattr(module, factor):
             styles[f"{name}.{factor}.{adapter}"] = type(style)()
-    parallelize_module(model.base_model, mesh, styles | _shared_inputs(model.base_model, styles))
+    # every rank has the whole model: nothing has to be sent
+    parallelize_module(model.base_model, mesh, styles | _shared_inputs(model.base_model, styles), src_data_rank=None)
 
 
 def _shared_inputs(model: nn.Module, styles: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
@@ -157,6 +161,38 @@ def _shared_inputs(model: nn.Module, styles: dict[str, ParallelStyle]) -> dict[s
             layouts = {key: {first: Replicate()} for key in ("input_kwarg_layouts", "desired_input_kwarg_layouts")}
         shared[name] = PrepareModuleInput(**layouts, use_local_output=False)
     return shared
+
+
+@contextmanager
+def loading_in_turns(strategy: Strategy, config: PretrainedConfig) -> Iterator[None]:
+    """Inside, a rank may load a whole model, float32, before it is sharded: as many ranks at once as memory has room.
+
+    Every rank must enter, and must not wait for another inside.
+    """
+    if not isinstance(strategy, ModelParallelStrategy):
+        yield
+        return
+    with torch.device("meta"):
+        size = 4 * sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    room = torch.tensor(max(1, int(0.8 * available_host_memory() // size)), device=strategy.root_device)
+    at_once = int(strategy.reduce(room, reduce_op="min"))
+    turn, num_turns = strategy.local_rank // at_once, math.ceil(strategy.num_processes / at_once)
+    for _ in range(turn):
+        strategy.barrier()
+    try:
+        yield
+    finally:
+        for _ in range(num_turns - turn):
+            strategy.barrier()
+
+
+def available_host_memory() -> int:
+    """Bytes that this machine has left; more than there can be where it does not say."""
+    facts = Path("/proc/meminfo")
+    if not facts.exists():
+        return 2**60
+    lines = dict(line.split(":") for line in facts.read_text().splitlines())
+    return int(lines["MemAvailable"].split()[0]) * 1024
 
 
 @contextmanager

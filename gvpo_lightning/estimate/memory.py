@@ -141,7 +141,8 @@ def generation_bytes(sizes: ModelSizes, facts: RunFacts) -> tuple[int, int]:
 
 
 def host_bytes(sizes: ModelSizes, facts: RunFacts) -> dict[str, int]:
-    """One node's: the reference's copy of what is trained, and the model as each process reads it from its file."""
+    """One node's: the reference's copy of what is trained, the policy's own values while the reference is asked, and
+    the model as each process reads it from its file; FSDP2's read in turns, if need be one after the other."""
     processes = min(facts.num_gpus, facts.gpus_per_node)
     host = {}
     if facts.reference_parameters:
@@ -149,7 +150,9 @@ def host_bytes(sizes: ModelSizes, facts: RunFacts) -> dict[str, int]:
     elif facts.reference in ("frozen", "every_n_steps", "ema"):
         trained = held_bytes(sizes, facts)["parameters"] // facts.weight_bytes * _trained_share(sizes, facts)
         host["reference"] = int(processes * trained * max(facts.weight_bytes, 4 * (facts.reference == "ema")))
-    return host | {"loading": processes * sizes.parameters * facts.weight_bytes}
+        host["policy while scoring"] = int(processes * trained * facts.weight_bytes)
+    at_once = 1 if facts.strategy == "fsdp2" else processes
+    return host | {"loading": at_once * sizes.parameters * facts.weight_bytes}
 
 
 def _whole_weights(sizes: ModelSizes, facts: RunFacts) -> tuple[int, int, int]:

@@ -159,6 +159,13 @@ def test_another_number_of_ranks_goes_on_between_rollouts_and_is_refused_within_
     assert "within a rollout by 2 data-parallel ranks and can't be resumed by 1" in resumed["refusal"]
 
 
+def test_ranks_load_a_model_one_after_the_other_where_there_is_no_room_for_two(run):
+    (ranks,), ((one,),) = run("fsdp2", "turns"), run("single", "turns")
+    assert largest_difference(ranks[0]["weights"], one["weights"]) <= 1e-5
+    (first_start, _, first_end), (second_start, _, second_end) = (rank["loading"] for rank in ranks)
+    assert first_start < first_end < second_start < second_end
+
+
 @pytest.mark.parametrize("name", SHARDED)
 @pytest.mark.parametrize("variant", ["full", "tied"])
 def test_an_export_is_bitwise_what_was_trained(run, folder, name, variant):

@@ -4,6 +4,7 @@ On recorded completions, the same for every strategy; as "sampled" on completion
 """
 
 import sys
+import time
 from contextlib import nullcontext
 from datetime import timedelta
 from pathlib import Path
@@ -29,6 +30,7 @@ from gvpo_lightning import (
     RolloutLoader,
     RolloutSettings,
     SourceSettings,
+    sharding,
 )
 from gvpo_lightning.policy import load_tokenizer
 from gvpo_lightning.sharding import full_state_dict
@@ -55,6 +57,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "checkpointing": {"gradient_checkpointing": True},
     "ema": {"reference": ReferenceSettings("ema", decay=0.5)},
     "bf16": {},
+    "turns": {},
 }
 
 
@@ -137,7 +140,8 @@ def make_module(model: str, variant: str, **settings: Any) -> GVPOModule:
         "generation": GenerationSettings(max_new_tokens=4),
         "lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 0.2, 1.0, 10),
     }
-    return GVPOModule(make_policy(variant, len(tokenizer)), **(arguments | VARIANTS.get(variant, {}) | settings))
+    policy = model if variant == "turns" else make_policy(variant, len(tokenizer))
+    return GVPOModule(policy, **(arguments | VARIANTS.get(variant, {}) | settings))
 
 
 def make_trainer(name: str, folder: Path, **settings: Any) -> L.Trainer:
@@ -166,13 +170,17 @@ def train_recorded(model: str, folder: Path, name: str, variant: str) -> dict[st
         sources=SourceSettings(policy=0, file=FileSettings(str(folder / "completions.jsonl"))),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.2),
     )
-    recorder = Recorder()
+    recorder, loading = Recorder(), []
+    if variant == "turns":  # no room for two models at once
+        sharding.available_host_memory = lambda: 1
+        load = module._load_and_shard
+        module._load_and_shard = lambda: loading.extend([time.monotonic(), load(), time.monotonic()])
     precision = "bf16-mixed" if variant == "bf16" else "32-true"
     trainer = make_trainer(name, folder, precision=precision, callbacks=[recorder])
     trainer.fit(module, RolloutLoader(ROWS, module))
     metrics = {key: float(value) for key, value in trainer.callback_metrics.items()}
     module.export(folder / f"export-{name}-{variant}")
-    return {"weights": whole_weights(module), "metrics": metrics, "fourth": recorder.seen}
+    return {"weights": whole_weights(module), "metrics": metrics, "fourth": recorder.seen, "loading": loading}
 
 
 def reward(prompts, completions, **columns):
