@@ -18,7 +18,7 @@ from gvpo_lightning.rollout.generation import encode_prompt
 from gvpo_lightning.rollout.loader import Row
 from gvpo_lightning.rollout.sampling import Rollout, assemble_rollout, drop_by_settings, reward_groups, sample_groups
 from gvpo_lightning.seeding import derive_seed
-from gvpo_lightning.sharding import callable_outside_steps, gathered
+from gvpo_lightning.sharding import callable_outside_steps, gathered, reshard
 
 if TYPE_CHECKING:
     from gvpo_lightning.module import GVPOModule
@@ -33,6 +33,7 @@ def collect_rollout(module: "GVPOModule", rows: list[Row], index: int) -> Rollou
     """
     prompts = [row["prompt"] for row in rows]
     prompt_ids = [encode_prompt(prompt, module.tokenizer) for prompt in prompts]
+    reshard(module)
     module.reference.refresh(module.policy, rollout=index, update=module.num_updates)
     with module.timed("rollout"):
         recorded = module.sources.draw(rows, derive_seed(module.seed, "sources", index), module.reference.version)

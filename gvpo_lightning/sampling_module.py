@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_lightning.checks import check_prompts
@@ -103,7 +104,8 @@ class SamplingModule(L.LightningModule):
         """Completions and rewards for a batch of prompts; the same `purpose` draws the same samples."""
         rows = rows_of(batch)
         seed = derive_seed(self.seed, *purpose, self.data_ranks.rank)
-        with self.trainer.precision_plugin.forward_context(), gathered(self):
+        # evaluation's inference tensors must not stay in what is gathered either: training would fail on them later
+        with torch.inference_mode(False), self.trainer.precision_plugin.forward_context(), gathered(self):
             return sample_rollout(
                 self.policy,
                 self.tokenizer,

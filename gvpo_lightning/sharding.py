@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 from torch.distributed.tensor.parallel import (
@@ -215,6 +216,18 @@ def gathered(module: L.LightningModule) -> Iterator[None]:
         for unit in units:
             unit.reshard()
             unit.set_reshard_after_forward(True, recurse=False)
+
+
+def reshard(module: L.LightningModule) -> None:
+    """Let go of what a pass without gradient has left gathered, FSDP1's root, before sharded values are changed."""
+    model: Any = module.trainer.strategy.model
+    for unit in model.modules():
+        if isinstance(unit, FullyShardedDataParallel):
+            handle = unit._handle
+            if handle is not None and handle.uses_sharded_strategy and not handle.needs_unshard():
+                _reshard(unit, handle, free_unsharded_flat_param=True)
+        elif isinstance(unit, FSDPModule):
+            unit.reshard()
 
 
 def callable_outside_steps(module: L.LightningModule) -> Any:

@@ -17,6 +17,7 @@ from gvpo_lightning.policy import stop_token_ids
 from gvpo_lightning.reference import score
 from gvpo_lightning.rollout.generation import encode_prompt
 from gvpo_lightning.rollout.loader import Row, rows_of
+from gvpo_lightning.sharding import callable_outside_steps, reshard
 
 
 class OptimalityMeter(L.Callback):
@@ -46,6 +47,7 @@ class OptimalityMeter(L.Callback):
             return
         if not pl_module.reference.is_fixed or pl_module.reference_settings.kind == "cached":
             return
+        reshard(pl_module)
         with pl_module.reference.applied(pl_module.policy) as reference:
             p = self._probabilities(pl_module, reference)
         self.predicted = float(optimal_accuracy(p, pl_module.beta).mean())
@@ -67,14 +69,17 @@ class OptimalityMeter(L.Callback):
         self.reached = float(self._probabilities(module, module.policy).mean())
 
     def _probabilities(self, module: GVPOModule, model: PreTrainedModel) -> Tensor:
-        return answer_probabilities(
-            model,
-            module.tokenizer,
-            [row["prompt"] for row in self._rows],
-            [str(row[self.answer_column]) for row in self._rows],
-            temperature=module.temperature,
-            batch_size=module.generation.batch_size,
-        )
+        """Of the prompts of all ranks."""
+        with callable_outside_steps(module):
+            own = answer_probabilities(
+                model,
+                module.tokenizer,
+                [row["prompt"] for row in self._rows],
+                [str(row[self.answer_column]) for row in self._rows],
+                temperature=module.temperature,
+                batch_size=module.generation.batch_size,
+            )
+        return torch.cat(module.data_ranks.gather(own))
 
 
 def validation_rows(trainer: L.Trainer) -> list[Row]:

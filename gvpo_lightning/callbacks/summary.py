@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+import torch
 from lightning.pytorch.utilities import rank_zero_only
 from rich.console import Console
 from rich.panel import Panel
@@ -107,16 +108,16 @@ class RunSummary(L.Callback):
 
 
 def mean_validation_reward(trainer: L.Trainer, module: GVPOModule) -> float | None:
-    """Mean reward of sampled completions of the validation prompts, on this rank; None without any."""
+    """Mean reward of sampled completions of the validation prompts, over all ranks; None without any."""
     rows = validation_rows(trainer)
     if not rows or module.reward is None:
         return None
     sampler = replace(module.generation, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
-    size, total, count = 64, 0.0, 0
+    size, sums = 64, torch.zeros(2, dtype=torch.float64)
     for start in range(0, len(rows), size):
         batch = module.sample(rows[start : start + size], "summary", start, generation=sampler).batch
-        total += float(batch.rewards[batch.kept].double().sum())
-        count += int(batch.kept.sum())
+        sums += torch.stack([batch.rewards[batch.kept].double().sum(), batch.kept.sum()])
+    total, count = module.data_ranks.sum(sums.to(trainer.strategy.root_device)).tolist()
     return total / count if count else None
 
 

@@ -58,11 +58,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "ema": {"reference": ReferenceSettings("ema", decay=0.5)},
     "bf16": {},
     "turns": {},
+    "other": {},
 }
 
 
 class FSDPOnCPUForTests(FSDPStrategy):
-    """FSDPStrategy, which refuses CPUs, for tests alone; its full checkpoints would crash there."""
+    """FSDPStrategy, which refuses CPUs, for tests alone; checkpoints of one file would crash there."""
 
     def _setup_model(self, model):
         return FullyShardedDataParallel(
@@ -77,7 +78,7 @@ class FSDPOnCPUForTests(FSDPStrategy):
 STRATEGIES = {
     "single": lambda: ("auto", 1),
     "ddp": lambda: (DDPStrategy(timeout=TIMEOUT), 2),
-    "fsdp1": lambda: (FSDPOnCPUForTests(timeout=TIMEOUT), 2),
+    "fsdp1": lambda: (FSDPOnCPUForTests(state_dict_type="sharded", timeout=TIMEOUT), 2),
     "fsdp2": lambda: (ModelParallelStrategy(2, 1, timeout=TIMEOUT), 2),
     "tp": lambda: (ModelParallelStrategy(1, 2, timeout=TIMEOUT), 2),
     "fsdp2_tp": lambda: (ModelParallelStrategy(2, 2, timeout=TIMEOUT), 4),
@@ -141,6 +142,8 @@ def make_module(model: str, variant: str, **settings: Any) -> GVPOModule:
         "lr_scheduler": lambda optimizer: torch.optim.lr_scheduler.LinearLR(optimizer, 0.2, 1.0, 10),
     }
     policy = model if variant == "turns" else make_policy(variant, len(tokenizer))
+    if variant == "other":
+        settings |= {"reference": ReferenceSettings("frozen", model=model)}
     return GVPOModule(policy, **(arguments | VARIANTS.get(variant, {}) | settings))
 
 

@@ -21,6 +21,7 @@ CASES = {
 SLOW = {
     "single, saving": ("single", "checkpoint", (0,)),
     "first of two ranks": ("ddp", "checkpoint", (0,)),
+    "second of two ranks, FSDP2": ("fsdp2", "training", (1,)),
 }
 
 
