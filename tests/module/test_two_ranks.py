@@ -1,34 +1,23 @@
 """Real processes: whatever part of an update each rank has, it is the update of one big batch."""
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from gvpo_lightning.batch import CompletionBatch
 from gvpo_lightning.policy import completion_logprobs, load_policy
-from tests.module.two_ranks_script import RUNS
+from tests.forked import run_ranks
+from tests.module.two_ranks_script import RUNS, main
 
 
 @pytest.fixture(scope="module")
 def results(arithmetic, tmp_path_factory):
     """What every rank of every run left; runs on as many ranks share their processes."""
-    folder, script = tmp_path_factory.mktemp("ranks"), Path(__file__).parent / "two_ranks_script.py"
+    folder = tmp_path_factory.mktemp("ranks")
     for num_ranks in {run.ranks for run in RUNS.values()}:
         names = [name for name, run in RUNS.items() if run.ranks == num_ranks]
-        result = subprocess.run(
-            [sys.executable, str(script), str(arithmetic / "model"), str(folder), *names],
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=300,
-            check=False,
-        )
-        assert result.returncode == 0, result.stderr[-3000:]
+        run_ranks(folder, num_ranks, main, str(arithmetic / "model"), folder, names)
     return {
         name: [torch.load(folder / f"{name} {rank}.pt", weights_only=True) for rank in range(run.ranks)]
         for name, run in RUNS.items()

@@ -1,7 +1,6 @@
 """SGD on several ranks; each saves what it trained on and the weights after each update. Run by test_two_ranks."""
 
 import os
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -115,6 +114,8 @@ def train(model: str, folder: Path, name: str) -> None:
     )
 
 
-if __name__ == "__main__":
-    for name in sys.argv[3:]:  # in the same processes, whose start is what takes time
-        train(sys.argv[1], Path(sys.argv[2]), name)
+def main(model: str, folder: Path, names: list[str]) -> None:
+    """In the same processes, whose start is what takes time."""
+    torch.set_num_threads(1)
+    for name in names:
+        train(model, folder, name)

@@ -5,11 +5,7 @@ here.
 """
 
 import json
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -17,7 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from gvpo_lightning.batch import CompletionBatch
 from gvpo_lightning.policy import load_tokenizer
-from tests.strategies.train_script import STRATEGIES, make_policy
+from tests.forked import run_ranks
+from tests.strategies.train_script import STRATEGIES, main, make_policy
 
 SHARDED = ("fsdp1", "fsdp2", "tp", "fsdp2_tp")
 MORE_VARIANTS = ("qwen3", "checkpointing", "ema", "other", "bf16")
@@ -48,17 +45,7 @@ def run(arithmetic, folder):
     def get(name: str, *variants: str) -> list[list[dict]]:
         missing = [variant for variant in variants if (name, variant) not in results]
         if missing:
-            script = Path(__file__).parent / "train_script.py"
-            finished = subprocess.run(
-                [sys.executable, str(script), str(arithmetic / "model"), str(folder), name, ",".join(missing)],
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                cwd=folder,
-                capture_output=True,
-                text=True,
-                timeout=400,
-                check=False,
-            )
-            assert finished.returncode == 0, finished.stderr[-3000:]
+            run_ranks(folder, STRATEGIES[name]()[1], main, str(arithmetic / "model"), folder, name, missing)
             for variant in missing:
                 files = sorted(folder.glob(f"{name} {variant} ?.pt"))
                 results[name, variant] = [torch.load(file, weights_only=True) for file in files]

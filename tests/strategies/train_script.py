@@ -3,7 +3,6 @@
 On recorded completions, the same for every strategy; as "sampled" on completions of its own, stopped and resumed.
 """
 
-import sys
 import time
 from contextlib import nullcontext
 from datetime import timedelta
@@ -243,7 +242,3 @@ def main(model: str, folder: Path, name: str, variants: list[str]) -> None:
             result = train_recorded(model, folder, name, variant)
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         torch.save(result, folder / f"{name} {variant} {rank}.pt")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), sys.argv[3], sys.argv[4].split(","))

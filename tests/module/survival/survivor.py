@@ -1,14 +1,8 @@
-"""A run that says which phase it is in, records what it trains on, and can be killed and started again.
-
-Its processes are forked from one that has imported everything, so a start costs a second and not ten.
-"""
+"""A run that says which phase it is in, records what it trains on, and can be killed and started again."""
 
 import contextlib
-import faulthandler
 import json
-import multiprocessing as mp
 import os
-import socket
 import sys
 import time
 from datetime import timedelta
@@ -16,8 +10,8 @@ from hashlib import sha256
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-FORK = mp.get_context("forkserver")
-FORK.set_forkserver_preload(["lightning.pytorch.cli", "transformers.models.qwen2", "gvpo_lightning.callbacks"])
+from tests.forked import FORK, enter_rank, free_port
+
 PHASES = ("rollout", "reward", "training", "checkpoint")
 
 
@@ -28,9 +22,7 @@ class Crew:
         folder.mkdir(exist_ok=True)
         self.folder = folder
         world = 1 if strategy == "single" else 2
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
+        port = free_port()
         self.reports, end = FORK.Pipe(duplex=False)
         self.processes = [
             FORK.Process(
@@ -86,13 +78,7 @@ def survive(
     folder: str, model: str, rank: int, world: int, port: int, strategy: str, reports: Connection | None, options: dict
 ) -> None:
     """Start or go on with the run in `folder`, as one rank of it. Options: see `settings` and `train`."""
-    os.chdir(folder)
-    os.dup2(os.open(f"rank{rank}.err", os.O_WRONLY | os.O_CREAT | os.O_APPEND), 2)
-    faulthandler.enable()
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}
-    if world > 1:
-        os.environ |= {"LOCAL_RANK": str(rank), "NODE_RANK": "0", "WORLD_SIZE": str(world)}
-        os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    enter_rank(folder, rank, world, port)
     train(Path(folder), model, rank, strategy, reports, **options)
 
 
