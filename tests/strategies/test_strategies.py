@@ -17,7 +17,7 @@ from tests.forked import run_ranks
 from tests.strategies.train_script import STRATEGIES, main, make_policy
 
 SHARDED = ("fsdp1", "fsdp2", "tp", "fsdp2_tp")
-MORE_VARIANTS = ("qwen3", "checkpointing", "ema", "other", "bf16")
+MORE_VARIANTS = ("qwen3", "llama", "mistral", "checkpointing", "ema", "other", "bf16")
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, Qwen2Config, Qwen2ForCausalLM, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from gvpo_lightning import (
     FileSettings,
@@ -52,6 +52,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
     "tied": {},
     "qwen3": {},
+    "llama": {},
+    "mistral": {},
     "lora": {},
     "checkpointing": {"gradient_checkpointing": True},
     "ema": {"reference": ReferenceSettings("ema", decay=0.5)},
@@ -87,8 +89,9 @@ STRATEGIES = {
 def make_policy(variant: str, vocab_size: int) -> PreTrainedModel:
     """The same weights in every process."""
     torch.manual_seed(0)
-    kinds = (Qwen3Config, Qwen3ForCausalLM) if variant == "qwen3" else (Qwen2Config, Qwen2ForCausalLM)
-    policy = kinds[1](kinds[0](vocab_size=vocab_size, tie_word_embeddings=variant == "tied", **SIZES))
+    kind = variant if variant in ("qwen3", "llama", "mistral") else "qwen2"
+    config = AutoConfig.for_model(kind, vocab_size=vocab_size, tie_word_embeddings=variant == "tied", **SIZES)
+    policy = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
     if variant == "lora":
         policy = get_peft_model(policy, LoraConfig(r=4, target_modules=["q_proj", "o_proj", "down_proj"]))
         for name, parameter in policy.named_parameters():
