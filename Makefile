@@ -6,7 +6,7 @@ export TOKENIZERS_PARALLELISM ?= false
 # the demo's and the tests' tensors are tiny: a second thread costs more than it brings
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test test-all lint gpu gpu-test gpu-bench gpu-profile gpu-sanitize
+.PHONY: demo test test-all lint gpu gpu-test gpu-strategies gpu-bench gpu-profile gpu-sanitize
 demo: .venv/ready
 	$(BIN)/gvpo fit --config configs/arithmetic.yaml
 
@@ -23,6 +23,9 @@ gpu: gpu-test
 
 gpu-test:
 	$(SOURCE) 470 $(PYTHON) -m pytest tests/kernels -m gpu
+
+gpu-strategies:
+	$(SOURCE) 570 $(PYTHON) -m pytest tests/strategies tests/module -m gpu
 
 gpu-bench:
 	$(SOURCE) 470 $(PYTHON) -m benchmarks.loss --sweep tokens vocabulary groups head

@@ -5,6 +5,7 @@ here.
 """
 
 import json
+import os
 import random
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM
 from gvpo_lightning.batch import CompletionBatch
 from gvpo_lightning.policy import load_tokenizer
 from tests.forked import run_ranks
-from tests.strategies.train_script import STRATEGIES, main, make_policy
+from tests.strategies.train_script import STRATEGIES, gpu_strategies, main, make_policy
 
 SHARDED = ("fsdp1", "fsdp2", "tp", "fsdp2_tp")
 MORE_VARIANTS = ("qwen3", "llama", "mistral", "checkpointing", "ema", "other", "bf16")
@@ -45,7 +46,9 @@ def run(arithmetic, folder):
     def get(name: str, *variants: str) -> list[list[dict]]:
         missing = [variant for variant in variants if (name, variant) not in results]
         if missing:
-            run_ranks(folder, STRATEGIES[name]()[1], main, str(arithmetic / "model"), folder, name, missing)
+            on_gpus = os.environ.get("GVPO_TEST_ACCELERATOR") == "gpu"
+            strategies = gpu_strategies(min(2, torch.cuda.device_count())) if on_gpus else STRATEGIES
+            run_ranks(folder, strategies[name]()[1], main, str(arithmetic / "model"), folder, name, missing)
             for variant in missing:
                 files = sorted(folder.glob(f"{name} {variant} ?.pt"))
                 results[name, variant] = [torch.load(file, weights_only=True) for file in files]
@@ -151,6 +154,19 @@ def test_ranks_load_a_model_one_after_the_other_where_there_is_no_room_for_two(r
     assert largest_difference(ranks[0]["weights"], one["weights"]) <= 1e-5
     (first_start, _, first_end), (second_start, _, second_end) = (rank["loading"] for rank in ranks)
     assert first_start < first_end < second_start < second_end
+
+
+@pytest.mark.gpu
+def test_strategies_on_gpus_end_with_the_weights_of_one(run, monkeypatch):
+    """Over NCCL, with FSDP1 itself; also in bfloat16 with float32 weights, and resumed within a rollout."""
+    monkeypatch.setenv("GVPO_TEST_ACCELERATOR", "gpu")
+    names = gpu_strategies(min(2, torch.cuda.device_count()))
+    for name in names:
+        for variant, tolerance in (("full", 1e-4), ("lora", 1e-4), ("bf16", 5e-3)):
+            ((ours, *_),), ((one,),) = run(name, variant), run("single", variant)
+            assert largest_difference(ours["weights"], one["weights"]) <= tolerance, (name, variant)
+        ((resumed, *_),) = run(name, "sampled")
+        assert largest_difference(resumed["from 5"]["weights"], resumed["whole"]["weights"]) <= 1e-5, name
 
 
 @pytest.mark.parametrize("name", SHARDED)

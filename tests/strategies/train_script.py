@@ -3,6 +3,7 @@
 On recorded completions, the same for every strategy; as "sampled" on completions of its own, stopped and resumed.
 """
 
+import os
 import time
 from contextlib import nullcontext
 from datetime import timedelta
@@ -17,6 +18,7 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
+from torch.utils._pytree import tree_map
 from torch.utils.data import DataLoader
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
@@ -86,6 +88,17 @@ STRATEGIES = {
 }
 
 
+def gpu_strategies(num_gpus: int) -> dict[str, Any]:
+    """Those that so many GPUs, one or two, can run over NCCL."""
+    half = {"tp": lambda: (ModelParallelStrategy(1, 2, timeout=TIMEOUT), 2)} if num_gpus > 1 else {}
+    return half | {
+        "single": lambda: ("auto", 1),
+        "ddp": lambda: (DDPStrategy(timeout=TIMEOUT), num_gpus),
+        "fsdp1": lambda: (FSDPStrategy(state_dict_type="sharded", timeout=TIMEOUT), num_gpus),
+        "fsdp2": lambda: (ModelParallelStrategy(num_gpus, 1, timeout=TIMEOUT), num_gpus),
+    }
+
+
 def make_policy(variant: str, vocab_size: int) -> PreTrainedModel:
     """The same weights in every process."""
     torch.manual_seed(0)
@@ -150,7 +163,8 @@ def make_module(model: str, variant: str, **settings: Any) -> GVPOModule:
 
 
 def make_trainer(name: str, folder: Path, **settings: Any) -> L.Trainer:
-    strategy, devices = STRATEGIES[name]()
+    on_gpus = os.environ.get("GVPO_TEST_ACCELERATOR") == "gpu"
+    strategy, devices = (gpu_strategies(min(2, torch.cuda.device_count())) if on_gpus else STRATEGIES)[name]()
     arguments: dict[str, Any] = {
         "max_steps": 10,
         "accumulate_grad_batches": 2,
@@ -161,7 +175,9 @@ def make_trainer(name: str, folder: Path, **settings: Any) -> L.Trainer:
         "enable_model_summary": False,
         "default_root_dir": folder,
     }
-    return L.Trainer(accelerator="cpu", strategy=strategy, devices=devices, **(arguments | settings))
+    return L.Trainer(
+        accelerator="gpu" if on_gpus else "cpu", strategy=strategy, devices=devices, **(arguments | settings)
+    )
 
 
 ROWS = [{"prompt": f"{n}+{n % 7}="} for n in range(12)]
@@ -244,4 +260,5 @@ def main(model: str, folder: Path, name: str, variants: list[str]) -> None:
         else:
             result = train_recorded(model, folder, name, variant)
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
-        torch.save(result, folder / f"{name} {variant} {rank}.pt")
+        on_cpu = tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, result)
+        torch.save(on_cpu, folder / f"{name} {variant} {rank}.pt")
