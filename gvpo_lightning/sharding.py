@@ -124,7 +124,7 @@ def split_tensors(policy: Any, mesh: DeviceMesh) -> None:
     styles: dict[str, ParallelStyle] = {}
     for name, module in model.base_model.named_modules():
         kind = next((kind for pattern, kind in plan.items() if fnmatch.fnmatchcase(name, pattern)), None)
-        if kind is None:
+        if kind is None or isinstance(module, nn.Embedding):
             continue
         if kind not in ("colwise", "rowwise", "replicated_with_grad_allreduce"):
             raise ValueError(
