@@ -4,6 +4,7 @@ The ranks share the work completion by completion, and then tell each other what
 rollout, in host memory, so that an update may train any completion anywhere.
 """
 
+import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from gvpo_lightning.rollout.loader import Row
 from gvpo_lightning.rollout.sampling import Rollout, assemble_rollout, drop_by_settings, reward_groups, sample_groups
 from gvpo_lightning.seeding import derive_seed
 from gvpo_lightning.sharding import callable_outside_steps, gathered, reshard
+from gvpo_lightning.sources.offline import prompt_key
 
 if TYPE_CHECKING:
     from gvpo_lightning.module import GVPOModule
@@ -81,22 +83,33 @@ def reward_shares(module: "GVPOModule", rows: list[Row], fresh: Groups, recorded
         group, completion = flat[number]
         share[group].append(completion)
     error: Exception | None = None
-    if module.reward is not None:
+    if module.reward is not None and ranks.is_first_of_model:
         own = [[*new, *old] for new, old in zip(fresh, share, strict=True)]
         try:
             reward_groups(own, [row["prompt"] for row in rows], rows, module.reward)
         except Exception as raised:
             error = raised
-    parts = ranks.gather((fresh, share, None if error is None else str(error)))
+    told = (fresh, share, row_hash(rows), None if error is None else str(error))
+    parts = ranks.gather(ranks.agree(told))
     if error is not None:
         raise error
-    for rank, (_, _, message) in enumerate(parts):  # or this rank would wait for one that has ended
+    for rank, (_, _, of_rows, message) in enumerate(parts):  # or this rank would wait for one that has ended
         if message is not None:
             raise RuntimeError(f"The reward failed on rank {rank}: {message}")
+        if of_rows != row_hash(rows):
+            raise ValueError(
+                f"Rank {rank} was given other prompts than rank {ranks.rank}, but ranks share every rollout: give "
+                "RolloutLoader the same dataset in the same order on all of them, without a sampler that differs."
+            )
     return [
         [completion for kind in (0, 1) for part in parts for completion in part[kind][group]]
         for group in range(len(rows))
     ]
+
+
+def row_hash(rows: list[Row]) -> str:
+    """Changes with the prompts and their order."""
+    return hashlib.sha256("\0".join(prompt_key(row["prompt"]) for row in rows).encode()).hexdigest()
 
 
 def score_rollout(module: "GVPOModule", rollout: Rollout, groups: Groups) -> None:
@@ -108,7 +121,8 @@ def score_rollout(module: "GVPOModule", rollout: Rollout, groups: Groups) -> Non
     if len(rows):
         width = batch.prompt_ids.shape[1] + batch.completion_ids.shape[1]
         limits = module.rollout_settings.limits
-        size = limits.completions or (limits.tokens or 0) // width or module.generation.batch_size
+        by_tokens = max(1, limits.tokens // width) if limits.tokens else module.generation.batch_size
+        size = limits.completions or by_tokens
         mine = batch.select(rows[torch.tensor(ranks.share(len(rows)), dtype=torch.int64)])
         with (
             module.trainer.precision_plugin.forward_context(),

@@ -50,7 +50,9 @@ class UpdateMeter:
         entropy = torch.stack(self.entropies).sum() if self.entropies else self.log_ratios[0].new_zeros(())
         log_ratios = scatter(self.log_ratios, positions[: len(self.log_ratios)], length)
         rest = torch.stack([entropy.to(log_ratios), (~gradients_are_finite).to(log_ratios)])
-        values = ranks.sum(torch.cat([log_ratios, rest])).cpu()
+        values = ranks.sum(torch.cat([log_ratios, rest]))
+        ranks.sum_over_model(values[-1:])  # each of these ranks has other gradients, and all must skip together
+        values = values.cpu()
         known = float(values[length]) if self.entropies else None
         self.reset()
         return values[:length], known, float(values[length + 1]) == 0

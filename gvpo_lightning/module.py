@@ -179,6 +179,7 @@ class GVPOModule(SamplingModule):
     def configure_model(self) -> None:
         """Load the policy, take what the reference needs of it, and shard it if the strategy does not."""
         if self._is_configured:
+            self._check_configured_again()
             return
         if self._trainer is None:
             super().configure_model()
@@ -189,18 +190,25 @@ class GVPOModule(SamplingModule):
     def _load_and_shard(self) -> None:
         super().configure_model()
         self.sources.stops = stop_token_ids(self.policy, self.tokenizer)
-        fits = self.trainer.state.fn == "fit"
-        if fits:
+        strategy, fits = self.trainer.strategy, self.trainer.state.fn == "fit"
+        if fits or is_sharded(strategy):  # a fit may follow, and then the policy is not whole any more
             if isinstance(self.reference, CachedReference) and not self.reference.is_checked:
                 check_cache(self)
                 self.reference.is_checked = True
             self.reference.identify(self.policy)
         if self.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        shard_model(self.policy, self.trainer.strategy, self.trainer.precision)
-        self._is_configured = is_sharded(self.trainer.strategy)
-        if fits and not isinstance(self.trainer.strategy, FSDPStrategy):  # which has yet to shard it
-            self.reference.prepare(self.policy, self.trainer.strategy, self.trainer.precision)
+        shard_model(self.policy, strategy, self.trainer.precision)
+        self._is_configured = is_sharded(strategy)
+        if fits and not isinstance(strategy, FSDPStrategy):  # which has yet to shard it
+            self.reference.prepare(self.policy, strategy, self.trainer.precision)
+
+    def _check_configured_again(self) -> None:
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            raise ValueError(
+                "FSDPStrategy wraps a module once: for a second fit, validate, test or predict make a new GVPOModule, "
+                "or use FSDP2 (ModelParallelStrategy, configs/strategy/fsdp2.yaml)."
+            )
 
     def configure_optimizers(self) -> Any:
         """The optimizer over all trainable parameters, and the scheduler, stepped every update."""
@@ -215,8 +223,11 @@ class GVPOModule(SamplingModule):
 
     def on_fit_start(self) -> None:
         """Hold the fused loss against eager on a few tokens, where the training will run it."""
-        gradients = torch.set_grad_enabled(not is_sharded(self.trainer.strategy))  # which are elsewhere then
-        with self.trainer.precision_plugin.forward_context(), callable_outside_steps(self), gradients:
+        with (
+            self.trainer.precision_plugin.forward_context(),
+            callable_outside_steps(self),
+            torch.set_grad_enabled(not is_sharded(self.trainer.strategy)),  # gradients are elsewhere then
+        ):
             error = check_logprob_head(self.policy, self.loss_implementation)
             name = choose_implementation(self.loss_implementation, next(self.policy.parameters()))
         rank_zero_info(

@@ -9,7 +9,8 @@
 | `adapter_off`   | nothing                                | nothing                       | never                    |
 | `cached`        | nothing                                | the cache's fingerprint       | never                    |
 
-(1) and the values themselves where the policy was a model object, which can't be loaded again.
+(1) and the values themselves where the policy was a model object, which can't be loaded again. Another `model` is held
+whole beside the policy: in host memory while it is not asked, or under FSDP2 on the device, sharded.
 
 Copies hold the weights that are trained and no others, so with LoRA only the adapter's, sharded as the policy is,
 and lie in host memory: their values take the place of the policy's while it is asked as the reference. A reference

@@ -2,11 +2,12 @@
 
 import os
 from collections.abc import Iterable
+from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
-import torch
+from lightning.pytorch.strategies import FSDPStrategy
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_lightning.checks import check_prompts
@@ -52,6 +53,8 @@ class SamplingModule(L.LightningModule):
         self.generation = generation
         self.group_size = group_size
         self._sampled: Rollout | None = None  # for the batch at hand
+        self._evaluated: list[tuple[dict[str, float], int, int]] = []  # metrics, completions kept and all, by batch
+        self._gathering: ExitStack | None = None
 
     def _resolve_tokenizer(self, tokenizer: str | PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
         if tokenizer is None and not isinstance(self.policy_source, str):
@@ -104,57 +107,104 @@ class SamplingModule(L.LightningModule):
         """Completions and rewards for a batch of prompts; the same `purpose` draws the same samples."""
         rows = rows_of(batch)
         seed = derive_seed(self.seed, *purpose, self.data_ranks.rank)
-        # evaluation's inference tensors must not stay in what is gathered either: training would fail on them later
-        with torch.inference_mode(False), self.trainer.precision_plugin.forward_context(), gathered(self):
-            return sample_rollout(
+        ranks = self.data_ranks
+        with self.trainer.precision_plugin.forward_context(), self._gathered_for_batch():
+            rollout = sample_rollout(
                 self.policy,
                 self.tokenizer,
                 rows,
                 self.group_size,
                 generation or self.generation,
-                self.reward,
+                self.reward if ranks.is_first_of_model else None,
                 seed=seed,
             )
+        return ranks.agree(rollout)
 
-    def _evaluate(self, batch: Any, batch_idx: int, stage: str) -> None:
+    def _gathered_for_batch(self) -> Any:
+        return nullcontext() if self._gathering is not None else gathered(self)
+
+    def _gather_for_epoch(self) -> None:
+        """Once for all batches, of which ranks may have different numbers; FSDP1 must do it batch by batch."""
+        if not isinstance(self.trainer.strategy, FSDPStrategy):
+            self._gathering = ExitStack()
+            self._gathering.enter_context(gathered(self))
+
+    def _end_epoch(self) -> None:
+        if self._gathering is not None:
+            self._gathering.close()
+            self._gathering = None
+
+    def _evaluate(self, stage: str) -> None:
         if self.reward is None:
             raise ValueError(f"{stage} measures the reward of sampled completions: set model.reward, or leave it out.")
         rollout, self._sampled = self._sampled, None
         assert rollout is not None
-        metrics, num_kept = rollout_metrics(rollout.batch), int(rollout.batch.kept.sum())
+        self._evaluated.append((rollout_metrics(rollout.batch), int(rollout.batch.kept.sum()), len(rollout.batch)))
+
+    def _log_evaluation(self, stage: str) -> None:
+        """Over all batches and ranks; what nothing was kept for is not logged."""
+        batches = [batch for of_rank in self.data_ranks.gather(self._evaluated) for batch in of_rank]
+        self._evaluated = []
         for name, weight, reduction in EVALUATION_METRICS:
-            batch_size = num_kept if weight == "kept" else len(rollout.completions)
-            if batch_size:
-                self.log(
-                    f"{stage}/{name}",
-                    metrics[name],
-                    on_step=False,
-                    on_epoch=True,
-                    sync_dist=self.trainer.world_size > 1,
-                    batch_size=batch_size,
-                    reduce_fx=reduction,
-                )
+            weighted = [(metrics[name], kept if weight == "kept" else total) for metrics, kept, total in batches]
+            counted = [(value, count) for value, count in weighted if count]
+            if not counted:
+                continue
+            values, counts = zip(*counted, strict=True)
+            mean = sum(value * count for value, count in counted) / sum(counts)
+            self.log(f"{stage}/{name}", {"mean": mean, "min": min(values), "max": max(values)}[reduction])
 
     # FSDP1 can gather the policy here, but not within a step
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sample and reward `group_size` completions of each prompt."""
         self._sampled = self.sample(batch, "validation", batch_idx)
 
+    def on_validation_epoch_start(self) -> None:
+        """Gather the policy once."""
+        self._gather_for_epoch()
+
+    def on_validation_epoch_end(self) -> None:
+        """Log what was sampled."""
+        self._end_epoch()
+        self._log_evaluation("validation")
+
     def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """As validation, on the test prompts."""
         self._sampled = self.sample(batch, "test", batch_idx)
+
+    def on_test_epoch_start(self) -> None:
+        """Gather the policy once."""
+        self._gather_for_epoch()
+
+    def on_test_epoch_end(self) -> None:
+        """Log what was sampled."""
+        self._end_epoch()
+        self._log_evaluation("test")
 
     def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """As validation, on the prompts to predict for."""
         self._sampled = self.sample(batch, "predict", batch_idx)
 
+    def on_predict_epoch_start(self) -> None:
+        """Gather the policy once."""
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            raise ValueError(
+                "predict gives ranks different numbers of batches, for each of which FSDPStrategy would gather the "
+                "policy: use one device, DDP or FSDP2 (ModelParallelStrategy)."
+            )
+        self._gather_for_epoch()
+
+    def on_predict_epoch_end(self) -> None:
+        """Shard it again."""
+        self._end_epoch()
+
     def validation_step(self, batch: Any, batch_idx: int) -> None:
-        """Log what was sampled."""
-        self._evaluate(batch, batch_idx, "validation")
+        """Count what was sampled."""
+        self._evaluate("validation")
 
     def test_step(self, batch: Any, batch_idx: int) -> None:
         """As validation, on the test prompts."""
-        self._evaluate(batch, batch_idx, "test")
+        self._evaluate("test")
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
         """One dict a prompt in the offline format, with the prompt's other columns."""

@@ -42,8 +42,9 @@ HEADS_DIMENSION = 2  # of (batch, tokens, heads, head size), where transformers 
 def data_ranks(strategy: Strategy) -> DataRanks:
     """The ranks that have different data."""
     if isinstance(strategy, ModelParallelStrategy):
-        mesh = strategy.device_mesh["data_parallel"]
-        return DataRanks(mesh.get_local_rank(), mesh.size(), mesh.get_group())
+        data, model = (strategy.device_mesh[name] for name in ("data_parallel", "tensor_parallel"))
+        of_model = model.get_group() if model.size() > 1 else None
+        return DataRanks(data.get_local_rank(), data.size(), data.get_group(), of_model)
     if isinstance(strategy, ParallelStrategy):
         return DataRanks(strategy.global_rank, strategy.world_size)
     return DataRanks()
@@ -141,8 +142,22 @@ def split_tensors(policy: Any, mesh: DeviceMesh) -> None:
         styles[f"{name}.base_layer"] = style
         for adapter in getattr(module, factor):
             styles[f"{name}.{factor}.{adapter}"] = type(style)()
+    _check_split(model, styles)
     # every rank has the whole model: nothing has to be sent
     parallelize_module(model.base_model, mesh, styles | _shared_inputs(model.base_model, styles), src_data_rank=None)
+
+
+def _check_split(model: Any, styles: dict[str, ParallelStyle]) -> None:
+    """Raise ValueError where the plan splits nothing of this model, or what parameters of another kind act on."""
+    mend = f"Tensor parallelism of {type(model).__name__} is not supported: set tensor_parallel_size=1."
+    if not styles:
+        raise ValueError(f"transformers' plan fits none of the model's layers. {mend}")
+    parents = tuple({f"{name.rpartition('.')[0]}." for name, style in styles.items() if "lora_" not in name})
+    for name, module in model.base_model.named_modules():
+        known = isinstance(module, nn.Linear) or "Norm" in type(module).__name__ or name in styles
+        own = [key for key, _ in module.named_parameters(recurse=False)]
+        if own and not known and f"{name}.".startswith(parents) and "lora_" not in name:
+            raise ValueError(f"{name}.{own[0]} acts on what is split, but is whole on every rank. {mend}")
 
 
 def _shared_inputs(model: nn.Module, styles: dict[str, ParallelStyle]) -> dict[str, ParallelStyle]:
@@ -199,6 +214,12 @@ def available_host_memory() -> int:
 @contextmanager
 def gathered(module: L.LightningModule) -> Iterator[None]:
     """Inside, every rank holds the whole policy, and calls of it need no other rank."""
+    # evaluation's inference tensors must not stay in what is gathered: training would fail on them later
+    with torch.inference_mode(False), torch.no_grad():
+        yield from _gathered(module)
+
+
+def _gathered(module: L.LightningModule) -> Iterator[None]:
     strategy: Any = module.trainer.strategy
     if isinstance(strategy, FSDPStrategy):
         with FullyShardedDataParallel.summon_full_params(cast(nn.Module, strategy.model), writeback=False):
@@ -274,7 +295,7 @@ def full_state_dict(module: L.LightningModule) -> dict[str, Tensor] | None:
 
 
 def gather_like(part: Tensor, parameter: Tensor) -> Tensor | list[Tensor]:
-    """The whole of what `part` is this rank's part of, on the CPU; every rank must call this.
+    """The whole of what `part` is this rank's part of, on rank 0's CPU; every rank must call this.
 
     Of a parameter that FSDP1 has flattened, the list of the ranks' parts.
     """
@@ -282,11 +303,12 @@ def gather_like(part: Tensor, parameter: Tensor) -> Tensor | list[Tensor]:
         layout: dict[str, Any] = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
         on_device = part.to(parameter.device)
         whole = DTensor.from_local(on_device, parameter.device_mesh, parameter.placements, **layout)
-        return whole.full_tensor().cpu()
+        full = whole.full_tensor()
+        return full.cpu() if dist.get_rank() == 0 else torch.empty(0)
     if _is_flattened(parameter):
-        parts: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(parts, part)
-        return parts
+        parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(part, parts)
+        return parts or []
     return part
 
 

@@ -119,11 +119,16 @@ class PredictionWriter(BasePredictionWriter):
 
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start with an empty file."""
-        self._path(trainer).parent.mkdir(parents=True, exist_ok=True)
-        self._path(trainer).write_text("")
+        assert isinstance(pl_module, GVPOModule)
+        if pl_module.data_ranks.is_first_of_model:
+            self._path(trainer).parent.mkdir(parents=True, exist_ok=True)
+            self._path(trainer).write_text("")
 
     def write_on_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, prediction: Any, *args: Any) -> None:
         """Append one batch."""
+        assert isinstance(pl_module, GVPOModule)
+        if not pl_module.data_ranks.is_first_of_model:  # which has the same
+            return
         with self._path(trainer).open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction)
 

@@ -70,7 +70,7 @@ class OptimalityMeter(L.Callback):
 
     def _probabilities(self, module: GVPOModule, model: PreTrainedModel) -> Tensor:
         """Of the prompts of all ranks."""
-        with callable_outside_steps(module):
+        with module.trainer.precision_plugin.forward_context(), callable_outside_steps(module):
             own = answer_probabilities(
                 model,
                 module.tokenizer,

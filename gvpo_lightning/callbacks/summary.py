@@ -96,7 +96,9 @@ class RunSummary(L.Callback):
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Of a run that was resumed at its end, where nothing is trained: it may have been killed before it said so."""
-        if not self._is_written:
+        written = Path(trainer.default_root_dir) / "summary.json"
+        of_this_end = written.exists() and json.loads(written.read_text())["steps"] == trainer.global_step
+        if not self._is_written and not of_this_end:
             pl_module.to(trainer.strategy.root_device)  # from where the strategy's teardown has put it
             self.on_train_end(trainer, pl_module)
 

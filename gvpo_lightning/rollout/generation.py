@@ -111,6 +111,7 @@ def generate_completions(
                 **sampling_arguments(settings),
                 eos_token_id=list(stops),
                 pad_token_id=pad_token_id,
+                synced_gpus=False,  # a sharded model has been gathered, and other ranks may have other numbers
             )
             new_tokens = sequences[:, padded.prompt_ids.shape[1] :].tolist()
             completions += [cut_after_stop(ids, stops) for ids in new_tokens]

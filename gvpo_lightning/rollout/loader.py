@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
 from gvpo_lightning.seeding import derive_seed, seeded_permutation
 
@@ -48,6 +48,11 @@ class RolloutLoader:
             raise ValueError("The prompts must have a length: give RolloutLoader a map-style dataset.") from error
         if not num_prompts:
             raise ValueError("There are no prompts to train on: the dataset is empty.")
+        if isinstance(prompts, DataLoader) and isinstance(prompts.sampler, DistributedSampler):
+            raise ValueError(
+                "Ranks share every rollout completion by completion, so all of them need the same prompts: give the "
+                "DataLoader shuffle=True, or another sampler, in place of a DistributedSampler."
+            )
         self.num_prompts = num_prompts
         self._pass: tuple[int, list[Row]] | None = None  # the pass over a DataLoader that is being read
         dataset: Any = prompts.dataset if isinstance(prompts, DataLoader) else prompts

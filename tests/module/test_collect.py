@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gvpo_lightning.batch import Completion
-from gvpo_lightning.collect import reward_shares, sample_share
+from gvpo_lightning.collect import reward_shares, row_hash, sample_share
 from gvpo_lightning.distributed import DataRanks
 from gvpo_lightning.module import GVPOModule
 
@@ -96,7 +96,14 @@ def test_a_reward_that_fails_on_one_rank_stops_all(as_rank):
     fresh = [[completion("1")], [], []]
     nothing = [[], [], []]
     with pytest.raises(RuntimeError, match="raised ConnectionError: no server"):
-        reward_shares(as_rank(0, 2, {1: (nothing, nothing, None)}, reward=reward), ROWS, fresh, nothing)
-    failed = {1: (nothing, nothing, "no server")}
+        reward_shares(as_rank(0, 2, {1: (nothing, nothing, row_hash(ROWS), None)}, reward=reward), ROWS, fresh, nothing)
+    failed = {1: (nothing, nothing, row_hash(ROWS), "no server")}
     with pytest.raises(RuntimeError, match="The reward failed on rank 1: no server"):
         reward_shares(as_rank(0, 2, failed), ROWS, fresh, nothing)
+
+
+def test_ranks_with_other_prompts_are_told_so(as_rank):
+    nothing = [[], [], []]
+    other = {1: (nothing, nothing, row_hash(ROWS[::-1]), None)}
+    with pytest.raises(ValueError, match="Rank 1 was given other prompts than rank 0"):
+        reward_shares(as_rank(0, 2, other), ROWS, nothing, nothing)

@@ -253,6 +253,7 @@ LONG = "1" * 61  # and 4 new tokens, in a context of 64
         (iter(rows(3)), "must have a length"),
         (DataLoader(Endless()), "must have a length"),
         (DataLoader(rows(3), batch_size=None), "give it a batch_size"),
+        (DataLoader(rows(3), sampler=DistributedSampler(rows(3), 2, 0)), "in place of a DistributedSampler"),
         ([*rows(2), {"number": 2, "half": 1.0}], r"Row 2 has no 'prompt': its columns are \['half', 'number'\]"),
         ([*rows(2), {"prompt": "1+1="}], r"Row 2 has the columns \['prompt'\], but row 0 has"),
         (["1+1="], "Row 0 of the prompts must be a dict with a 'prompt', got str"),

@@ -139,6 +139,23 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(run, name):
         assert resumed["prompts"] == result["whole"]["prompts"]
 
 
+@pytest.mark.parametrize("name", ["ddp", "fsdp2", "tp", "fsdp2_tp"])
+def test_ranks_stay_of_one_mind(run, name):
+    """Rewards that are never the same twice, validation without rewards, uneven batches, a gradient broken on one."""
+    (ranks,) = run(name, "others")
+    first = ranks[0]
+    for rank in ranks:
+        assert rank["validated"] == first["validated"]
+        assert all(torch.equal(ours, theirs) for ours, theirs in zip(rank["own"], first["own"], strict=True))
+        assert rank["has_identity"]
+        assert rank["skipped"] == 3
+    has_rewards = any(key.startswith("validation/reward") for key in first["validated"])
+    assert has_rewards == (name in ("ddp", "fsdp2", "fsdp2_tp"))  # tp: rank 0 is the only one that asks
+    assert first["validated"]["validation/completion/truncated_fraction"] <= 1
+    prompts = {prompt for rank in ranks for prompt in rank["prompts"]}
+    assert prompts == {f"{n}+{n % 7}=" for n in range(5)}
+
+
 # a distributed checkpoint is read by as many ranks as there are
 @pytest.mark.parametrize(("name", "other"), [("single", "ddp"), ("tp", "fsdp2")])
 def test_another_number_of_ranks_goes_on_between_rollouts_and_is_refused_within_one(run, name, other):

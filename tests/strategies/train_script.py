@@ -4,6 +4,7 @@ On recorded completions, the same for every strategy; as "sampled" on completion
 """
 
 import os
+import random
 import time
 from contextlib import nullcontext
 from datetime import timedelta
@@ -13,6 +14,7 @@ from typing import Any
 import lightning as L
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.loops import utilities
 from lightning.pytorch.strategies import DDPStrategy, FSDPStrategy, ModelParallelStrategy
 from peft import LoraConfig, get_peft_model
 from torch import Tensor
@@ -34,7 +36,7 @@ from gvpo_lightning import (
     sharding,
 )
 from gvpo_lightning.policy import load_tokenizer
-from gvpo_lightning.sharding import full_state_dict
+from gvpo_lightning.sharding import full_state_dict, local_tensor
 
 TIMEOUT = timedelta(seconds=120)
 SIZES: dict[str, Any] = {
@@ -229,6 +231,53 @@ def train_sampled(model: str, name: str, path: Path | None = None, **trainer_arg
     return {"weights": whole_weights(module), "validation": reward_mean, "prompts": module.rollout.prompts}
 
 
+def try_others(model: str, name: str) -> dict[str, Any]:
+    """What else a module does: it validates, fits and predicts for an uneven number of prompts, all in one module.
+
+    The reward is another one whenever it is asked, as a judge's is, and gives rank 0 none in validation.
+    """
+    asked = random.Random(os.environ.get("LOCAL_RANK"))
+
+    def judge(prompts, completions, **columns):
+        return [None if module.trainer.validating and module.global_rank == 0 else asked.random() for _ in completions]
+
+    module = make_module(
+        model,
+        "sampled",
+        reward=judge,
+        rollout=RolloutSettings(group_size=5, prompts_per_rollout=7, prompts_per_update=3, micro_batch_size=5),
+        optimizer=lambda parameters: torch.optim.AdamW(parameters, lr=3e-3),
+    )
+    utilities._distributed_is_initialized = lambda: False  # with gloo Lightning would not use inference mode
+    five = DataLoader(ROWS[:5], batch_size=2, collate_fn=list)
+    trainer = make_trainer(name, Path.cwd(), max_steps=4, accumulate_grad_batches=3)
+    (validated,) = trainer.validate(module, five, verbose=False)
+    trainer.fit(module, RolloutLoader(ROWS, module))
+    whole = whole_weights(module)
+    local = [local_tensor(p.detach()).clone() for p in module.policy.parameters() if not isinstance(p, DTensor)]
+    predicted = trainer.predict(module, five)
+    prompts = [row["prompt"] for batch in predicted for row in batch]
+    has_identity = module.reference.fingerprint is not None
+
+    class Breaks(L.Callback):
+        """A gradient that is not finite, on the last rank alone."""
+
+        def on_before_optimizer_step(self, trainer, module, optimizer):
+            if trainer.global_rank == trainer.world_size - 1:
+                local_tensor(next(p.grad for p in module.parameters() if p.grad is not None)).fill_(torch.nan)
+
+    trainer = make_trainer(name, Path.cwd(), max_steps=3, accumulate_grad_batches=3, callbacks=[Breaks()])
+    trainer.fit(module, RolloutLoader(ROWS, module))
+    return {
+        "validated": validated,
+        "weights": whole,
+        "own": local,
+        "prompts": prompts,
+        "has_identity": has_identity,
+        "skipped": module.skipped_updates,
+    }
+
+
 def train_and_resume(model: str, folder: Path, name: str) -> dict[str, Any]:
     """A whole run that saves after each update; the same from the third, fifth and sixth update on."""
     saver = ModelCheckpoint(folder / f"sampled-{name}", filename="{step}", every_n_train_steps=1, save_top_k=-1)
@@ -255,6 +304,8 @@ def main(model: str, folder: Path, name: str, variants: list[str]) -> None:
         L.seed_everything(0, verbose=False)
         if variant == "sampled":
             result = train_and_resume(model, folder, name)
+        elif variant == "others":
+            result = try_others(model, name)
         elif variant.startswith("from:"):
             result = resume_from(model, folder, name, variant.removeprefix("from:"))
         else:
