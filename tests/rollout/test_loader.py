@@ -4,7 +4,7 @@ import lightning as L
 import pytest
 import torch
 from datasets import Dataset
-from torch.utils.data import BatchSampler, DataLoader, IterableDataset, Sampler
+from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, Sampler
 
 from gvpo_lightning.distributed import DataRanks
 from gvpo_lightning.module import GVPOModule
