@@ -152,6 +152,11 @@ def test_ranks_stay_of_one_mind(run, name):
     has_rewards = any(key.startswith("validation/reward") for key in first["validated"])
     assert has_rewards == (name in ("ddp", "fsdp2", "fsdp2_tp"))  # tp: rank 0 is the only one that asks
     assert first["validated"]["validation/completion/truncated_fraction"] <= 1
+    if name.startswith("fsdp2"):  # a rollout gathers each of the units, two layers and the root, once, and shards it
+        assert first["gathers"]
+        assert {count for count, _ in first["gathers"]} == {3}
+    if name == "fsdp2":
+        assert all(is_sharded for _, is_sharded in first["gathers"])
     prompts = {prompt for rank in ranks for prompt in rank["prompts"]}
     assert prompts == {f"{n}+{n % 7}=" for n in range(5)}
 

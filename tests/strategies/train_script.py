@@ -33,6 +33,7 @@ from gvpo_lightning import (
     RolloutLoader,
     RolloutSettings,
     SourceSettings,
+    collect,
     sharding,
 )
 from gvpo_lightning.policy import load_tokenizer
@@ -182,6 +183,7 @@ def make_trainer(name: str, folder: Path, **settings: Any) -> L.Trainer:
     )
 
 
+GATHERS = ("all_gather_into_tensor", "all_gather_single")  # what FSDP2 calls, in one version of torch or another
 ROWS = [{"prompt": f"{n}+{n % 7}="} for n in range(12)]
 
 
@@ -250,6 +252,20 @@ def try_others(model: str, name: str) -> dict[str, Any]:
     )
     utilities._distributed_is_initialized = lambda: False  # with gloo Lightning would not use inference mode
     five = DataLoader(ROWS[:5], batch_size=2, collate_fn=list)
+    gathers: list[tuple[int, bool]] = []
+    sample_share = collect.sample_share
+
+    def count_gathers(*arguments):
+        calls, before = [], {n: getattr(torch.distributed, n) for n in GATHERS if hasattr(torch.distributed, n)}
+        for key, gather in before.items():
+            setattr(torch.distributed, key, lambda *a, gather=gather, **k: calls.append(1) or gather(*a, **k))
+        groups = sample_share(*arguments)
+        for key, gather in before.items():
+            setattr(torch.distributed, key, gather)
+        gathers.append((len(calls), all(isinstance(p, DTensor) for p in module.policy.parameters())))
+        return groups
+
+    collect.sample_share = count_gathers
     trainer = make_trainer(name, Path.cwd(), max_steps=4, accumulate_grad_batches=3)
     (validated,) = trainer.validate(module, five, verbose=False)
     trainer.fit(module, RolloutLoader(ROWS, module))
@@ -275,6 +291,7 @@ def try_others(model: str, name: str) -> dict[str, Any]:
         "prompts": prompts,
         "has_identity": has_identity,
         "skipped": module.skipped_updates,
+        "gathers": gathers,
     }
 
 
