@@ -335,12 +335,11 @@ class GVPOModule(SamplingModule):
             temperature=self.temperature,
             implementation=self.loss_implementation,
         )
-        positions = update.positions
-        whole = rollout.micro_batch(update.rows, self.trainer.strategy.root_device)
+        positions, rows, device = update.positions, list(update.rows), self.trainer.strategy.root_device
         coefficients = sequence_coefficients(
-            self.data_ranks.sum(scatter(log_ratios, positions, len(update.rows))),
-            whole.rewards,
-            whole.group_ids,
+            self.data_ranks.sum(scatter(log_ratios, positions, len(rows))),
+            rollout.batch.rewards[rows].to(device),
+            rollout.batch.group_ids[rows].to(device),
             self.beta,
             num_groups=max(update.num_groups, 1),
             max_log_ratio=self.max_log_ratio,
