@@ -6,6 +6,7 @@ folder of `ModelParallelStrategy(save_distributed_checkpoint=True)`; that of `FS
 
 import pickle
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -25,7 +26,7 @@ def policy_name(key: str) -> str | None:
     return ".".join(rest) if first == "policy" and rest else None
 
 
-class SavedWeights:
+class SavedWeights(ABC):
     """Tensors that lie in a checkpoint.
 
     Attributes:
@@ -36,9 +37,9 @@ class SavedWeights:
     path: Path
     tensors: dict[str, Tensor]
 
+    @abstractmethod
     def load(self, names: Iterable[str], dtype: torch.dtype | None = None) -> dict[str, Tensor]:
         """Some of the tensors on the CPU; the floating-point ones in `dtype`, by default as they were saved."""
-        raise NotImplementedError
 
 
 class FileWeights(SavedWeights):

@@ -15,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.train_step_paths import make_batch
 from gvpo_lightning.policy import completion_logprobs, completion_loss, prepare_policy
-from gvpo_lightning.sharding import root_stays_gathered, split_parameters, split_tensors
+from gvpo_lightning.sharding import root_stays_gathered, split_parameters
+from gvpo_lightning.tensor_parallel import split_tensors
 
 RANKS = 2
 payload: dict[str, int] = {}  # bytes of whole tensors by kind of collective
