@@ -128,7 +128,6 @@ class Recorder(L.Callback):
         self.seen = {"weights": whole_weights(module), "gradients": whole_gradients(module)}
         self.seen["rollout"] = module.rollout.state_dict()
         self.seen["rows"] = module.updates[trainer.global_step % len(module.updates)].rows
-        self.seen["micro_batches"] = module.updates[trainer.global_step % len(module.updates)].micro_batches
 
 
 def whole_weights(module: GVPOModule) -> dict[str, Tensor]:
