@@ -9,6 +9,7 @@ import functools
 import inspect
 import itertools
 import operator
+import os
 import sys
 import typing
 from collections.abc import Mapping
@@ -201,6 +202,8 @@ def main(args: ArgsType = None) -> None:
     be written with one line and status 1, SIGTERM with status 143 (`callbacks.Preemption`).
     """
     prefer_integers()
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a reward in a file beside the config; installed packages go first
     try:
         GVPOCLI(
             GVPOModule,

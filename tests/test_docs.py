@@ -9,6 +9,7 @@ shipped configs must exist.
 import functools
 import re
 import shlex
+import sys
 from pathlib import Path
 
 import pytest
@@ -23,10 +24,13 @@ BASE = ["--config", "configs/gsm8k_tiny.yaml", "--config", "configs/gsm8k_folder
 
 
 @pytest.fixture
-def workplace(root, tmp_path):
-    """The current folder, with the shipped configs in it."""
+def workplace(root, tmp_path, monkeypatch):
+    """The current folder, with the shipped configs in it; what is imported from there is forgotten."""
     (tmp_path / "configs").symlink_to(root / "configs")
-    return tmp_path
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    for name in [path.stem for path in tmp_path.glob("*.py")]:
+        sys.modules.pop(name, None)
 
 
 def build_without_fitting(arguments, monkeypatch):
