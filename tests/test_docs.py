@@ -1,12 +1,13 @@
 """The pages' code: Python runs as it stands, configs are instantiated, commands are run or their options exist.
 
-In docs/*.md a block of ```python is run, those of one page after another with the same names; one of ```yaml is laid
-over the GSM8K config and everything in it is built, and is written to the file that its first line names (`# run.yaml`);
-of one of ```bash the lines that call `gvpo` are run. Of indented commands, which have placeholders, the options and the
-shipped configs must exist.
+In docs/*.md a block of ```python is run, those of one page after another with the same names; one of ```yaml is written
+to the file that its first line names (`# run.yaml`), laid over the GSM8K config, and everything in it is built; of one
+of ```bash the lines that call `gvpo` are run. Of indented commands, which have placeholders, the options and the shipped
+configs must exist.
 """
 
 import functools
+import json
 import re
 import shlex
 import sys
@@ -83,3 +84,11 @@ def test_commands_of_a_page_exist(page, root, capsys):
                 assert option in known, f"gvpo {words[0]} has no --{option}: {command}"
             if word.startswith("configs/"):
                 assert (root / word).exists(), command
+
+
+def test_memory_page_quotes_the_measured_steps(root):
+    rows = json.loads((root / "benchmarks" / "results" / "train_step_cpu.json").read_text())["rows"]
+    quoted = re.findall(r"^\| [^|]+ \| ([\d.]+) \| ([\d,]+) \|$", (DOCS / "memory.md").read_text(), flags=re.MULTILINE)
+    tiny = [row for row in rows if row["model"] == "tiny"]
+    expected = {(f"{row['peak_bytes'] / 1e9:.2f}", f"{row['tokens_per_second']:,.0f}") for row in tiny}
+    assert set(quoted) == expected
