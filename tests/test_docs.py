@@ -1,9 +1,9 @@
 """The pages' code: Python runs as it stands, configs are instantiated, commands are run or their options exist.
 
-In docs/*.md a block of ```python is run, those of one page after another with the same names; one of ```yaml is written
-to the file that its first line names (`# run.yaml`), laid over the GSM8K config, and everything in it is built; of one
-of ```bash the lines that call `gvpo` are run. Of indented commands, which have placeholders, the options and the shipped
-configs must exist.
+In docs/*.md a block of ```python is run, those of one page after another with the same names; one of ```yaml is
+written to the file that its first line names (`# run.yaml`), laid over the GSM8K config, and everything in it is built;
+of one of ```bash the lines that call `gvpo` are run. Of indented commands, which have placeholders, the options and the
+shipped configs must exist.
 """
 
 import functools
