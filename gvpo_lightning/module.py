@@ -87,7 +87,7 @@ class GVPOModule(SamplingModule):
     def __init__(
         self,
         policy: str | PreTrainedModel,
-        reward: Reward | list[Reward] | None = None,
+        reward: list[Reward] | Reward | None = None,  # in this order jsonargparse can write a list down
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         reference: ReferenceKind | ReferenceSettings = "frozen",
         sources: SourceSettings = SourceSettings(),

@@ -43,7 +43,7 @@ class SamplingModule(L.LightningModule):
     def __init__(
         self,
         policy: str | PreTrainedModel,
-        reward: Reward | list[Reward] | None,
+        reward: list[Reward] | Reward | None,
         reward_settings: RewardSettings,
         tokenizer: str | PreTrainedTokenizerBase | None,
         generation: GenerationSettings,

@@ -135,10 +135,15 @@ class Rollout:
             for name, values in self.components.items()
         }
 
+    def component_columns(self) -> dict[str, list[float | None]]:
+        """`reward/<name>` of several rewards, one entry a row; nothing of a single one, which is `rewards` itself."""
+        components = self.components if len(self.components) > 1 else {}
+        return {f"{COMPONENT}{name}": _nan_as_none(values) for name, values in components.items()}
+
     def rows(self) -> list[dict[str, Any]]:
         """One dict a group, in the offline format; rewards are None where there is none."""
         batch = self.batch
-        rewards = [None if reward != reward else reward for reward in batch.rewards.tolist()]
+        rewards = _nan_as_none(batch.rewards.tolist())
         ids = [row[:n] for row, n in zip(batch.completion_ids.tolist(), self.lengths, strict=True)]
         columns: dict[str, list[Any]] = {
             "completions": self.completions,
@@ -147,8 +152,7 @@ class Rollout:
             "truncated": batch.truncated.tolist(),
             "sources": self.sources,
         }
-        for name, values in self.components.items():
-            columns[f"{COMPONENT}{name}"] = [None if value != value else value for value in values]
+        columns |= self.component_columns()
         groups = batch.group_ids.tolist()
         return [
             {"prompt": prompt}
@@ -169,6 +173,10 @@ class Rollout:
     def from_state_dict(cls, state: dict[str, Any]) -> "Rollout":
         """What `state_dict` gave."""
         return cls(**{**state, "batch": CompletionBatch(**state["batch"])})
+
+
+def _nan_as_none(values: Sequence[float]) -> list[float | None]:
+    return [None if value != value else value for value in values]
 
 
 def sample_groups(

@@ -57,3 +57,10 @@ def modules(prompts, completions, **columns):
 def batch_size(prompts, completions, **columns):
     """How many completions it is asked for at once."""
     return [float(len(completions))] * len(completions)
+
+
+def hangs_where_told(prompts, completions, **columns):
+    """The environment says on which text."""
+    while completions[0] == os.environ["HANGS"]:
+        pass
+    return [float(len(completions[0]))]
