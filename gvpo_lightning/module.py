@@ -24,7 +24,6 @@ from gvpo_kernels.inputs import choose_implementation
 from gvpo_lightning.checkpoint import gvpo_state, load_gvpo_state, load_position
 from gvpo_lightning.checks import check_trainer, check_training_batches
 from gvpo_lightning.collect import collect_rollout
-from gvpo_lightning.guards import Guard
 from gvpo_lightning.meters import UpdateMeter, measure_update
 from gvpo_lightning.offending import save_update_of
 from gvpo_lightning.plan import Update, plan_updates
@@ -32,6 +31,7 @@ from gvpo_lightning.policy import check_logprob_head, completion_loss, stop_toke
 from gvpo_lightning.reference import CachedReference, ReferenceKind, ReferenceSettings, make_reference
 from gvpo_lightning.reference_cache import check_cache
 from gvpo_lightning.rewards import Reward
+from gvpo_lightning.rewards.settings import RewardSettings
 from gvpo_lightning.rollout.generation import GenerationSettings
 from gvpo_lightning.rollout.loader import Row
 from gvpo_lightning.rollout.sampling import Rollout, RolloutSettings
@@ -56,8 +56,9 @@ class GVPOModule(SamplingModule):
 
     Args:
         policy: the causal LM to train: a hub id, a folder, or a transformers model that you built.
-        reward: a callable `(prompts, completions, **columns) -> list of float or None`; None where every
-            completion brings its own and nothing is validated.
+        reward: a callable `(prompts, completions, **columns) -> list of float or None`, or a list of such
+            (docs/rewards.md); None where every completion brings its own and nothing is validated.
+        reward_settings: weights, worker processes, time limit, how many may fail.
         tokenizer: a hub id, a folder or a tokenizer; default: the policy's own (needed for a model object).
         reference: a kind, such as "frozen" (the policy as its folder or hub id holds it; of a model object, as
             training finds it) or "previous" (the policy at the start of each rollout, which needs several updates
@@ -86,7 +87,7 @@ class GVPOModule(SamplingModule):
     def __init__(
         self,
         policy: str | PreTrainedModel,
-        reward: Reward | None = None,
+        reward: list[Reward] | Reward | None = None,  # in this order jsonargparse can write a list down
         tokenizer: str | PreTrainedTokenizerBase | None = None,
         reference: ReferenceKind | ReferenceSettings = "frozen",
         sources: SourceSettings = SourceSettings(),
@@ -100,8 +101,9 @@ class GVPOModule(SamplingModule):
         max_log_ratio: float = 1e4,
         gradient_checkpointing: bool = False,
         loss_implementation: Literal["auto", "triton", "torch", "reference"] = "auto",
+        reward_settings: RewardSettings = RewardSettings(),
     ) -> None:
-        super().__init__(policy, reward, tokenizer, generation, rollout.group_size)
+        super().__init__(policy, reward, reward_settings, tokenizer, generation, rollout.group_size)
         if not isinstance(reference, ReferenceSettings):
             reference = ReferenceSettings(reference)
         for name, value in (("beta", beta), ("temperature", temperature), ("max_log_ratio", max_log_ratio)):
@@ -137,7 +139,6 @@ class GVPOModule(SamplingModule):
         self.num_completion_tokens = 0
         self.phase = "train"  # or what `timed` is timing
         self._meter = UpdateMeter()
-        self.guard = Guard()
         self._coefficients: list[Tensor] | None = None  # of a cut update's micro-batches
         self._entropies: list[Tensor] = []
         self._token_logprobs: list[Tensor] = []  # of the update's micro-batches so far
@@ -160,6 +161,7 @@ class GVPOModule(SamplingModule):
 
     def setup(self, stage: str) -> None:
         """Check what can be checked without the model."""
+        super().setup(stage)
         if stage == "fit":
             check_trainer(
                 self.trainer,
@@ -222,7 +224,9 @@ class GVPOModule(SamplingModule):
         }
 
     def on_fit_start(self) -> None:
-        """Hold the fused loss against eager on a few tokens, where the training will run it."""
+        """Hold the fused loss against eager on a few tokens, where the training will run it; wait for the rewards."""
+        if self.rewards is not None:
+            self.rewards.wait_until_loaded()
         with (
             self.trainer.precision_plugin.forward_context(),
             callable_outside_steps(self),

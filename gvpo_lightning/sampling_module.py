@@ -7,14 +7,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import lightning as L
+import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_lightning.checks import check_prompts
 from gvpo_lightning.distributed import DataRanks
 from gvpo_lightning.export import sample_at_a_temperature
+from gvpo_lightning.guards import Guard
 from gvpo_lightning.policy import load_policy, load_tokenizer, prepare_policy, stop_token_ids
-from gvpo_lightning.rewards import Reward, reward_columns
+from gvpo_lightning.rewards import Reward, RewardSettings, reward_columns
+from gvpo_lightning.rewards.running import FailureTally, Rewards
 from gvpo_lightning.rollout.generation import GenerationSettings
 from gvpo_lightning.rollout.loader import Row, rows_of
 from gvpo_lightning.rollout.sampling import Rollout, rollout_metrics, sample_rollout
@@ -40,7 +43,8 @@ class SamplingModule(L.LightningModule):
     def __init__(
         self,
         policy: str | PreTrainedModel,
-        reward: Reward | None,
+        reward: list[Reward] | Reward | None,
+        reward_settings: RewardSettings,
         tokenizer: str | PreTrainedTokenizerBase | None,
         generation: GenerationSettings,
         group_size: int,
@@ -48,11 +52,14 @@ class SamplingModule(L.LightningModule):
         super().__init__()
         self.policy_source = policy
         self.policy = None if isinstance(policy, str) else policy
-        self.reward = reward
+        self.rewards = None if reward is None else Rewards(reward, reward_settings)
         self.tokenizer = self._resolve_tokenizer(tokenizer)
         self.generation = generation
         self.group_size = group_size
         self._sampled: Rollout | None = None  # for the batch at hand
+        self._failures = FailureTally()  # since the evaluation began
+        self._components: dict[str, list[float]] = {}  # of each reward, what it has given since then
+        self.guard = Guard()
         self._evaluated: list[tuple[dict[str, float], int, int]] = []  # metrics, completions kept and all, by batch
         self._gathering: ExitStack | None = None
 
@@ -71,6 +78,19 @@ class SamplingModule(L.LightningModule):
     def seed(self) -> int:
         """The run's seed, as set by `lightning.seed_everything`."""
         return int(os.environ.get("PL_GLOBAL_SEED", 0))
+
+    def setup(self, stage: str) -> None:
+        """Start the processes that rewards run in, while the model is loaded."""
+        if self.rewards is not None:
+            self.rewards.ranks_here = self.trainer.num_devices
+            self.rewards.shows_progress = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
+            self.rewards.to(self.trainer.strategy.root_device)
+            self.rewards.start()
+
+    def teardown(self, stage: str) -> None:
+        """End them."""
+        if self.rewards is not None:
+            self.rewards.close()
 
     def configure_model(self) -> None:
         """Load the policy and check that its completions can end."""
@@ -99,7 +119,7 @@ class SamplingModule(L.LightningModule):
             rows,
             tokenizer=self.tokenizer,
             config=self.model_config(),
-            reward=self.reward,
+            rewards=self.rewards,
             max_new_tokens=self.generation.max_new_tokens if sampled else 1,
         )
 
@@ -115,33 +135,47 @@ class SamplingModule(L.LightningModule):
                 rows,
                 self.group_size,
                 generation or self.generation,
-                self.reward if ranks.is_first_of_model else None,
+                self.rewards if ranks.is_first_of_model else None,
                 seed=seed,
             )
-        return ranks.agree(rollout)
+        rollout = ranks.agree(rollout)
+        self._failures += rollout.failures
+        return rollout
+
+    def report_failures(self, failures: FailureTally) -> None:
+        """RewardError where rewards have failed too often, else a warning; over all ranks, which must all call this."""
+        if self.rewards is not None:
+            failures.check(self.rewards.settings.max_failed_fraction)
+        for name, description in failures.descriptions():
+            self.guard.say(f"reward {name}", description)
 
     def _gathered_for_batch(self) -> Any:
         return nullcontext() if self._gathering is not None else gathered(self)
 
-    def _gather_for_epoch(self) -> None:
-        """Once for all batches, of which ranks may have different numbers; FSDP1 must do it batch by batch."""
+    def _start_epoch(self) -> None:
+        """Gather the policy once for all batches, of which ranks may have other numbers; FSDP1 must do it in each."""
+        self._failures, self._components = FailureTally(), {}
         if not isinstance(self.trainer.strategy, FSDPStrategy):
             self._gathering = ExitStack()
             self._gathering.enter_context(gathered(self))
 
-    def _end_epoch(self) -> None:
+    def _end_epoch(self) -> FailureTally:
+        """Shard the policy again; returns how often rewards have failed, over all ranks."""
         if self._gathering is not None:
             self._gathering.close()
             self._gathering = None
+        return sum(self.data_ranks.gather(self._failures), FailureTally())
 
     def _evaluate(self, stage: str) -> None:
-        if self.reward is None:
+        if self.rewards is None:
             raise ValueError(f"{stage} measures the reward of sampled completions: set model.reward, or leave it out.")
         rollout, self._sampled = self._sampled, None
         assert rollout is not None
+        for name, values in rollout.kept_components().items():
+            self._components.setdefault(name, []).extend(values)
         self._evaluated.append((rollout_metrics(rollout.batch), int(rollout.batch.kept.sum()), len(rollout.batch)))
 
-    def _log_evaluation(self, stage: str) -> None:
+    def _log_evaluation(self, stage: str, failures: FailureTally) -> None:
         """Over all batches and ranks; what nothing was kept for is not logged."""
         batches = [batch for of_rank in self.data_ranks.gather(self._evaluated) for batch in of_rank]
         self._evaluated = []
@@ -153,6 +187,19 @@ class SamplingModule(L.LightningModule):
             values, counts = zip(*counted, strict=True)
             mean = sum(value * count for value, count in counted) / sum(counts)
             self.log(f"{stage}/{name}", {"mean": mean, "min": min(values), "max": max(values)}[reduction])
+        self._log_components(stage, failures)
+        self.report_failures(failures)
+
+    def _log_components(self, stage: str, failures: FailureTally) -> None:
+        """Each reward's own; of one that has applied to nothing only how often it has failed."""
+        parts = self.data_ranks.gather(self._components)
+        assert self.rewards is not None
+        for name in self.rewards.functions:
+            values = torch.tensor([value for part in parts for value in part.get(name, ())])
+            if len(values):
+                self.log(f"{stage}/reward/{name}/mean", float(values.mean()))
+                self.log(f"{stage}/reward/{name}/std", float(values.std(correction=0)))
+            self.log(f"{stage}/reward/{name}/failed_fraction", failures.fraction(name))
 
     # FSDP1 can gather the policy here, but not within a step
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -161,12 +208,11 @@ class SamplingModule(L.LightningModule):
 
     def on_validation_epoch_start(self) -> None:
         """Gather the policy once."""
-        self._gather_for_epoch()
+        self._start_epoch()
 
     def on_validation_epoch_end(self) -> None:
         """Log what was sampled."""
-        self._end_epoch()
-        self._log_evaluation("validation")
+        self._log_evaluation("validation", self._end_epoch())
 
     def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """As validation, on the test prompts."""
@@ -174,12 +220,11 @@ class SamplingModule(L.LightningModule):
 
     def on_test_epoch_start(self) -> None:
         """Gather the policy once."""
-        self._gather_for_epoch()
+        self._start_epoch()
 
     def on_test_epoch_end(self) -> None:
         """Log what was sampled."""
-        self._end_epoch()
-        self._log_evaluation("test")
+        self._log_evaluation("test", self._end_epoch())
 
     def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """As validation, on the prompts to predict for."""
@@ -192,11 +237,11 @@ class SamplingModule(L.LightningModule):
                 "predict gives ranks different numbers of batches, for each of which FSDPStrategy would gather the "
                 "policy: use one device, DDP or FSDP2 (ModelParallelStrategy)."
             )
-        self._gather_for_epoch()
+        self._start_epoch()
 
     def on_predict_epoch_end(self) -> None:
         """Shard it again."""
-        self._end_epoch()
+        self.report_failures(self._end_epoch())
 
     def validation_step(self, batch: Any, batch_idx: int) -> None:
         """Count what was sampled."""
@@ -211,7 +256,7 @@ class SamplingModule(L.LightningModule):
         rows = rows_of(batch)
         assert self._sampled is not None
         sampled, self._sampled = self._sampled.rows(), None
-        if self.reward is None:
+        if self.rewards is None:
             for row in sampled:
                 del row["rewards"]  # not asked for, rather than none given
         return [

@@ -112,7 +112,7 @@ class RunSummary(L.Callback):
 def mean_validation_reward(trainer: L.Trainer, module: GVPOModule) -> float | None:
     """Mean reward of sampled completions of the validation prompts, over all ranks; None without any."""
     rows = validation_rows(trainer)
-    if not rows or module.reward is None:
+    if not rows or module.rewards is None:
         return None
     sampler = replace(module.generation, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
     size, sums = 64, torch.zeros(2, dtype=torch.float64)

@@ -212,6 +212,9 @@ def reward(prompts, completions, **columns):
     return [None if text.startswith("1") else len(set(text)) / 4 for text in completions]
 
 
+reward.in_process = True  # quicker than to start workers that import this file
+
+
 def train_sampled(model: str, name: str, path: Path | None = None, **trainer_arguments: Any) -> dict[str, Any]:
     """Eight updates of three rollouts on sampled and replayed completions with validation, or the rest of them."""
     L.seed_everything(0, verbose=False)
@@ -242,6 +245,7 @@ def try_others(model: str, name: str) -> dict[str, Any]:
     def judge(prompts, completions, **columns):
         return [None if module.trainer.validating and module.global_rank == 0 else asked.random() for _ in completions]
 
+    judge.in_process = True
     module = make_module(
         model,
         "sampled",
