@@ -17,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from gvpo_lightning.head import completion_logprobs
 from gvpo_lightning.objectives import gvpo_loss
 from gvpo_lightning.offending import OffendingUpdate, load_offending_update, not_finite_parameters
-from gvpo_lightning.policy import completion_logprobs
 from gvpo_lightning.saved_weights import load_weights
 
 if TYPE_CHECKING:

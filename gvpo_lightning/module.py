@@ -25,10 +25,12 @@ from gvpo_lightning.checkpoint import gvpo_state, load_gvpo_state, load_position
 from gvpo_lightning.checks import check_trainer, check_training_batches
 from gvpo_lightning.collect import collect_rollout
 from gvpo_lightning.guards import Guard
+from gvpo_lightning.head import completion_loss
+from gvpo_lightning.head_check import check_logprob_head
 from gvpo_lightning.meters import UpdateMeter, measure_update
 from gvpo_lightning.offending import save_update_of
 from gvpo_lightning.plan import Update, plan_updates
-from gvpo_lightning.policy import check_logprob_head, completion_loss, stop_token_ids
+from gvpo_lightning.policy import stop_token_ids
 from gvpo_lightning.reference import CachedReference, ReferenceKind, ReferenceSettings, make_reference
 from gvpo_lightning.reference_cache import check_cache
 from gvpo_lightning.rewards import Reward

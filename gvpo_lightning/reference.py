@@ -30,8 +30,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gvpo_lightning.batch import CompletionBatch, dropped_completion
+from gvpo_lightning.head import completion_logprobs
 from gvpo_lightning.plan import rank_share
-from gvpo_lightning.policy import completion_logprobs, load_policy
+from gvpo_lightning.policy import load_policy
 from gvpo_lightning.rollout.generation import evaluating
 from gvpo_lightning.sharding import gather_like, is_sharded, local_tensor, shard_like, shard_model
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gvpo_lightning.batch import CompletionBatch
+from gvpo_lightning.head import completion_logprobs
 from gvpo_lightning.objectives import gvpo_loss
-from gvpo_lightning.policy import completion_logprobs
 
 
 def first_pass(

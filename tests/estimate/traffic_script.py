@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.train_step_paths import make_batch
-from gvpo_lightning.policy import completion_logprobs, completion_loss, prepare_policy
+from gvpo_lightning.head import completion_logprobs, completion_loss
+from gvpo_lightning.policy import prepare_policy
 from gvpo_lightning.sharding import root_stays_gathered, split_parameters
 from gvpo_lightning.tensor_parallel import split_tensors
 

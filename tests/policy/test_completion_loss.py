@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from gvpo_lightning.head import completion_logprobs, completion_loss
+from gvpo_lightning.head_check import check_logprob_head
 from gvpo_lightning.objectives import gvpo_loss
-from gvpo_lightning.policy import check_logprob_head, completion_logprobs, completion_loss, prepare_policy
+from gvpo_lightning.policy import prepare_policy
 
 PLAIN = ["qwen2", "qwen2-tied", "llama", "phi-head-bias", "gpt2"]
 
