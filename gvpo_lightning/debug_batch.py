@@ -78,7 +78,11 @@ def recompute(module: "GVPOModule", update: OffendingUpdate, group: int) -> Grou
     rows = (update.batch.group_ids == group).nonzero().squeeze(-1)
     part = update.batch.select(rows).to(module.policy.device)
     logprobs, _ = completion_logprobs(
-        module.policy, part, temperature=update.settings["temperature"], implementation=module.loss_implementation
+        module.policy,
+        part,
+        temperature=update.settings["temperature"],
+        implementation=module.loss_implementation,
+        padding_free=module.padding_free,
     )
     token_ratios = (logprobs - part.reference_logprobs).detach()
     result = gvpo_loss(

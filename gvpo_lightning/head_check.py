@@ -58,12 +58,16 @@ def _check_padding_free(model: PreTrainedModel, batch: CompletionBatch, implemen
         # the same shapes, so that of a sequence that is alone in its row not a bit may change
         leak = _difference(logprobs(1, 1, padding_free=True)[1], packed[1])
     if not (error <= tolerance and leak <= (1e-5 if tolerance < 1e-3 else 1e-3)):
-        attention = model.config.get_text_config()._attn_implementation
         raise ValueError(
             f"padding_free=True needs a model that keeps the sequences of one row apart by their position ids, but "
-            f"the log-probs of {type(model).__name__} (attention: {attention}) differ by {error:.2g} from those of "
-            f"padded rows, and by {leak:.2g} with what stands before a sequence: set padding_free=False."
+            f"the log-probs of {type(model).__name__} (attention: {attention_of(model)}) differ by {error:.2g} from "
+            f"those of padded rows, and by {leak:.2g} with what stands before a sequence: set padding_free=False."
         )
+
+
+def attention_of(model: PreTrainedModel) -> str:
+    """The name of the model's attention implementation, such as "sdpa"."""
+    return str(model.config.get_text_config()._attn_implementation)
 
 
 def _difference(ours: torch.Tensor, own: torch.Tensor) -> float:
