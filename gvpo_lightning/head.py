@@ -217,7 +217,8 @@ def find_logit_map(model: PreTrainedModel) -> LogitMap:
     inputs = {
         name: torch.zeros((1, 1), dtype=torch.int64, device=model.device) for name in ("input_ids", "position_ids")
     }
-    logits = _model_output(model, inputs, lambda hidden: raw[None, None].clone()).double().flatten()
+    with torch.compiler.set_stance("force_eager"):  # compiled layers would be compiled for one token
+        logits = _model_output(model, inputs, lambda hidden: raw[None, None].clone()).double().flatten()
     scale, limit = float(logits[0]) / small, float(logits[1])
     # limit / scale: where a cap is, in raw logits
     found = LogitMap(scale, None if abs(limit) > 0.5 * abs(scale) * large else limit)

@@ -25,6 +25,7 @@ from gvpo_kernels.inputs import choose_implementation
 from gvpo_lightning.checkpoint import gvpo_state, load_gvpo_state, load_position
 from gvpo_lightning.checks import check_trainer, check_training_batches
 from gvpo_lightning.collect import collect_rollout
+from gvpo_lightning.compiled import compile_layers
 from gvpo_lightning.guards import Guard
 from gvpo_lightning.head import completion_loss
 from gvpo_lightning.head_check import attention_of, check_logprob_head
@@ -86,6 +87,8 @@ class GVPOModule(SamplingModule):
         padding_free: give the model each micro-batch as one row of sequences end to end, instead of padded rows. It
             saves what padding costs where attention takes the sequences apart (flash_attention_2 or 3,
             flex_attention); "sdpa" and "eager" make a mask of all pairs of the row's tokens.
+        torch_compile: compile the decoder layers with torch.compile, for training and scoring; the first steps are
+            slow, later ones faster. Sampling is not compiled.
         loss_implementation: "triton" (CUDA), "torch" (chunked, any device), "reference" (plain, all logits
             stored) or "auto", "triton" where it can run and else "torch". Compared with eager at start-up.
 
@@ -112,6 +115,7 @@ class GVPOModule(SamplingModule):
         max_log_ratio: float = 1e4,
         gradient_checkpointing: bool = False,
         padding_free: bool = False,
+        torch_compile: bool = False,
         loss_implementation: Literal["auto", "triton", "torch", "reference"] = "auto",
     ) -> None:
         super().__init__(policy, reward, tokenizer, generation, rollout.group_size)
@@ -140,6 +144,7 @@ class GVPOModule(SamplingModule):
         self.max_skipped_updates, self.max_log_ratio = max_skipped_updates, max_log_ratio
         self.gradient_checkpointing = gradient_checkpointing
         self.padding_free = padding_free
+        self.torch_compile = torch_compile
         self.loss_implementation = loss_implementation
 
         self.microstep = 0  # micro-batches trained so far: the run's only position, saved in checkpoints
@@ -217,6 +222,8 @@ class GVPOModule(SamplingModule):
             self.reference.identify(self.policy)
         if self.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self.torch_compile:
+            compile_layers(self.policy)
         shard_model(self.policy, strategy, self.trainer.precision)
         self._is_configured = is_sharded(strategy)
         if fits and not isinstance(strategy, FSDPStrategy):  # which has yet to shard it
