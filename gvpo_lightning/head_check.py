@@ -34,7 +34,7 @@ def check_logprob_head(model: PreTrainedModel, implementation: str = "auto", *, 
     if trainable and torch.is_grad_enabled():
         pairs += zip(torch.autograd.grad(record.loss, trainable), torch.autograd.grad(own_loss, trainable), strict=True)
     error = max(_difference(ours, own) for ours, own in pairs)
-    tolerance = 1e-4 if logits.dtype.itemsize >= 4 else 0.05
+    tolerance = 1e-4 if _itemsize(model, logits) >= 4 else 0.05
     if not error <= tolerance:
         raise ValueError(
             f"The log-probs, loss or gradient from the policy's head differ by {error:.2g} from those of its own "
@@ -68,6 +68,14 @@ def _check_padding_free(model: PreTrainedModel, batch: CompletionBatch, implemen
 def attention_of(model: PreTrainedModel) -> str:
     """The name of the model's attention implementation, such as "sdpa"."""
     return str(model.config.get_text_config()._attn_implementation)
+
+
+def _itemsize(model: PreTrainedModel, logits: torch.Tensor) -> int:
+    """Bytes of the numbers that logits were computed in: some models make float32 of them afterwards."""
+    dtypes = [logits.dtype, model.get_output_embeddings().weight.dtype]
+    if torch.is_autocast_enabled(logits.device.type):
+        dtypes.append(torch.get_autocast_dtype(logits.device.type))
+    return min(dtype.itemsize for dtype in dtypes)
 
 
 def _difference(ours: torch.Tensor, own: torch.Tensor) -> float:
