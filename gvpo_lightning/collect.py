@@ -153,6 +153,7 @@ def score_rollout(module: "GVPOModule", rollout: Rollout, groups: Groups) -> Non
                 batch_size=size,
                 num_parts=math.ceil(math.ceil(len(rows) / ranks.size) / size),
                 implementation=module.loss_implementation,
+                padding_free=module.padding_free,
             )
         scored = (row for part in ranks.gather(values) for row in part)
         for row, logprobs in zip(rows.tolist(), scored, strict=True):

@@ -17,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from gvpo_lightning.head import completion_logprobs
 from gvpo_lightning.objectives import gvpo_loss
 from gvpo_lightning.offending import OffendingUpdate, load_offending_update, not_finite_parameters
-from gvpo_lightning.policy import completion_logprobs
 from gvpo_lightning.saved_weights import load_weights
 
 if TYPE_CHECKING:
@@ -78,7 +78,11 @@ def recompute(module: "GVPOModule", update: OffendingUpdate, group: int) -> Grou
     rows = (update.batch.group_ids == group).nonzero().squeeze(-1)
     part = update.batch.select(rows).to(module.policy.device)
     logprobs, _ = completion_logprobs(
-        module.policy, part, temperature=update.settings["temperature"], implementation=module.loss_implementation
+        module.policy,
+        part,
+        temperature=update.settings["temperature"],
+        implementation=module.loss_implementation,
+        padding_free=module.padding_free,
     )
     token_ratios = (logprobs - part.reference_logprobs).detach()
     result = gvpo_loss(

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -24,11 +25,20 @@ from gvpo_kernels.inputs import choose_implementation
 from gvpo_lightning.checkpoint import gvpo_state, load_gvpo_state, load_position
 from gvpo_lightning.checks import check_trainer, check_training_batches
 from gvpo_lightning.collect import collect_rollout
+from gvpo_lightning.compiled import compile_layers
+from gvpo_lightning.head import completion_loss
+from gvpo_lightning.head_check import attention_of, check_logprob_head
 from gvpo_lightning.meters import UpdateMeter, measure_update
 from gvpo_lightning.offending import save_update_of
-from gvpo_lightning.plan import Update, plan_updates
-from gvpo_lightning.policy import check_logprob_head, completion_loss, stop_token_ids
-from gvpo_lightning.reference import CachedReference, ReferenceKind, ReferenceSettings, make_reference
+from gvpo_lightning.plan import Limits, Update, plan_updates
+from gvpo_lightning.policy import stop_token_ids
+from gvpo_lightning.reference import (
+    CachedReference,
+    ModelReference,
+    ReferenceKind,
+    ReferenceSettings,
+    make_reference,
+)
 from gvpo_lightning.reference_cache import check_cache
 from gvpo_lightning.rewards import Reward
 from gvpo_lightning.rewards.settings import RewardSettings
@@ -75,6 +85,11 @@ class GVPOModule(SamplingModule):
         max_log_ratio: an update is skipped if a completion's |log pi - log pi'| is beyond it, or is not finite, or a
             gradient is not; no healthy run gets there.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        padding_free: give the model each micro-batch as one row of sequences end to end, instead of padded rows. It
+            saves what padding costs where attention takes the sequences apart (flash_attention_2 or 3,
+            flex_attention); "sdpa" and "eager" make a mask of all pairs of the row's tokens.
+        torch_compile: compile the decoder layers with torch.compile, for training and scoring; the first steps are
+            slow, later ones faster. Sampling is not compiled.
         loss_implementation: "triton" (CUDA), "torch" (chunked, any device), "reference" (plain, all logits
             stored) or "auto", "triton" where it can run and else "torch". Compared with eager at start-up.
 
@@ -100,6 +115,8 @@ class GVPOModule(SamplingModule):
         max_skipped_updates: int = 5,
         max_log_ratio: float = 1e4,
         gradient_checkpointing: bool = False,
+        padding_free: bool = False,
+        torch_compile: bool = False,
         loss_implementation: Literal["auto", "triton", "torch", "reference"] = "auto",
         reward_settings: RewardSettings = RewardSettings(),
     ) -> None:
@@ -128,6 +145,8 @@ class GVPOModule(SamplingModule):
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.max_skipped_updates, self.max_log_ratio = max_skipped_updates, max_log_ratio
         self.gradient_checkpointing = gradient_checkpointing
+        self.padding_free = padding_free
+        self.torch_compile = torch_compile
         self.loss_implementation = loss_implementation
 
         self.microstep = 0  # micro-batches trained so far: the run's only position, saved in checkpoints
@@ -146,6 +165,11 @@ class GVPOModule(SamplingModule):
         self._rollout_length: int | None = None  # micro-batches, in the fit before this one
 
     # -- building and checking ----------------------------------------------------------------------------
+
+    @property
+    def limits(self) -> Limits:
+        """What one micro-batch may hold."""
+        return replace(self.rollout_settings.limits, padding_free=self.padding_free)
 
     @property
     def micro_batches_per_rollout(self) -> int:
@@ -200,6 +224,8 @@ class GVPOModule(SamplingModule):
             self.reference.identify(self.policy)
         if self.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self.torch_compile:
+            compile_layers(self.policy)
         shard_model(self.policy, strategy, self.trainer.precision)
         self._is_configured = is_sharded(strategy)
         if fits and not isinstance(strategy, FSDPStrategy):  # which has yet to shard it
@@ -232,12 +258,21 @@ class GVPOModule(SamplingModule):
             callable_outside_steps(self),
             torch.set_grad_enabled(not is_sharded(self.trainer.strategy)),  # gradients are elsewhere then
         ):
-            error = check_logprob_head(self.policy, self.loss_implementation)
+            error = check_logprob_head(self.policy, self.loss_implementation, padding_free=self.padding_free)
+            if isinstance(self.reference, ModelReference):
+                with self.reference.applied(self.policy) as model:
+                    check_logprob_head(model, self.loss_implementation, padding_free=self.padding_free)
             name = choose_implementation(self.loss_implementation, next(self.policy.parameters()))
         rank_zero_info(
             f"GVPO's loss runs in the '{name}' implementation (loss_implementation={self.loss_implementation!r}), "
             f"{error:.1g} from eager."
         )
+        if self.padding_free and (attention := attention_of(self.policy)) in ("eager", "sdpa"):
+            rank_zero_info(
+                f"padding_free=True under '{attention}' attention makes a mask of all pairs of a micro-batch's tokens, "
+                "which grows with the square of their number: use flash_attention_2, or keep micro-batches small "
+                "(rollout.micro_batch_tokens)."
+            )
         if self.sources.settings.generates:
             self.guard.sampler(self.generation)
         if self.rollout_settings.zero_variance == "drop":
@@ -285,7 +320,7 @@ class GVPOModule(SamplingModule):
                 num_updates=self.rollout_settings.updates_per_pass,
                 accumulate=self.trainer.accumulate_grad_batches,
                 seed=derive_seed(self.seed, "update", rollout.index, epoch),
-                limits=self.rollout_settings.limits,
+                limits=self.limits,
             )
         ]
 
@@ -305,6 +340,7 @@ class GVPOModule(SamplingModule):
                 sequence_coefficients=self._coefficients[slot] if self._coefficients else None,
                 temperature=self.temperature,
                 implementation=self.loss_implementation,
+                padding_free=self.padding_free,
             )
         self._token_logprobs.append(result.token_logprobs)
         self._meter.add(result.log_ratios, self._entropies[slot] if self._coefficients else result.entropies)
@@ -318,7 +354,7 @@ class GVPOModule(SamplingModule):
         if update.over_limit:
             self.guard.say(
                 "over limit",
-                f"A micro-batch of this rollout holds more than its {self.rollout_settings.limits}: lengths are known "
+                f"A micro-batch of this rollout holds more than its {self.limits}: lengths are known "
                 f"only now, and its update has only {len(update.micro_batches)} micro-batches a rank. "
                 "Raise trainer.accumulate_grad_batches.",
             )
@@ -338,6 +374,7 @@ class GVPOModule(SamplingModule):
             [rollout.micro_batch(rows, self.trainer.strategy.root_device) for rows in update.micro_batches],
             temperature=self.temperature,
             implementation=self.loss_implementation,
+            padding_free=self.padding_free,
         )
         positions, rows, device = update.positions, list(update.rows), self.trainer.strategy.root_device
         coefficients = sequence_coefficients(

@@ -30,8 +30,9 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gvpo_lightning.batch import CompletionBatch, dropped_completion
+from gvpo_lightning.head import completion_logprobs
 from gvpo_lightning.plan import rank_share
-from gvpo_lightning.policy import completion_logprobs, load_policy
+from gvpo_lightning.policy import load_policy
 from gvpo_lightning.rollout.generation import evaluating
 from gvpo_lightning.sharding import gather_like, is_sharded, local_tensor, shard_like, shard_model
 
@@ -328,6 +329,7 @@ def score(
     batch_size: int,
     num_parts: int | None = None,
     implementation: str = "auto",
+    padding_free: bool = False,
 ) -> Tensor:
     """(S, T) float32 log-probs of the whole batch under the model, `batch_size` completions at a time.
 
@@ -342,7 +344,11 @@ def score(
             rows = torch.tensor(rank_share(len(batch), number, num_parts), dtype=torch.int64)
             part = batch.select(rows) if len(rows) else dropped_completion()
             values, _ = completion_logprobs(
-                model, part.to(model.device), temperature=temperature, implementation=implementation
+                model,
+                part.to(model.device),
+                temperature=temperature,
+                implementation=implementation,
+                padding_free=padding_free,
             )
             token_logprobs[rows, : values.shape[1]] = values[: len(rows)].to(token_logprobs)
     return token_logprobs

@@ -12,6 +12,7 @@ from rich.progress import track
 from transformers import PreTrainedTokenizerBase
 
 from gvpo_lightning.batch import collate_completions
+from gvpo_lightning.head_check import check_logprob_head
 from gvpo_lightning.policy import load_policy, prepare_policy, stop_token_ids
 from gvpo_lightning.reference import fingerprint, score
 from gvpo_lightning.rollout.generation import encode_prompt
@@ -102,6 +103,7 @@ def fill_cache(module: "GVPOModule", trainer: Trainer, output: str | None = None
     done = finished_rows(partial, identity, file.rows)
     rest = (file.rows[number] for number in range(done, len(file.rows)))
     with partial.open("a", encoding="utf-8") as lines, trainer.precision_plugin.forward_context():
+        check_logprob_head(model, module.loss_implementation, padding_free=module.padding_free)
         for row in track(rest, "reference log-probs", total=len(file.rows) - done):
             columns = _scored(row, module, model) | {"reference": identity, "of": row_hash(row)}
             lines.write(json.dumps(columns) + "\n")
@@ -126,6 +128,7 @@ def _scored(row: dict[str, Any], module: "GVPOModule", model: Any) -> dict[str, 
             temperature=module.temperature,
             batch_size=module.rollout_settings.micro_batch_size or module.generation.batch_size,
             implementation=module.loss_implementation,
+            padding_free=module.padding_free,
         )
         columns["reference_logprobs"] = [v[: len(i)].tolist() for v, i in zip(values, ids, strict=True)]
     return columns

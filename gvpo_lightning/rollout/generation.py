@@ -99,7 +99,8 @@ def generate_completions(
     repeated = [list(prompts[group]) for group in group_ids]
     completions: list[list[int]] = []
     fork_rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with evaluating(model), without_generation_config(model), fork_rng:
+    # eagerly: compiled layers would be compiled again for caches of all kinds
+    with evaluating(model), without_generation_config(model), fork_rng, torch.compiler.set_stance("force_eager"):
         torch.manual_seed(seed)
         for start in range(0, len(repeated), settings.batch_size):
             part = repeated[start : start + settings.batch_size]

@@ -32,10 +32,10 @@ class RolloutSettings:
             micro-batches. Nothing has to divide anything.
         epochs_per_rollout: times that a rollout is trained on.
         micro_batch_size: the most completions that one micro-batch may hold (checked before training).
-        micro_batch_tokens: the most tokens, prompts and padding included, that one micro-batch should hold; lengths
-            are only known when they have been sampled, so more is warned of, not refused. Where whole groups exceed
-            either limit they are cut, which costs a second forward pass; without limits they are cut only where
-            there are more micro-batches than groups.
+        micro_batch_tokens: the most tokens, prompts included and padding too unless the module is `padding_free`, that
+            one micro-batch should hold; lengths are only known when they have been sampled, so more is warned of, not
+            refused. Where whole groups exceed either limit they are cut, which costs a second forward pass; without
+            limits they are cut only where there are more micro-batches than groups.
         truncated: what becomes of completions without an EOS: "keep" with their reward, or "drop", which
             takes them out of their group. Counted either way.
         max_completion_tokens: longer completions from demonstrations or a file are cut, and are then truncated.

@@ -8,7 +8,8 @@ from benchmarks.train_step_paths import make_batch
 from gvpo_lightning.estimate import RunFacts, Workload, estimate_memory, model_sizes
 from gvpo_lightning.estimate.memory import head_bytes
 from gvpo_lightning.estimate.sizes import count_parameters, with_adapters
-from gvpo_lightning.policy import completion_loss, prepare_policy
+from gvpo_lightning.head import completion_loss
+from gvpo_lightning.policy import prepare_policy
 from gvpo_lightning.reference import ReferenceSettings, WeightsReference
 
 VOCABULARY = 700

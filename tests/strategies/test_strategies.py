@@ -18,7 +18,7 @@ from tests.forked import run_ranks
 from tests.strategies.train_script import STRATEGIES, gpu_strategies, main, make_policy
 
 SHARDED = ("fsdp1", "fsdp2", "tp", "fsdp2_tp")
-MORE_VARIANTS = ("qwen3", "llama", "mistral", "checkpointing", "ema", "other", "bf16")
+MORE_VARIANTS = ("qwen3", "llama", "mistral", "checkpointing", "ema", "other", "bf16", "compiled")
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +75,8 @@ def vocab_size(arithmetic) -> int:
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "single"])
 @pytest.mark.parametrize(
     "variants",
-    [("full", "tied", "lora"), pytest.param(MORE_VARIANTS, marks=pytest.mark.slow)],
-    ids=["full tied lora", " ".join(MORE_VARIANTS)],
+    [("full", "tied", "lora", "packed"), pytest.param(MORE_VARIANTS, marks=pytest.mark.slow)],
+    ids=["full tied lora packed", " ".join(MORE_VARIANTS)],
 )
 def test_ten_updates_end_with_the_weights_of_one_device(run, vocab_size, name, variants):
     if name == "fsdp1":  # whose mixed precision casts by autocast("cuda"), and which can't shard a second model

@@ -63,6 +63,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "checkpointing": {"gradient_checkpointing": True},
     "ema": {"reference": ReferenceSettings("ema", decay=0.5)},
     "bf16": {},
+    "packed": {"padding_free": True},
+    "compiled": {"torch_compile": True, "gradient_checkpointing": True},
     "turns": {},
     "other": {},
 }
@@ -329,6 +331,7 @@ def main(model: str, folder: Path, name: str, variants: list[str]) -> None:
         elif variant.startswith("from:"):
             result = resume_from(model, folder, name, variant.removeprefix("from:"))
         else:
+            torch.compiler.set_default_backend("aot_eager")  # "compiled", without waiting for a C++ compiler
             result = train_recorded(model, folder, name, variant)
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         on_cpu = tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, result)
