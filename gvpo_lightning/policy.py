@@ -7,42 +7,62 @@ token: prompt, padding and the [tokens, vocabulary] logits never reach memory.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_kernels import FusedLoss, fused_gvpo_loss, gvpo_loss, linear_logprob
 from gvpo_lightning.batch import CompletionBatch
+from gvpo_lightning.loading import (
+    UNLOADABLE,
+    LoadingSettings,
+    adapter_base,
+    hub_arguments,
+    load_base_model,
+    not_loaded,
+)
+from gvpo_lightning.lora import add_lora, load_adapter
 
 
-def load_policy(name_or_path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal LM from a hub id or a folder, in `dtype` whatever the file's, ready to train.
+def load_policy(
+    name: str, loading: LoadingSettings = LoadingSettings(), lora: Mapping[str, Any] | None = None, seed: int = 0
+) -> Any:
+    """A causal LM from a hub id or a folder, ready to train; with an adapter of these `lora` arguments on it.
+
+    Where an adapter lies there, the model beneath it with that adapter.
 
     Raises:
-        ValueError: nothing that transformers can load is there.
+        ValueError: nothing that transformers can load is there, or the adapter does not fit.
     """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"policy={name_or_path!r} is neither a folder with a model nor a hub id: {error}") from error
+    base = adapter_base(name, loading)
+    if base is None:
+        model: Any = load_base_model(name, loading)
+        model = model if lora is None else add_lora(model, lora, seed)
+    else:
+        if lora is not None:
+            raise ValueError(
+                f"policy={name!r} is an adapter already, of {base!r}: leave model.lora out to train it further, or set "
+                f"model.policy={base!r} to train a new one."
+            )
+        model = load_adapter(load_base_model(base, loading.elsewhere()), name, loading)
     prepare_policy(model)
     return model
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, loading: LoadingSettings = LoadingSettings()) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub id or a folder.
 
     Raises:
         ValueError: there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer={name_or_path!r} has no tokenizer that transformers loads: {error}") from error
+        return AutoTokenizer.from_pretrained(name, **hub_arguments(name, loading))
+    except UNLOADABLE as error:
+        raise not_loaded("tokenizer", name, loading, error) from error
 
 
 def prepare_policy(model: PreTrainedModel) -> None:

@@ -30,6 +30,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gvpo_lightning.batch import CompletionBatch, dropped_completion
+from gvpo_lightning.loading import LoadingSettings
 from gvpo_lightning.plan import rank_share
 from gvpo_lightning.policy import completion_logprobs, load_policy
 from gvpo_lightning.rollout.generation import evaluating
@@ -235,16 +236,16 @@ class ModelReference(Reference):
 
     is_fixed = True
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, loading: LoadingSettings) -> None:
         super().__init__()
-        self.source = source
+        self.source, self.loading = source, loading
         self.model: Any = None  # a PreTrainedModel, once there is a policy
         self.stays = False  # on the device
 
     def identify(self, policy: Any) -> None:
         """Load it."""
         if self.model is None:
-            self.model = load_policy(self.source).requires_grad_(False).cpu()
+            self.model = load_policy(self.source, self.loading).requires_grad_(False).cpu()
             self.fingerprint = fingerprint(self.model.parameters())
 
     def prepare(self, policy: Any, strategy: Strategy, precision: str) -> None:
@@ -307,8 +308,16 @@ class CachedReference(Reference):
         yield  # a generator, as its siblings are
 
 
-def make_reference(settings: ReferenceSettings, *, can_be_reloaded: bool) -> Reference:
-    """The reference of these settings; `can_be_reloaded`: the policy comes from a hub id or a folder."""
+def make_reference(
+    settings: ReferenceSettings, *, can_be_reloaded: bool, is_base: bool, loading: LoadingSettings
+) -> Reference:
+    """The reference of these settings.
+
+    Args:
+        can_be_reloaded: the policy comes from a hub id or a folder.
+        is_base: without its adapter the policy is what it started as, so that "frozen" needs no copy.
+        loading: of a model of its own.
+    """
     if settings.kind == "previous":
         return Reference()
     if settings.kind == "adapter_off":
@@ -316,7 +325,9 @@ def make_reference(settings: ReferenceSettings, *, can_be_reloaded: bool) -> Ref
     if settings.kind == "cached":
         return CachedReference()
     if settings.model is not None:
-        return ModelReference(settings.model)
+        return ModelReference(settings.model, loading)
+    if settings.kind == "frozen" and is_base:
+        return AdapterOffReference()
     return WeightsReference(settings, can_be_reloaded=can_be_reloaded)
 
 

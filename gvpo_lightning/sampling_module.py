@@ -8,11 +8,13 @@ from typing import Any, Literal
 
 import lightning as L
 from lightning.pytorch.strategies import FSDPStrategy
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_lightning.checks import check_prompts
 from gvpo_lightning.distributed import DataRanks
 from gvpo_lightning.export import sample_at_a_temperature
+from gvpo_lightning.loading import LoadingSettings, adapter_base, check_attention, load_config
+from gvpo_lightning.lora import lora_config
 from gvpo_lightning.policy import load_policy, load_tokenizer, prepare_policy, stop_token_ids
 from gvpo_lightning.rewards import Reward, reward_columns
 from gvpo_lightning.rollout.generation import GenerationSettings
@@ -32,6 +34,25 @@ EVALUATION_METRICS: tuple[tuple[str, str, Literal["mean", "min", "max"]], ...] =
 )
 
 
+def check_policy_settings(policy: str | PreTrainedModel, loading: LoadingSettings, lora: dict[str, Any] | None) -> None:
+    """Raise ValueError for settings of loading and adapter that contradict each other or the policy."""
+    if not isinstance(policy, str):
+        for name, given in (("loading", loading != LoadingSettings()), ("lora", lora is not None)):
+            if given:
+                raise ValueError(
+                    f"{name} is for a policy given by name, got a {type(policy).__name__}: leave it out and build the "
+                    "model so, or give its folder or hub id."
+                )
+        return
+    if lora is not None:
+        lora_config(lora)
+    elif loading.quantization is not None and adapter_base(policy, loading) is None:
+        raise ValueError(
+            f"loading.quantization={loading.quantization!r} needs an adapter, quantized weights can't be trained: set "
+            "model.lora, for example {r: 16, lora_alpha: 32, target_modules: all-linear}."
+        )
+
+
 class SamplingModule(L.LightningModule):
     """Loads and checks a policy; validates, tests and predicts by sampling. Arguments as in `GVPOModule`."""
 
@@ -44,9 +65,13 @@ class SamplingModule(L.LightningModule):
         tokenizer: str | PreTrainedTokenizerBase | None,
         generation: GenerationSettings,
         group_size: int,
+        loading: LoadingSettings = LoadingSettings(),
+        lora: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        check_policy_settings(policy, loading, lora)
         self.policy_source = policy
+        self.loading, self.lora = loading, lora
         self.policy = None if isinstance(policy, str) else policy
         self.reward = reward
         self.tokenizer = self._resolve_tokenizer(tokenizer)
@@ -60,7 +85,11 @@ class SamplingModule(L.LightningModule):
         if tokenizer is None and not isinstance(self.policy_source, str):
             raise ValueError("A policy given as a model object needs its tokenizer: pass tokenizer=…")
         source: Any = self.policy_source if tokenizer is None else tokenizer
-        return load_tokenizer(source) if isinstance(source, str) else source
+        return load_tokenizer(source, self.loading_of(source)) if isinstance(source, str) else source
+
+    def loading_of(self, name: str) -> LoadingSettings:
+        """How a model or tokenizer of this name is loaded."""
+        return self.loading if name == self.policy_source else self.loading.elsewhere()
 
     @property
     def data_ranks(self) -> DataRanks:
@@ -72,11 +101,15 @@ class SamplingModule(L.LightningModule):
         """The run's seed, as set by `lightning.seed_everything`."""
         return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
+    def setup(self, stage: str) -> None:
+        """Check what can be checked without the model."""
+        check_attention(self.loading, self.trainer.strategy.root_device, str(self.trainer.precision))
+
     def configure_model(self) -> None:
         """Load the policy and check that its completions can end."""
         if self.policy is None:
             assert isinstance(self.policy_source, str)
-            self.policy = load_policy(self.policy_source)
+            self.policy = load_policy(self.policy_source, self.loading, self.lora, derive_seed(self.seed, "lora"))
         else:
             prepare_policy(self.policy)
         if not stop_token_ids(self.policy, self.tokenizer):
@@ -87,7 +120,7 @@ class SamplingModule(L.LightningModule):
     def model_config(self) -> PretrainedConfig:
         """The policy's, also before it is loaded."""
         source = self.policy_source if self.policy is None else self.policy
-        return AutoConfig.from_pretrained(source) if isinstance(source, str) else source.config
+        return load_config(source, self.loading) if isinstance(source, str) else source.config
 
     def vocab_size(self) -> int:
         """Token ids that the policy has."""

@@ -8,6 +8,7 @@ from transformers import GenerationConfig
 
 import gvpo_lightning.policy as policy_module
 from gvpo_lightning.batch import collate_completions
+from gvpo_lightning.loading import LoadingSettings
 from gvpo_lightning.policy import (
     check_logprob_head,
     completion_logprobs,
@@ -286,7 +287,7 @@ def test_load_policy_takes_its_own_dtype_not_the_files(build_model, tmp_path, ra
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.training
     assert completion_logprobs(model, ragged)[0].dtype == torch.float32
-    assert {p.dtype for p in load_policy(str(tmp_path / "half"), torch.bfloat16).parameters()} == {torch.bfloat16}
+    assert {p.dtype for p in load_policy(str(tmp_path / "half"), LoadingSettings("bfloat16")).parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("content", [None, "{}", "not json"])
