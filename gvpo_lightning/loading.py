@@ -117,7 +117,10 @@ def check_attention(loading: LoadingSettings, device: torch.device, precision: s
 
 def adapter_base(name: str, loading: LoadingSettings) -> str | None:
     """Where the model beneath an adapter lies, for a folder or hub id that holds an adapter; else None."""
-    path = find_adapter_config_file(name, revision=loading.revision)
+    try:
+        path = find_adapter_config_file(name, revision=loading.revision)
+    except OSError:  # nothing is there: what loads the model says so
+        path = None
     if path is None:
         return None
     with open(path, encoding="utf-8") as file:
@@ -151,9 +154,14 @@ def load_base_model(name: str, loading: LoadingSettings) -> PreTrainedModel:
     if loading.quantization is not None:
         arguments["quantization_config"] = _quantization_config(loading)
     try:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=loading.torch_dtype, **arguments)
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=loading.torch_dtype, **arguments)
     except UNLOADABLE as error:
         raise not_loaded("policy", name, loading, error) from error
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            # or bitsandbytes packs the weights, when they are first sampled from on a CPU, such that none can be trained
+            module.support_avx512bf16_for_cpu = False
+    return model
 
 
 def load_generation_config(name: str, loading: LoadingSettings) -> GenerationConfig | None:

@@ -1,6 +1,6 @@
 """Adapters: LoRA from a run's settings, by peft, and policies whose folder holds an adapter."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -8,6 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gvpo_lightning.loading import LoadingSettings, is_quantized
+from gvpo_lightning.saved_weights import policy_name
 
 # with these the policy starts as the model beneath, and switching the adapter off gives that model to the bit
 STARTS_AT_BASE = (True, "gaussian")
@@ -91,6 +92,30 @@ def saves_adapter_alone(model: Any, *, can_be_reloaded: bool) -> bool:
     return is_adapted(model) and (can_be_reloaded or is_quantized(model))
 
 
-def trained_names(model: nn.Module) -> Iterator[str]:
+def trained_names(model: nn.Module) -> frozenset[str]:
     """Of the parameters that are trained."""
-    return (name for name, parameter in model.named_parameters() if parameter.requires_grad)
+    return frozenset(name for name, parameter in model.named_parameters() if parameter.requires_grad)
+
+
+def leave_frozen_out(trained: frozenset[str], module: nn.Module, state: dict[str, Any], prefix: str, _: Any) -> None:
+    """Take from a Lightning module's state dict what of its policy is not trained."""
+    for key in [key for key in state if key.startswith(prefix)]:
+        name = policy_name(key.removeprefix(prefix))
+        if name is not None and name not in trained:
+            del state[key]
+
+
+def check_adapter(model: nn.Module, trained: frozenset[str], state: Mapping[str, Any]) -> None:
+    """Raise ValueError where a checkpoint's weights of the policy are not these, by name and shape."""
+    saved = {policy_name(key): tensor for key, tensor in state.items()}
+    own = model.state_dict()
+    for name in sorted(trained):
+        if name not in saved or saved[name].shape != own[name].shape:
+            found = tuple(saved[name].shape) if name in saved else "nothing"
+            raise ValueError(
+                f"The checkpoint's adapter is another one: it has {found} for {name!r}, the policy has "
+                f"{tuple(own[name].shape)}. Set model.lora as it was."
+            )
+    others = sorted(name for name in saved if name is not None and "lora_" in name and name not in trained)
+    if others:
+        raise ValueError(f"The checkpoint's adapter has {others[0]!r}, the policy has not. Set model.lora as it was.")

@@ -462,6 +462,7 @@ class GVPOModule(SamplingModule):
         """Take up what `on_save_checkpoint` left."""
         if "gvpo" not in checkpoint:
             raise ValueError("This checkpoint is not one of a GVPOModule: it has no 'gvpo' entry.")
+        super().on_load_checkpoint(checkpoint)
         load_gvpo_state(self, checkpoint["gvpo"])
         if self._trainer is not None and self.trainer.state.fn == "fit":
             load_position(self, checkpoint["gvpo"])

@@ -1,5 +1,6 @@
 """`SamplingModule`: the part of `GVPOModule` that trains nothing: a policy that samples and is rewarded."""
 
+import functools
 import os
 from collections.abc import Iterable
 from contextlib import ExitStack, nullcontext
@@ -14,7 +15,7 @@ from gvpo_lightning.checks import check_prompts
 from gvpo_lightning.distributed import DataRanks
 from gvpo_lightning.export import sample_at_a_temperature
 from gvpo_lightning.loading import LoadingSettings, adapter_base, check_attention, load_config
-from gvpo_lightning.lora import lora_config
+from gvpo_lightning.lora import check_adapter, leave_frozen_out, lora_config, saves_adapter_alone, trained_names
 from gvpo_lightning.policy import load_policy, load_tokenizer, prepare_policy, stop_token_ids
 from gvpo_lightning.rewards import Reward, reward_columns
 from gvpo_lightning.rollout.generation import GenerationSettings
@@ -80,6 +81,7 @@ class SamplingModule(L.LightningModule):
         self._sampled: Rollout | None = None  # for the batch at hand
         self._evaluated: list[tuple[dict[str, float], int, int]] = []  # metrics, completions kept and all, by batch
         self._gathering: ExitStack | None = None
+        self._saved_names: frozenset[str] | None = None  # of the policy's weights, where not all are saved
 
     def _resolve_tokenizer(self, tokenizer: str | PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
         if tokenizer is None and not isinstance(self.policy_source, str):
@@ -112,10 +114,24 @@ class SamplingModule(L.LightningModule):
             self.policy = load_policy(self.policy_source, self.loading, self.lora, derive_seed(self.seed, "lora"))
         else:
             prepare_policy(self.policy)
+        self._save_trained_alone()
         if not stop_token_ids(self.policy, self.tokenizer):
             raise ValueError(
                 "The policy has no end-of-sequence token: set generation_config.eos_token_id or tokenizer.eos_token."
             )
+
+    def _save_trained_alone(self) -> None:
+        """Leave the frozen weights beneath an adapter out of checkpoints: they are where the policy came from."""
+        reloads = isinstance(self.policy_source, str)
+        if self._saved_names is None and saves_adapter_alone(self.policy, can_be_reloaded=reloads):
+            self._saved_names = trained_names(self.policy)
+            self.strict_loading = False
+            self.register_state_dict_post_hook(functools.partial(leave_frozen_out, self._saved_names))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raise ValueError where an adapter is not the one that is trained here."""
+        if self._saved_names is not None and "state_dict" in checkpoint:  # else of a folder, which its reader checks
+            check_adapter(self.policy, self._saved_names, checkpoint["state_dict"])
 
     def model_config(self) -> PretrainedConfig:
         """The policy's, also before it is loaded."""

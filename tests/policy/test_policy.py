@@ -287,7 +287,8 @@ def test_load_policy_takes_its_own_dtype_not_the_files(build_model, tmp_path, ra
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.training
     assert completion_logprobs(model, ragged)[0].dtype == torch.float32
-    assert {p.dtype for p in load_policy(str(tmp_path / "half"), LoadingSettings("bfloat16")).parameters()} == {torch.bfloat16}
+    half = load_policy(str(tmp_path / "half"), LoadingSettings("bfloat16"))
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("content", [None, "{}", "not json"])
