@@ -115,8 +115,8 @@ def check_attention(loading: LoadingSettings, device: torch.device, precision: s
         )
 
 
-def adapter_base(name: str, loading: LoadingSettings) -> str | None:
-    """Where the model beneath an adapter lies, for a folder or hub id that holds an adapter; else None."""
+def adapter_base(name: str, loading: LoadingSettings) -> tuple[str, LoadingSettings] | None:
+    """Of a folder or hub id that holds an adapter, the model beneath and how to load it; else None."""
     try:
         path = find_adapter_config_file(name, revision=loading.revision)
     except OSError:  # nothing is there: what loads the model says so
@@ -124,7 +124,8 @@ def adapter_base(name: str, loading: LoadingSettings) -> str | None:
     if path is None:
         return None
     with open(path, encoding="utf-8") as file:
-        return json.load(file)["base_model_name_or_path"]
+        config = json.load(file)
+    return config["base_model_name_or_path"], replace(loading, revision=config.get("revision"))
 
 
 def load_config(name: str, loading: LoadingSettings = LoadingSettings()) -> PretrainedConfig:
@@ -135,7 +136,7 @@ def load_config(name: str, loading: LoadingSettings = LoadingSettings()) -> Pret
     """
     base = adapter_base(name, loading)
     if base is not None:
-        return load_config(base, loading.elsewhere())
+        return load_config(*base)
     try:
         return AutoConfig.from_pretrained(name, **hub_arguments(name, loading))
     except UNLOADABLE as error:
@@ -157,10 +158,11 @@ def load_base_model(name: str, loading: LoadingSettings) -> PreTrainedModel:
         model = AutoModelForCausalLM.from_pretrained(name, dtype=loading.torch_dtype, **arguments)
     except UNLOADABLE as error:
         raise not_loaded("policy", name, loading, error) from error
-    for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            # or bitsandbytes packs the weights, when they are first sampled from on a CPU, such that none can be trained
-            module.support_avx512bf16_for_cpu = False
+    layer: Any
+    for layer in model.modules():
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            # or bitsandbytes packs the weights when they are first sampled from on a CPU, and training fails on them
+            layer.support_avx512bf16_for_cpu = False
     return model
 
 

@@ -10,8 +10,8 @@ from transformers import PreTrainedModel
 from gvpo_lightning.loading import LoadingSettings, is_quantized
 from gvpo_lightning.saved_weights import policy_name
 
-# with these the policy starts as the model beneath, and switching the adapter off gives that model to the bit
-STARTS_AT_BASE = (True, "gaussian")
+# with the first two the policy starts as the model beneath it; with others peft changes that model
+INITIALIZATIONS = (True, "gaussian", False)
 
 
 def lora_config(lora: Mapping[str, Any]) -> Any:
@@ -36,6 +36,11 @@ def lora_config(lora: Mapping[str, Any]) -> Any:
     for name in ("r", "lora_alpha"):
         if not getattr(config, name) > 0:
             raise ValueError(f"model.lora.{name} must be > 0, got {getattr(config, name)}.")
+    if config.init_lora_weights not in INITIALIZATIONS:
+        raise ValueError(
+            f"model.lora.init_lora_weights must be one of {INITIALIZATIONS}, got {config.init_lora_weights!r}: it "
+            "would change the model beneath the adapter, which checkpoints leave out."
+        )
     if config.lora_dropout:
         raise ValueError(
             f"model.lora.lora_dropout must be 0, got {config.lora_dropout}: with dropout two passes over the same "
@@ -55,7 +60,7 @@ def import_peft(setting: str) -> Any:
 
 def starts_at_base(lora: Mapping[str, Any]) -> bool:
     """Whether the policy starts as the model beneath its adapter, and is that model again without it."""
-    return lora.get("init_lora_weights", True) in STARTS_AT_BASE and lora.get("bias", "none") == "none"
+    return lora.get("init_lora_weights", True) in INITIALIZATIONS[:2] and lora.get("bias", "none") == "none"
 
 
 def add_lora(model: PreTrainedModel, lora: Mapping[str, Any], seed: int) -> Any:

@@ -45,10 +45,10 @@ def load_policy(
     else:
         if lora is not None:
             raise ValueError(
-                f"policy={name!r} is an adapter already, of {base!r}: leave model.lora out to train it further, or set "
-                f"model.policy={base!r} to train a new one."
+                f"policy={name!r} is an adapter already, of {base[0]!r}: leave model.lora out to train it further, or "
+                f"set model.policy={base[0]!r} to train a new one."
             )
-        model = load_adapter(load_base_model(base, loading.elsewhere()), name, loading)
+        model = load_adapter(load_base_model(*base), name, loading)
     prepare_policy(model)
     return model
 

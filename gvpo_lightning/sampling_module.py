@@ -2,7 +2,7 @@
 
 import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -13,16 +13,25 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from gvpo_lightning.checks import check_prompts
 from gvpo_lightning.distributed import DataRanks
-from gvpo_lightning.export import sample_at_a_temperature
+from gvpo_lightning.export import sample_at_a_temperature, save_model, write_beside
+from gvpo_lightning.export_adapter import merged_policy
 from gvpo_lightning.loading import LoadingSettings, adapter_base, check_attention, load_config
-from gvpo_lightning.lora import check_adapter, leave_frozen_out, lora_config, saves_adapter_alone, trained_names
+from gvpo_lightning.lora import (
+    check_adapter,
+    is_adapted,
+    leave_frozen_out,
+    lora_config,
+    saves_adapter_alone,
+    trained_names,
+)
+from gvpo_lightning.model_card import Kind, run_config
 from gvpo_lightning.policy import load_policy, load_tokenizer, prepare_policy, stop_token_ids
 from gvpo_lightning.rewards import Reward, reward_columns
 from gvpo_lightning.rollout.generation import GenerationSettings
 from gvpo_lightning.rollout.loader import Row, rows_of
 from gvpo_lightning.rollout.sampling import Rollout, rollout_metrics, sample_rollout
 from gvpo_lightning.seeding import derive_seed
-from gvpo_lightning.sharding import data_ranks, full_state_dict, gathered
+from gvpo_lightning.sharding import data_ranks, full_state_dict, gathered, is_sharded
 
 # what is logged of validation and test: the metric, the completions that it is a mean over, how batches are joined
 EVALUATION_METRICS: tuple[tuple[str, str, Literal["mean", "min", "max"]], ...] = (
@@ -105,7 +114,18 @@ class SamplingModule(L.LightningModule):
 
     def setup(self, stage: str) -> None:
         """Check what can be checked without the model."""
-        check_attention(self.loading, self.trainer.strategy.root_device, str(self.trainer.precision))
+        strategy = self.trainer.strategy
+        check_attention(self.loading, strategy.root_device, str(self.trainer.precision))
+        if self.loading.quantization is not None and is_sharded(strategy):
+            raise ValueError(
+                f"loading.quantization={self.loading.quantization!r} can't be sharded, got {type(strategy).__name__}: "
+                "use one device or DDP, or loading.dtype=bfloat16 without quantization."
+            )
+        if self.lora is not None and self.loading.dtype != "float32" and isinstance(strategy, FSDPStrategy):
+            raise ValueError(
+                f"FSDPStrategy can't hold a float32 adapter beside weights in loading.dtype={self.loading.dtype}: use "
+                "FSDP2 (ModelParallelStrategy, configs/strategy/fsdp2.yaml), or leave loading.dtype out."
+            )
 
     def configure_model(self) -> None:
         """Load the policy and check that its completions can end."""
@@ -121,9 +141,13 @@ class SamplingModule(L.LightningModule):
             )
 
     def _save_trained_alone(self) -> None:
-        """Leave the frozen weights beneath an adapter out of checkpoints: they are where the policy came from."""
-        reloads = isinstance(self.policy_source, str)
-        if self._saved_names is None and saves_adapter_alone(self.policy, can_be_reloaded=reloads):
+        """Leave the frozen weights beneath an adapter out of checkpoints: they are where the policy came from.
+
+        Not with FSDP1, which flattens trained and frozen weights together.
+        """
+        if self._saved_names is not None or (self._trainer and isinstance(self.trainer.strategy, FSDPStrategy)):
+            return
+        if saves_adapter_alone(self.policy, can_be_reloaded=isinstance(self.policy_source, str)):
             self._saved_names = trained_names(self.policy)
             self.strict_loading = False
             self.register_state_dict_post_hook(functools.partial(leave_frozen_out, self._saved_names))
@@ -268,11 +292,26 @@ class SamplingModule(L.LightningModule):
             for row, recorded in zip(rows, sampled, strict=True)
         ]
 
-    def export(self, folder: str | Path) -> None:
-        """Write the policy, its tokenizer and generation config as a Hugging Face folder; every rank must call this."""
+    def export(
+        self, folder: str | Path, *, merge_adapter: bool = False, summary: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write the policy as a Hugging Face folder with a model card; every rank must call this.
+
+        Args:
+            merge_adapter: of a policy with an adapter, the whole model with the adapter merged in, not it alone.
+            summary: the run's results, for the model card.
+
+        Raises:
+            ValueError: there is no adapter to merge, or it can't be done with this policy.
+        """
         state = None if self._trainer is None else full_state_dict(self)
-        if self.global_rank == 0:
-            sample_at_a_temperature(self.policy.generation_config)
+        if self.global_rank:
+            return
+        kind: Kind = "merged" if merge_adapter else "adapter" if is_adapted(self.policy) else "model"
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        sample_at_a_temperature(self.policy.generation_config)
+        if merge_adapter:
+            save_model(merged_policy(self, state), Path(folder))
+        else:
             self.policy.save_pretrained(folder, state_dict=state)
-            self.policy.generation_config.save_pretrained(folder)  # which peft leaves out
-            self.tokenizer.save_pretrained(folder)
+        write_beside(self, self.policy.generation_config, Path(folder), kind, run_config(self._trainer), summary)
