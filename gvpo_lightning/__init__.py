@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gvpo_lightning.data import PromptDataModule
+    from gvpo_lightning.loading import LoadingSettings
     from gvpo_lightning.module import GVPOModule
     from gvpo_lightning.objectives import gvpo_loss
     from gvpo_lightning.reference import ReferenceSettings
@@ -27,6 +28,7 @@ __all__ = [
     "FileSettings",
     "GVPOModule",
     "GenerationSettings",
+    "LoadingSettings",
     "PromptDataModule",
     "ReferenceSettings",
     "ReplaySettings",
@@ -43,6 +45,7 @@ _HOMES = {
     "ReplaySettings": "sources.settings",
     "SourceSettings": "sources.settings",
     "GVPOModule": "module",
+    "LoadingSettings": "loading",
     "GenerationSettings": "rollout.generation",
     "PromptDataModule": "data",
     "RolloutLoader": "rollout.loader",

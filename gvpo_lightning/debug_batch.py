@@ -7,7 +7,7 @@ that time, or of the run's precision.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +57,7 @@ def debug_batch(module: "GVPOModule", batch: str | Path, ckpt_path: str | Path |
         FileNotFoundError, ValueError: one of the files is not there or not what it should be.
     """
     update = load_offending_update(batch)
+    module.loading = replace(module.loading, dtype="float32", attn_implementation=None)
     module.configure_model()
     if ckpt_path is not None:
         load_weights(module.policy, ckpt_path)

@@ -28,6 +28,8 @@ from gvpo_lightning.collect import collect_rollout
 from gvpo_lightning.compiled import compile_layers
 from gvpo_lightning.head import completion_loss
 from gvpo_lightning.head_check import attention_of, check_logprob_head
+from gvpo_lightning.loading import LoadingSettings
+from gvpo_lightning.lora import starts_at_base
 from gvpo_lightning.meters import UpdateMeter, measure_update
 from gvpo_lightning.offending import save_update_of
 from gvpo_lightning.plan import Limits, Update, plan_updates
@@ -70,6 +72,9 @@ class GVPOModule(SamplingModule):
             (docs/rewards.md); None where every completion brings its own and nothing is validated.
         reward_settings: weights, worker processes, time limit, how many may fail.
         tokenizer: a hub id, a folder or a tokenizer; default: the policy's own (needed for a model object).
+        loading: dtype, attention, revision and quantization of a policy given by name, and of models beside it.
+        lora: arguments of peft.LoraConfig: a new adapter on the policy is trained, and the policy's own weights are
+            frozen. None trains all weights, or of an adapter's folder that adapter.
         reference: a kind, such as "frozen" (the policy as its folder or hub id holds it; of a model object, as
             training finds it) or "previous" (the policy at the start of each rollout, which needs several updates
             a rollout to be more than REINFORCE), or `ReferenceSettings`, which lists them all.
@@ -104,6 +109,8 @@ class GVPOModule(SamplingModule):
         policy: str | PreTrainedModel,
         reward: list[Reward] | Reward | None = None,  # in this order jsonargparse can write a list down
         tokenizer: str | PreTrainedTokenizerBase | None = None,
+        loading: LoadingSettings = LoadingSettings(),
+        lora: dict[str, Any] | None = None,
         reference: ReferenceKind | ReferenceSettings = "frozen",
         sources: SourceSettings = SourceSettings(),
         beta: float = 0.1,
@@ -120,14 +127,19 @@ class GVPOModule(SamplingModule):
         loss_implementation: Literal["auto", "triton", "torch", "reference"] = "auto",
         reward_settings: RewardSettings = RewardSettings(),
     ) -> None:
-        super().__init__(policy, reward, reward_settings, tokenizer, generation, rollout.group_size)
+        super().__init__(policy, reward, reward_settings, tokenizer, generation, rollout.group_size, loading, lora)
         if not isinstance(reference, ReferenceSettings):
             reference = ReferenceSettings(reference)
         for name, value in (("beta", beta), ("temperature", temperature), ("max_log_ratio", max_log_ratio)):
             if not value > 0:
                 raise ValueError(f"{name} must be > 0, got {value}.")
         self.reference_settings = reference
-        self.reference = make_reference(reference, can_be_reloaded=isinstance(policy, str))
+        self.reference = make_reference(
+            reference,
+            can_be_reloaded=isinstance(policy, str),
+            is_base=lora is not None and starts_at_base(lora),
+            loading=self.loading if reference.model is None else self.loading_of(reference.model),
+        )
         self.sources = SourceMixture(
             sources,
             rollout.group_size,
@@ -210,7 +222,7 @@ class GVPOModule(SamplingModule):
         if self._trainer is None:
             super().configure_model()
             return
-        with loading_in_turns(self.trainer.strategy, self.model_config()):
+        with loading_in_turns(self.trainer.strategy, self.model_config(), self.loading):
             self._load_and_shard()
 
     def _load_and_shard(self) -> None:
@@ -490,6 +502,7 @@ class GVPOModule(SamplingModule):
         """Take up what `on_save_checkpoint` left."""
         if "gvpo" not in checkpoint:
             raise ValueError("This checkpoint is not one of a GVPOModule: it has no 'gvpo' entry.")
+        super().on_load_checkpoint(checkpoint)
         load_gvpo_state(self, checkpoint["gvpo"])
         if self._trainer is not None and self.trainer.state.fn == "fit":
             load_position(self, checkpoint["gvpo"])

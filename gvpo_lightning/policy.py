@@ -1,38 +1,58 @@
 """The policy: loading a Hugging Face causal LM and its tokenizer, and making it ready to train."""
 
+from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_lightning.head import install_logprob_head
+from gvpo_lightning.loading import (
+    UNLOADABLE,
+    LoadingSettings,
+    adapter_base,
+    hub_arguments,
+    load_base_model,
+    not_loaded,
+)
+from gvpo_lightning.lora import add_lora, load_adapter
 
 
-def load_policy(name_or_path: str, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A causal LM from a hub id or a folder, in `dtype` whatever the file's, ready to train.
+def load_policy(
+    name: str, loading: LoadingSettings = LoadingSettings(), lora: Mapping[str, Any] | None = None, seed: int = 0
+) -> Any:
+    """A causal LM from a hub id or a folder, ready to train; with an adapter of these `lora` arguments on it.
+
+    Where an adapter lies there, the model beneath it with that adapter.
 
     Raises:
-        ValueError: nothing that transformers can load is there.
+        ValueError: nothing that transformers can load is there, or the adapter does not fit.
     """
-    try:
-        model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"policy={name_or_path!r} is neither a folder with a model nor a hub id: {error}") from error
+    base = adapter_base(name, loading)
+    if base is None:
+        model: Any = load_base_model(name, loading)
+        model = model if lora is None else add_lora(model, lora, seed)
+    else:
+        if lora is not None:
+            raise ValueError(
+                f"policy={name!r} is an adapter already, of {base[0]!r}: leave model.lora out to train it further, or "
+                f"set model.policy={base[0]!r} to train a new one."
+            )
+        model = load_adapter(load_base_model(*base), name, loading)
     prepare_policy(model)
     return model
 
 
-def load_tokenizer(name_or_path: str) -> PreTrainedTokenizerBase:
+def load_tokenizer(name: str, loading: LoadingSettings = LoadingSettings()) -> PreTrainedTokenizerBase:
     """The tokenizer of a hub id or a folder.
 
     Raises:
         ValueError: there is none.
     """
     try:
-        return AutoTokenizer.from_pretrained(name_or_path)
-    except (OSError, ValueError) as error:
-        raise ValueError(f"tokenizer={name_or_path!r} has no tokenizer that transformers loads: {error}") from error
+        return AutoTokenizer.from_pretrained(name, **hub_arguments(name, loading))
+    except UNLOADABLE as error:
+        raise not_loaded("tokenizer", name, loading, error) from error
 
 
 def prepare_policy(model: PreTrainedModel) -> None:

@@ -52,7 +52,7 @@ def check_cache(module: "GVPOModule") -> None:
         source = module.policy_source if isinstance(module.policy_source, str) else type(module.policy).__name__
         expected = cache_identity(module, module.trainer, module.policy, source)
     else:
-        expected = cache_identity(module, module.trainer, load_policy(source).cpu(), source)
+        expected = cache_identity(module, module.trainer, load_policy(source, module.loading_of(source)).cpu(), source)
     found = module.sources.references
     if not found:
         raise ValueError("The file's rows don't say what made their reference_logprobs: run `gvpo reference`.")

@@ -1,7 +1,8 @@
 """`SamplingModule`: the part of `GVPOModule` that trains nothing: a policy that samples and is rewarded."""
 
+import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import ExitStack, nullcontext
 from pathlib import Path
 from typing import Any, Literal
@@ -9,12 +10,23 @@ from typing import Any, Literal
 import lightning as L
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
-from transformers import AutoConfig, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_lightning.checks import check_prompts
 from gvpo_lightning.distributed import DataRanks
-from gvpo_lightning.export import sample_at_a_temperature
+from gvpo_lightning.export import sample_at_a_temperature, save_model, write_beside
+from gvpo_lightning.export_adapter import merged_policy
 from gvpo_lightning.guards import Guard
+from gvpo_lightning.loading import LoadingSettings, adapter_base, check_attention, load_config
+from gvpo_lightning.lora import (
+    check_adapter,
+    is_adapted,
+    leave_frozen_out,
+    lora_config,
+    saves_adapter_alone,
+    trained_names,
+)
+from gvpo_lightning.model_card import Kind, run_config
 from gvpo_lightning.policy import load_policy, load_tokenizer, prepare_policy, stop_token_ids
 from gvpo_lightning.rewards import Reward, RewardSettings, reward_columns
 from gvpo_lightning.rewards.running import FailureTally, Rewards
@@ -22,7 +34,7 @@ from gvpo_lightning.rollout.generation import GenerationSettings
 from gvpo_lightning.rollout.loader import Row, rows_of
 from gvpo_lightning.rollout.sampling import Rollout, rollout_metrics, sample_rollout
 from gvpo_lightning.seeding import derive_seed
-from gvpo_lightning.sharding import data_ranks, full_state_dict, gathered
+from gvpo_lightning.sharding import data_ranks, full_state_dict, gathered, is_sharded
 
 # what is logged of validation and test: the metric, the completions that it is a mean over, how batches are joined
 EVALUATION_METRICS: tuple[tuple[str, str, Literal["mean", "min", "max"]], ...] = (
@@ -33,6 +45,25 @@ EVALUATION_METRICS: tuple[tuple[str, str, Literal["mean", "min", "max"]], ...] =
     ("completion/truncated_fraction", "all", "mean"),
     ("completion/dropped_fraction", "all", "mean"),
 )
+
+
+def check_policy_settings(policy: str | PreTrainedModel, loading: LoadingSettings, lora: dict[str, Any] | None) -> None:
+    """Raise ValueError for settings of loading and adapter that contradict each other or the policy."""
+    if not isinstance(policy, str):
+        for name, given in (("loading", loading != LoadingSettings()), ("lora", lora is not None)):
+            if given:
+                raise ValueError(
+                    f"{name} is for a policy given by name, got a {type(policy).__name__}: leave it out and build the "
+                    "model so, or give its folder or hub id."
+                )
+        return
+    if lora is not None:
+        lora_config(lora)
+    elif loading.quantization is not None and adapter_base(policy, loading) is None:
+        raise ValueError(
+            f"loading.quantization={loading.quantization!r} needs an adapter, quantized weights can't be trained: set "
+            "model.lora, for example {r: 16, lora_alpha: 32, target_modules: all-linear}."
+        )
 
 
 class SamplingModule(L.LightningModule):
@@ -48,9 +79,13 @@ class SamplingModule(L.LightningModule):
         tokenizer: str | PreTrainedTokenizerBase | None,
         generation: GenerationSettings,
         group_size: int,
+        loading: LoadingSettings = LoadingSettings(),
+        lora: dict[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        check_policy_settings(policy, loading, lora)
         self.policy_source = policy
+        self.loading, self.lora = loading, lora
         self.policy = None if isinstance(policy, str) else policy
         self.rewards = None if reward is None else Rewards(reward, reward_settings)
         self.tokenizer = self._resolve_tokenizer(tokenizer)
@@ -62,12 +97,17 @@ class SamplingModule(L.LightningModule):
         self.guard = Guard()
         self._evaluated: list[tuple[dict[str, float], int, int]] = []  # metrics, completions kept and all, by batch
         self._gathering: ExitStack | None = None
+        self._saved_names: frozenset[str] | None = None  # of the policy's weights, where not all are saved
 
     def _resolve_tokenizer(self, tokenizer: str | PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
         if tokenizer is None and not isinstance(self.policy_source, str):
             raise ValueError("A policy given as a model object needs its tokenizer: pass tokenizer=…")
         source: Any = self.policy_source if tokenizer is None else tokenizer
-        return load_tokenizer(source) if isinstance(source, str) else source
+        return load_tokenizer(source, self.loading_of(source)) if isinstance(source, str) else source
+
+    def loading_of(self, name: str) -> LoadingSettings:
+        """How a model or tokenizer of this name is loaded."""
+        return self.loading if name == self.policy_source else self.loading.elsewhere()
 
     @property
     def data_ranks(self) -> DataRanks:
@@ -80,7 +120,19 @@ class SamplingModule(L.LightningModule):
         return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
     def setup(self, stage: str) -> None:
-        """Start the processes that rewards run in, while the model is loaded."""
+        """Check what can be checked without the model, and start the processes that rewards run in."""
+        strategy = self.trainer.strategy
+        check_attention(self.loading, strategy.root_device, str(self.trainer.precision))
+        if self.loading.quantization is not None and is_sharded(strategy):
+            raise ValueError(
+                f"loading.quantization={self.loading.quantization!r} can't be sharded, got {type(strategy).__name__}: "
+                "use one device or DDP, or loading.dtype=bfloat16 without quantization."
+            )
+        if self.lora is not None and self.loading.dtype != "float32" and isinstance(strategy, FSDPStrategy):
+            raise ValueError(
+                f"FSDPStrategy can't hold a float32 adapter beside weights in loading.dtype={self.loading.dtype}: use "
+                "FSDP2 (ModelParallelStrategy, configs/strategy/fsdp2.yaml), or leave loading.dtype out."
+            )
         if self.rewards is not None:
             self.rewards.ranks_here = self.trainer.num_devices
             self.rewards.shows_progress = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
@@ -96,18 +148,36 @@ class SamplingModule(L.LightningModule):
         """Load the policy and check that its completions can end."""
         if self.policy is None:
             assert isinstance(self.policy_source, str)
-            self.policy = load_policy(self.policy_source)
+            self.policy = load_policy(self.policy_source, self.loading, self.lora, derive_seed(self.seed, "lora"))
         else:
             prepare_policy(self.policy)
+        self._save_trained_alone()
         if not stop_token_ids(self.policy, self.tokenizer):
             raise ValueError(
                 "The policy has no end-of-sequence token: set generation_config.eos_token_id or tokenizer.eos_token."
             )
 
+    def _save_trained_alone(self) -> None:
+        """Leave the frozen weights beneath an adapter out of checkpoints: they are where the policy came from.
+
+        Not with FSDP1, which flattens trained and frozen weights together.
+        """
+        if self._saved_names is not None or (self._trainer and isinstance(self.trainer.strategy, FSDPStrategy)):
+            return
+        if saves_adapter_alone(self.policy, can_be_reloaded=isinstance(self.policy_source, str)):
+            self._saved_names = trained_names(self.policy)
+            self.strict_loading = False
+            self.register_state_dict_post_hook(functools.partial(leave_frozen_out, self._saved_names))
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Raise ValueError where an adapter is not the one that is trained here."""
+        if self._saved_names is not None and "state_dict" in checkpoint:  # else of a folder, which its reader checks
+            check_adapter(self.policy, self._saved_names, checkpoint["state_dict"])
+
     def model_config(self) -> PretrainedConfig:
         """The policy's, also before it is loaded."""
         source = self.policy_source if self.policy is None else self.policy
-        return AutoConfig.from_pretrained(source) if isinstance(source, str) else source.config
+        return load_config(source, self.loading) if isinstance(source, str) else source.config
 
     def vocab_size(self) -> int:
         """Token ids that the policy has."""
@@ -264,11 +334,26 @@ class SamplingModule(L.LightningModule):
             for row, recorded in zip(rows, sampled, strict=True)
         ]
 
-    def export(self, folder: str | Path) -> None:
-        """Write the policy, its tokenizer and generation config as a Hugging Face folder; every rank must call this."""
+    def export(
+        self, folder: str | Path, *, merge_adapter: bool = False, summary: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write the policy as a Hugging Face folder with a model card; every rank must call this.
+
+        Args:
+            merge_adapter: of a policy with an adapter, the whole model with the adapter merged in, not it alone.
+            summary: the run's results, for the model card.
+
+        Raises:
+            ValueError: there is no adapter to merge, or it can't be done with this policy.
+        """
         state = None if self._trainer is None else full_state_dict(self)
-        if self.global_rank == 0:
-            sample_at_a_temperature(self.policy.generation_config)
+        if self.global_rank:
+            return
+        kind: Kind = "merged" if merge_adapter else "adapter" if is_adapted(self.policy) else "model"
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        sample_at_a_temperature(self.policy.generation_config)
+        if merge_adapter:
+            save_model(merged_policy(self, state), Path(folder))
+        else:
             self.policy.save_pretrained(folder, state_dict=state)
-            self.policy.generation_config.save_pretrained(folder)  # which peft leaves out
-            self.tokenizer.save_pretrained(folder)
+        write_beside(self, self.policy.generation_config, Path(folder), kind, run_config(self._trainer), summary)

@@ -10,6 +10,7 @@ import gvpo_lightning.head as head_module
 from gvpo_lightning.batch import collate_completions
 from gvpo_lightning.head import completion_logprobs, install_logprob_head
 from gvpo_lightning.head_check import check_logprob_head
+from gvpo_lightning.loading import LoadingSettings
 from gvpo_lightning.policy import load_policy, load_tokenizer, prepare_policy, stop_token_ids
 from gvpo_lightning.reference import score
 from gvpo_lightning.rollout.generation import generate_completions
@@ -279,7 +280,8 @@ def test_load_policy_takes_its_own_dtype_not_the_files(build_model, tmp_path, ra
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.training
     assert completion_logprobs(model, ragged)[0].dtype == torch.float32
-    assert {p.dtype for p in load_policy(str(tmp_path / "half"), torch.bfloat16).parameters()} == {torch.bfloat16}
+    half = load_policy(str(tmp_path / "half"), LoadingSettings("bfloat16"))
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("content", [None, "{}", "not json"])
