@@ -137,7 +137,8 @@ class SamplingModule(L.LightningModule):
             self.rewards.ranks_here = self.trainer.num_devices
             self.rewards.shows_progress = self.trainer.is_global_zero and self.trainer.progress_bar_callback is not None
             self.rewards.to(self.trainer.strategy.root_device)
-            self.rewards.start()
+            if self.data_ranks.is_first_of_model:
+                self.rewards.start()
 
     def teardown(self, stage: str) -> None:
         """End them."""

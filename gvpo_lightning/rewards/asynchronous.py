@@ -3,28 +3,25 @@
 import asyncio
 import threading
 import traceback
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
 from typing import Any
 
 from gvpo_lightning.rewards.pool import Task
+from gvpo_lightning.rewards.progress import advance
 from gvpo_lightning.rewards.protocol import RAISED, TIMEOUT, Failure, Reward, Value, call_reward, checked_values
 from gvpo_lightning.rewards.settings import RewardSettings
 
 
-def reward_concurrently(
-    reward: Reward, tasks: Sequence[Task], settings: RewardSettings, advance: Callable[[int], object]
-) -> list[Value]:
+def reward_concurrently(reward: Reward, tasks: Sequence[Task], settings: RewardSettings) -> list[Value]:
     """The reward of each task, each from a call of its own with its own time limit.
 
     A reward that is an async context manager is entered once around them all.
     """
-    return _run(_reward_all(reward, tasks, settings, advance))
+    return _run(_reward_all(reward, tasks, settings))
 
 
-async def _reward_all(
-    reward: Any, tasks: Sequence[Task], settings: RewardSettings, advance: Callable[[int], object]
-) -> list[Value]:
+async def _reward_all(reward: Any, tasks: Sequence[Task], settings: RewardSettings) -> list[Value]:
     free = asyncio.Semaphore(settings.max_concurrency)
 
     async def one(task: Task) -> Value:
@@ -33,19 +30,10 @@ async def _reward_all(
         advance(1)
         return value
 
-    async def tick() -> None:
-        while True:
-            await asyncio.sleep(1.0)
-            advance(0)
-
     async with AsyncExitStack() as stack:
         if hasattr(reward, "__aenter__"):
             await stack.enter_async_context(reward)
-        ticking = asyncio.create_task(tick())
-        try:
-            return list(await asyncio.gather(*(one(task) for task in tasks)))
-        finally:
-            ticking.cancel()
+        return list(await asyncio.gather(*(one(task) for task in tasks)))
 
 
 async def _reward_one(reward: Reward, task: Task, timeout: float) -> Value:

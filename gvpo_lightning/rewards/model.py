@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from gvpo_lightning.rewards.progress import reward_bar
+from gvpo_lightning.rewards.progress import advance
 
 
 class RewardModel:
@@ -59,12 +59,11 @@ class RewardModel:
             ValueError(f"its {len(tokens)} tokens with the prompt exceed the reward model's context of {limit}")
             for tokens in ids
         ]
-        with reward_bar(self.name, len(fits)) as advance:
-            for start in range(0, len(fits), self.batch_size):
-                rows = fits[start : start + self.batch_size]
-                for row, reward in zip(rows, self._outputs([ids[row] for row in rows]), strict=True):
-                    rewards[row] = reward
-                advance(len(rows))
+        for start in range(0, len(fits), self.batch_size):
+            rows = fits[start : start + self.batch_size]
+            for row, reward in zip(rows, self._outputs([ids[row] for row in rows]), strict=True):
+                rewards[row] = reward
+            advance(len(rows))
         return rewards
 
     def _load(self) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 from gvpo_lightning.rewards.asynchronous import reward_concurrently
 from gvpo_lightning.rewards.pool import RewardPool, Task
-from gvpo_lightning.rewards.progress import bars_shown, reward_bar
+from gvpo_lightning.rewards.progress import reward_bar
 from gvpo_lightning.rewards.protocol import (
     TOKEN_IDS,
     Failure,
@@ -166,8 +166,7 @@ class Rewards:
             name: _tasks(name, prompts, completions, with_ids if wants_token_ids(reward) else columns)
             for name, reward in self.functions.items()
         }
-        with bars_shown(self.shows_progress):
-            values = self._values(tasks)
+        values = self._values(tasks)
         tally = FailureTally(asked=len(completions))
         rewarded = []
         for row in range(len(completions)):
@@ -185,15 +184,17 @@ class Rewards:
         if self._pool is not None:
             names = list(self._pool.rewards)
             asked = [task for name in names for task in tasks[name]]
-            with reward_bar("rewards", len(asked)) as advance:
-                answers = iter(self._pool.run(asked, advance))
+            with reward_bar("rewards", len(asked), shown=self.shows_progress):
+                answers = iter(self._pool.run(asked))
             values = {name: [next(answers) for _ in tasks[name]] for name in names}
         for name, reward in self.functions.items():
-            if is_async(reward):
-                with reward_bar(name, len(tasks[name])) as advance:
-                    values[name] = reward_concurrently(reward, tasks[name], self.settings, advance)
-            elif name not in values:
-                values[name] = _in_process(name, reward, tasks[name])
+            if name in values:
+                continue
+            with reward_bar(name, len(tasks[name]), shown=self.shows_progress):
+                if is_async(reward):
+                    values[name] = reward_concurrently(reward, tasks[name], self.settings)
+                else:
+                    values[name] = _in_process(name, reward, tasks[name])
         return values
 
     def _joined(self, values: dict[str, Value]) -> Rewarded:

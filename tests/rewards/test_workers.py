@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from gvpo_lightning.rewards import ExactAnswer, Format, Rewards, RewardSettings
+from gvpo_lightning.rewards.progress import advance
 from gvpo_lightning.rewards.protocol import RewardContractError
 from tests.rewards.rewards_for_tests import batch_size, by_text, modules, patient, process_id
 
@@ -283,3 +284,21 @@ def test_slow_rewards_show_a_bar(make, monkeypatch, capfd, shown, enough):
     rewards.shows_progress = shown
     ask(rewards, ["7", "hang", "8"])
     assert ("rewards: " in capfd.readouterr().err) == (shown and enough)
+
+
+def test_the_bar_of_other_rewards_tells_the_time_and_what_they_tell_it(make, monkeypatch, capfd):
+    def slow(prompts, completions, **columns):
+        for _ in completions:
+            time.sleep(0.5)
+            advance(1)
+        return [1.0] * len(completions)
+
+    slow.in_process = True
+    monkeypatch.setattr("gvpo_lightning.rewards.progress.SLOW", 0.2)
+    rewards = make([slow, patient], timeout=0.8)
+    rewards.shows_progress = True
+    ask(rewards, ["7", "hang", "8"])
+    shown = capfd.readouterr().err
+    assert "slow: " in shown
+    assert "2/3" in shown
+    assert "patient: " in shown
