@@ -7,8 +7,19 @@ not compiled: the head knows only at run time how many tokens count.
 from typing import Any
 
 import torch._dynamo
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
 
 from gvpo_lightning.sharding import layer_classes
+
+
+def check_strategy(strategy: Strategy) -> None:
+    """Raise ValueError for a strategy under which compiled layers don't train."""
+    tensor_parallel = isinstance(strategy, ModelParallelStrategy) and strategy.device_mesh["tensor_parallel"].size() > 1
+    if isinstance(strategy, FSDPStrategy) or tensor_parallel:
+        raise ValueError(
+            f"torch_compile=True works on one device, under DDP and under FSDP2 (ModelParallelStrategy), not with "
+            f"{'tensor parallelism' if tensor_parallel else 'FSDPStrategy'}: set torch_compile=False."
+        )
 
 
 def compile_layers(policy: Any) -> None:

@@ -25,7 +25,7 @@ from gvpo_kernels.inputs import choose_implementation
 from gvpo_lightning.checkpoint import gvpo_state, load_gvpo_state, load_position
 from gvpo_lightning.checks import check_trainer, check_training_batches
 from gvpo_lightning.collect import collect_rollout
-from gvpo_lightning.compiled import compile_layers
+from gvpo_lightning.compiled import check_strategy, compile_layers
 from gvpo_lightning.head import completion_loss
 from gvpo_lightning.head_check import attention_of, check_logprob_head
 from gvpo_lightning.loading import LoadingSettings
@@ -94,7 +94,7 @@ class GVPOModule(SamplingModule):
             saves what padding costs where attention takes the sequences apart (flash_attention_2 or 3,
             flex_attention); "sdpa" and "eager" make a mask of all pairs of the row's tokens.
         torch_compile: compile the decoder layers with torch.compile, for training and scoring; the first steps are
-            slow, later ones faster. Sampling is not compiled.
+            slow, later ones faster. Sampling is not compiled. Not with FSDPStrategy or tensor parallelism.
         loss_implementation: "triton" (CUDA), "torch" (chunked, any device), "reference" (plain, all logits
             stored) or "auto", "triton" where it can run and else "torch". Compared with eager at start-up.
 
@@ -197,6 +197,8 @@ class GVPOModule(SamplingModule):
 
     def setup(self, stage: str) -> None:
         """Check what can be checked without the model."""
+        if self.torch_compile:
+            check_strategy(self.trainer.strategy)
         super().setup(stage)
         if stage == "fit":
             check_trainer(

@@ -81,6 +81,8 @@ def vocab_size(arithmetic) -> int:
 def test_ten_updates_end_with_the_weights_of_one_device(run, vocab_size, name, variants):
     if name == "fsdp1":  # whose mixed precision casts by autocast("cuda"), and which can't shard a second model
         variants = [variant for variant in variants if variant not in ("bf16", "other")]
+    if name in ("fsdp1", "tp", "fsdp2_tp"):
+        variants = [variant for variant in variants if variant != "compiled"]
     for variant, ranks, one in zip(variants, run(name, *variants), run("single", *variants), strict=True):
         (one,) = one
         assert distance_trained(one, variant, vocab_size) > 1e-2  # or nothing would be compared
@@ -176,6 +178,12 @@ def test_ranks_load_a_model_one_after_the_other_where_there_is_no_room_for_two(r
     assert largest_difference(ranks[0]["weights"], one["weights"]) <= 1e-5
     (first_start, _, first_end), (second_start, _, second_end) = (rank["loading"] for rank in ranks)
     assert first_start < first_end < second_start < second_end
+
+
+@pytest.mark.parametrize(("name", "reason"), [("fsdp1", "FSDPStrategy"), ("tp", "tensor parallelism")])
+def test_layers_that_would_not_train_compiled_are_refused(run, name, reason):
+    (ranks,) = run(name, "uncompiled")
+    assert all(f"not with {reason}: set torch_compile=False" in rank["refusal"] for rank in ranks)
 
 
 @pytest.mark.gpu

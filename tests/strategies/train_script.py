@@ -209,6 +209,16 @@ def train_recorded(model: str, folder: Path, name: str, variant: str) -> dict[st
     return {"weights": whole_weights(module), "metrics": metrics, "fourth": recorder.seen, "loading": loading}
 
 
+def try_to_compile(model: str, name: str) -> dict[str, Any]:
+    """What is said where it can't be done."""
+    try:
+        module = make_module(model, "full", reward=reward, torch_compile=True)
+        make_trainer(name, Path.cwd()).fit(module, RolloutLoader(ROWS, module))
+    except ValueError as error:
+        return {"refusal": str(error)}
+    return {"weights": whole_weights(module)}
+
+
 def reward(prompts, completions, **columns):
     """Varied; some completions have none."""
     return [None if text.startswith("1") else len(set(text)) / 4 for text in completions]
@@ -326,6 +336,8 @@ def main(model: str, folder: Path, name: str, variants: list[str]) -> None:
         L.seed_everything(0, verbose=False)
         if variant == "sampled":
             result = train_and_resume(model, folder, name)
+        elif variant == "uncompiled":
+            result = try_to_compile(model, name)
         elif variant == "others":
             result = try_others(model, name)
         elif variant.startswith("from:"):
