@@ -221,7 +221,7 @@ def find_logit_map(model: PreTrainedModel) -> LogitMap:
         logits = _model_output(model, inputs, lambda hidden: raw.to(hidden.device)[None, None].clone())
     logits = logits.flatten().to(raw)
     scale, limit = float(logits[0]) / small, float(logits[1])
-    # limit / scale: where a cap is, in raw logits
+    # a cap holds `large` back, far below scale * large
     found = LogitMap(scale, None if abs(limit) > 0.5 * abs(scale) * large else limit)
     if not (scale > 0 and limit > 0 and torch.allclose(found(raw), logits, rtol=1e-5, atol=1e-5)):
         raise ValueError(
