@@ -213,14 +213,15 @@ def find_logit_map(model: PreTrainedModel) -> LogitMap:
     """
     small, large = 2.0**-24, 2.0**60
     raw = torch.tensor([small, large, 0.0, *(sign * x for x in (0.5, 2, 8, 32, 128, 512) for sign in (1, -1))])
-    raw = raw.to(torch.float64)  # on the CPU, whatever the model's device
+    raw = raw.to(torch.float32 if model.device.type == "mps" else torch.float64)
     inputs = {
         name: torch.zeros((1, 1), dtype=torch.int64, device=model.device) for name in ("input_ids", "position_ids")
     }
     with torch.compiler.set_stance("force_eager"):  # compiled layers would be compiled for one token
-        logits = _model_output(model, inputs, lambda hidden: raw[None, None].clone()).double().flatten()
+        logits = _model_output(model, inputs, lambda hidden: raw.to(hidden.device)[None, None].clone())
+    logits = logits.flatten().to(raw)
     scale, limit = float(logits[0]) / small, float(logits[1])
-    # limit / scale: where a cap is, in raw logits
+    # a cap holds `large` back, far below scale * large
     found = LogitMap(scale, None if abs(limit) > 0.5 * abs(scale) * large else limit)
     if not (scale > 0 and limit > 0 and torch.allclose(found(raw), logits, rtol=1e-5, atol=1e-5)):
         raise ValueError(

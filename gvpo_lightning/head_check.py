@@ -55,7 +55,7 @@ def _check_padding_free(model: PreTrainedModel, batch: CompletionBatch, implemen
     with torch.no_grad():
         packed = logprobs(0, 1, padding_free=True)
         error = _difference(packed, logprobs(0, 1, padding_free=False))
-        # the same shapes, so that of a sequence that is alone in its row not a bit may change
+        # the second sequence and all shapes stay the same: where it sees nothing else, it has the same log-probs
         leak = _difference(logprobs(1, 1, padding_free=True)[1], packed[1])
     if not (error <= tolerance and leak <= (1e-5 if tolerance < 1e-3 else 1e-3)):
         raise ValueError(

@@ -10,6 +10,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from gvpo_lightning.estimate import ModelSizes, RunFacts, Workload, describe, estimate_memory, model_sizes
 from gvpo_lightning.estimate.sizes import count_parameters, with_adapters
+from gvpo_lightning.head_check import attention_of
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.rollout.generation import encode_prompt
 from gvpo_lightning.rollout.loader import RolloutLoader
@@ -56,6 +57,8 @@ def run_facts(trainer: L.Trainer, module: GVPOModule) -> tuple[ModelSizes, RunFa
         trained_parameters=None if trained == total else trained,
         reference=module.reference_settings.kind,
         checkpointing=any(getattr(part, "gradient_checkpointing", False) for part in module.policy.modules()),
+        padding_free=module.padding_free,
+        masks=attention_of(module.policy) in ("eager", "sdpa"),
         cuda=parameter.is_cuda,
     )
     return sizes, facts if reference is None else replace(facts, reference_parameters=count_parameters(reference))

@@ -56,6 +56,8 @@ class RunFacts:
         trained_parameters: with LoRA the adapters'; None for all of the model.
         reference: its kind; `reference_parameters` of a model of its own, 0 for values that take the policy's place.
         checkpointing: decoder layers are computed again in the backward pass.
+        padding_free: a micro-batch is one row, so that a mask covers all pairs of its tokens.
+        masks: attention is given a mask ("eager" and "sdpa").
         cuda: on GPUs; the loss then runs in Triton, and AdamW works on all tensors at once.
     """
 
@@ -72,6 +74,8 @@ class RunFacts:
     reference: ReferenceKind = "frozen"
     reference_parameters: int = 0
     checkpointing: bool = True
+    padding_free: bool = False
+    masks: bool = True
     cuda: bool = True
 
     def __post_init__(self) -> None:
@@ -122,6 +126,14 @@ class RunFacts:
         work = self.workload
         update = math.ceil(min(work.prompts_per_update, work.prompts_per_rollout) / self.data_parallel)
         return math.ceil(update * work.group_size / work.accumulate)
+
+    @property
+    def mask_pairs(self) -> int:
+        """Pairs of tokens that a micro-batch's attention mask covers."""
+        if not self.masks:
+            return 0
+        tokens = self.workload.tokens
+        return (self.micro_batch * tokens) ** 2 if self.padding_free else self.micro_batch * tokens**2
 
     @property
     def two_passes(self) -> bool:

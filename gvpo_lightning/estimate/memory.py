@@ -102,10 +102,9 @@ def activation_bytes(sizes: ModelSizes, facts: RunFacts) -> tuple[int, int]:
     stream = tokens * sizes.hidden * facts.stream_bytes
     norm = tokens * sizes.hidden * (4 + (facts.stream_bytes if facts.trained_parameters is None else 0))
     gradients = tokens * 3 * sizes.intermediate * facts.compute_bytes // facts.tensor_parallel + 2 * stream
-    mask = facts.micro_batch * facts.workload.tokens**2
     if facts.checkpointing:
-        return sizes.num_layers * stream + norm + mask, layer + gradients
-    return sizes.num_layers * layer + norm + mask, gradients
+        return sizes.num_layers * stream + norm + facts.mask_pairs, layer + gradients
+    return sizes.num_layers * layer + norm + facts.mask_pairs, gradients
 
 
 def head_bytes(sizes: ModelSizes, facts: RunFacts) -> tuple[int, int]:
@@ -216,6 +215,6 @@ def _layer_activations(sizes: ModelSizes, facts: RunFacts) -> int:
     norms = hidden * (2 * 4 + (2 * stream if full else 0) + readers * compute)
     # with a mask, keys and values are repeated for all heads; the mask is turned into numbers in each layer
     attention = sizes.num_heads * (4 * sizes.head_dim * compute + 4)
-    mask = facts.micro_batch * facts.workload.tokens**2 * compute
+    mask = facts.mask_pairs * compute
     mlp = (4 if sizes.gated else 2) * sizes.intermediate * compute
     return tokens * (norms + (attention + mlp) // facts.tensor_parallel) + mask

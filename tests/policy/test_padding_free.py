@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gvpo_lightning.head import completion_logprobs, completion_loss
-from gvpo_lightning.head_check import check_logprob_head
+from gvpo_lightning.head_check import attention_of, check_logprob_head
 from gvpo_lightning.policy import prepare_policy
 from gvpo_lightning.reference import score
 from tests.policy.conftest import FLOAT32_ALONE, SIZES
@@ -48,6 +48,7 @@ def test_it_equals_padded_rows(build_model, batch, name, attention, checkpointin
     # eager attention can't do padded rows in float64
     dtype = torch.float32 if attention == "eager" or name in FLOAT32_ALONE else torch.float64
     model = build_model(name, attn_implementation=attention).to(dtype)
+    assert attention_of(model) == attention
     prepare_policy(model)
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
@@ -123,3 +124,23 @@ def test_a_model_in_bfloat16_is_not_refused(build_model, name):
     model = build_model(name).bfloat16()
     prepare_policy(model)
     check_logprob_head(model, padding_free=True)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", ["qwen2", "mistral-window", "granite-scaled"])
+def test_flash_attention_takes_the_sequences_apart(build_model, batch, name):
+    """In bfloat16, where it runs; against padded rows under sdpa with the same weights."""
+    pytest.importorskip("flash_attn")
+    sizes = {"hidden_size": 128, "head_dim": 32, "dtype": torch.bfloat16}
+    padded = build_model(name, attn_implementation="sdpa", **sizes).bfloat16().cuda()
+    packed = build_model(name, attn_implementation="flash_attention_2", **sizes).bfloat16().cuda()
+    packed.load_state_dict(padded.state_dict())
+    for model in (padded, packed):
+        prepare_policy(model)
+    check_logprob_head(packed, padding_free=True)
+    on_gpu = batch.to("cuda")
+    theirs, ours = completion_logprobs(padded, on_gpu)[0], completion_logprobs(packed, on_gpu, padding_free=True)[0]
+    torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.1)
+    losses = completion_loss(padded, on_gpu, 0.3).loss, completion_loss(packed, on_gpu, 0.3, padding_free=True).loss
+    expected, found = gradients(padded, losses[0]).float(), gradients(packed, losses[1]).float()
+    assert (found - expected).norm() <= 0.1 * expected.norm()
