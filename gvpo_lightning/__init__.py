@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from gvpo_lightning.module import GVPOModule
     from gvpo_lightning.objectives import gvpo_loss
     from gvpo_lightning.reference import ReferenceSettings
+    from gvpo_lightning.rewards.settings import RewardSettings
     from gvpo_lightning.rollout.generation import GenerationSettings
     from gvpo_lightning.rollout.loader import RolloutLoader
     from gvpo_lightning.rollout.sampling import RolloutSettings
@@ -32,6 +33,7 @@ __all__ = [
     "PromptDataModule",
     "ReferenceSettings",
     "ReplaySettings",
+    "RewardSettings",
     "RolloutLoader",
     "RolloutSettings",
     "SourceSettings",
@@ -43,6 +45,7 @@ _HOMES = {
     "FileSettings": "sources.settings",
     "ReferenceSettings": "reference",
     "ReplaySettings": "sources.settings",
+    "RewardSettings": "rewards.settings",
     "SourceSettings": "sources.settings",
     "GVPOModule": "module",
     "LoadingSettings": "loading",

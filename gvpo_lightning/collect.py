@@ -15,7 +15,7 @@ import torch
 from gvpo_lightning.batch import Completion
 from gvpo_lightning.meters import measure_rollout
 from gvpo_lightning.reference import score
-from gvpo_lightning.rewards.protocol import RewardContractError, RewardError
+from gvpo_lightning.rewards.protocol import RewardError, SharedContractError
 from gvpo_lightning.rewards.running import FailureTally
 from gvpo_lightning.rollout.generation import encode_prompt
 from gvpo_lightning.rollout.loader import Row
@@ -104,7 +104,7 @@ def reward_shares(
     told = (fresh, share, row_hash(rows), None if error is None else str(error), failures)
     parts = ranks.gather(ranks.agree(told))
     if isinstance(error, ValueError):
-        raise RewardContractError(str(error)) from error
+        raise SharedContractError(str(error)) from error
     if error is not None:
         raise RewardError(f"{type(error).__name__}: {error}") from error
     for rank, (_, _, of_rows, message, _) in enumerate(parts):  # or this rank would wait for one that has ended

@@ -264,8 +264,7 @@ class SamplingModule(L.LightningModule):
     def _log_components(self, stage: str, failures: FailureTally) -> None:
         """Each reward's own; of one that has applied to nothing only how often it has failed."""
         parts = self.data_ranks.gather(self._components)
-        assert self.rewards is not None
-        for name in self.rewards.functions:
+        for name in self.rewards.functions if self.rewards is not None else ():
             values = torch.tensor([value for part in parts for value in part.get(name, ())])
             if len(values):
                 self.log(f"{stage}/reward/{name}/mean", float(values.mean()))

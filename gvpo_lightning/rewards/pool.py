@@ -23,7 +23,7 @@ from typing import Any
 import cloudpickle
 
 from gvpo_lightning.rewards.progress import advance
-from gvpo_lightning.rewards.protocol import DIED, TIMEOUT, Failure, Reward, RewardContractError, RewardError, Value
+from gvpo_lightning.rewards.protocol import DIED, TIMEOUT, Failure, Reward, RewardContractError, Value
 
 START_TIMEOUT = 600.0  # seconds to import what the rewards need
 LOADING = -1
@@ -125,7 +125,8 @@ class RewardPool:
         try:
             self.start()
             while any(worker.task == LOADING for worker in self._workers):
-                assert not dict(self._answers()), "nothing has been asked yet"
+                answers = dict(self._answers())
+                assert not answers, "nothing has been asked yet"
         except BaseException:
             self.close()
             raise
@@ -209,7 +210,7 @@ class RewardPool:
 
 def _check_loaded(answer: Any) -> None:
     if isinstance(answer, Failure):
-        raise RewardError(f"A reward worker could not start: {answer.text}")
+        raise RuntimeError(f"A reward worker could not start: {answer.text}")
     if answer is not None:
         raise RewardContractError(
             f"A reward worker could not load the rewards: {answer.strip().splitlines()[-1]}. Keep what a reward needs "

@@ -19,12 +19,16 @@ COMPONENT = "reward/"  # begins the columns that `predict` writes of each reward
 TOKEN_IDS = "completion_ids"  # the column that only rewards that name it are given
 
 
-class RewardError(RuntimeError):
-    """Rewards that stop the run; it is raised on all ranks together."""
-
-
-class RewardContractError(RewardError, ValueError):
+class RewardContractError(ValueError):
     """An answer that is no list of rewards, whatever the completions are: a mistake in the reward's code."""
+
+
+class RewardError(RuntimeError):
+    """Rewards that stop the run. It is raised on all ranks together, so that they can save what has been trained."""
+
+
+class SharedContractError(RewardError, RewardContractError):
+    """A `RewardContractError` of which all ranks know."""
 
 
 @dataclass(frozen=True)
