@@ -12,6 +12,7 @@ from torch import Tensor
 
 from gvpo_lightning.loading import adapter_base, empty_model, load_base_model
 from gvpo_lightning.lora import add_lora, import_peft, trained_names
+from gvpo_lightning.saved_weights import unwrapped_name
 
 if TYPE_CHECKING:
     from gvpo_lightning.sampling_module import SamplingModule
@@ -41,11 +42,17 @@ def adapted_model(module: "SamplingModule", *, with_weights: bool) -> Any:
 
 
 def write_adapter(model: Any, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """The adapter's weights, given by their names in the model, and its config, as peft loads them."""
+    """The adapter's weights, given by their names in the model, and its config, as peft loads them.
+
+    The model may be wrapped by FSDP1, whose names peft would not find in `tensors`.
+    """
     peft = import_peft("An adapter's export")
-    state = peft.get_peft_model_state_dict(model, state_dict=dict(tensors), save_embedding_layers=False)
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    state = {name: tensors[unwrapped_name(name)] for name in names if unwrapped_name(name) in tensors}
+    adapter = peft.get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    assert adapter, "peft has found no adapter"
     save_file(
-        {name: tensor.contiguous() for name, tensor in state.items()},
+        {unwrapped_name(name): tensor.detach().cpu().contiguous() for name, tensor in adapter.items()},
         folder / "adapter_model.safetensors",
         {"format": "pt"},
     )

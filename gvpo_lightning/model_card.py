@@ -22,6 +22,7 @@ Kind = Literal["model", "adapter", "merged"]
 CONFIG, SUMMARY = "config.yaml", "summary.json"
 PACKAGES = ("gvpo-lightning", "torch", "lightning", "transformers", "peft", "bitsandbytes")
 HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+SECRET = re.compile(r"(api_?key|secret|password|token)$", re.IGNORECASE)
 HYPERPARAMETERS = ("beta", "temperature", "loading", "lora", "reference_settings", "rollout_settings", "generation")
 
 TEMPLATE = """---
@@ -107,7 +108,7 @@ def write_card(
         origin=origin[kind],
         code=_loading_code(source if _is_hub_id(source) else name, kind),
         results="\n".join(f"| {key} | {value} |" for key, value in _numbers(summary or {})),
-        config=yaml.safe_dump(without_paths(config or hyperparameters(module)), sort_keys=False, allow_unicode=True),
+        config=yaml.safe_dump(publishable(config or hyperparameters(module)), sort_keys=False, allow_unicode=True),
         versions=", ".join(
             [f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in PACKAGES if is_installed(p))]
         ),
@@ -126,12 +127,15 @@ def hyperparameters(module: "SamplingModule") -> dict[str, Any]:
     return found
 
 
-def without_paths(value: Any) -> Any:
-    """A config in which absolute paths are shortened to their last part: they are of one machine."""
+def publishable(value: Any, key: str = "") -> Any:
+    """A config without what is not set or is secret; absolute paths, which are of one machine, by their last part."""
     if isinstance(value, Mapping):
-        return {str(without_paths(key)): without_paths(part) for key, part in value.items()}
+        shown = {str(publishable(name)): publishable(part, str(name)) for name, part in value.items()}
+        return {name: part for name, part in shown.items() if part is not None}
     if isinstance(value, (list, tuple)):
-        return [without_paths(part) for part in value]
+        return [publishable(part, key) for part in value]
+    if isinstance(value, str) and SECRET.search(key):
+        return "(left out)"
     if isinstance(value, Path) or (isinstance(value, str) and re.match(r"(/|~|[A-Za-z]:[\\/])[^\n]*$", value)):
         return re.split(r"[\\/]", str(value).rstrip("\\/"))[-1]
     return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)

@@ -31,7 +31,9 @@ def load_policy(
     base = adapter_base(name, loading)
     if base is None:
         model: Any = load_base_model(name, loading)
-        model = model if lora is None else add_lora(model, lora, seed)
+        if lora is not None:
+            model = add_lora(model, lora, seed)
+            model.peft_config["default"].revision = loading.revision  # of the model beneath, for who loads the adapter
     else:
         if lora is not None:
             raise ValueError(

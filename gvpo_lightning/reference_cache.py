@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 from rich.progress import track
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from gvpo_lightning.batch import collate_completions
 from gvpo_lightning.head_check import check_logprob_head
+from gvpo_lightning.loading import check_attention
 from gvpo_lightning.policy import load_policy, prepare_policy, stop_token_ids
 from gvpo_lightning.reference import fingerprint, score
 from gvpo_lightning.rollout.generation import encode_prompt
@@ -33,8 +35,9 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def cache_identity(module: "GVPOModule", trainer: Trainer, model: Any, name: str) -> dict[str, Any]:
-    """What log-probs of this model under the module's settings are made by; a LoRA policy counts without adapter."""
-    weights = [p for key, p in model.named_parameters() if "lora_" not in key]
+    """What log-probs of this model under the module's settings are made by; a new adapter does not count."""
+    trains_on = isinstance(module.policy_source, str) and module.lora is None  # an adapter that lies in a folder
+    weights = [p for key, p in model.named_parameters() if trains_on or "lora_" not in key]
     return {
         "model": name,
         "weights": fingerprint(weights),
@@ -94,10 +97,12 @@ def fill_cache(module: "GVPOModule", trainer: Trainer, output: str | None = None
         raise ValueError(f"gvpo reference runs on one device, got {trainer.world_size}: set trainer.devices=1.")
     file = OfflineFile(settings.path, settings.split, module.tokenizer, module.vocab_size())
     source = module.reference_settings.model or module.policy_source
-    model: Any = load_policy(source) if isinstance(source, str) else source
+    check_attention(module.loading, trainer.strategy.root_device, str(trainer.precision))
+    model: Any = load_policy(source, module.loading_of(source)) if isinstance(source, str) else source
     prepare_policy(model)
     identity = cache_identity(module, trainer, model, source if isinstance(source, str) else type(source).__name__)
-    model = trainer.precision_plugin.convert_module(model).to(trainer.strategy.root_device)
+    trainer.precision_plugin.convert_module(nn.ModuleList([model]))  # transformers refuses if it is quantized
+    model.to(trainer.strategy.root_device)
 
     partial = target.with_name(target.name + ".partial")
     done = finished_rows(partial, identity, file.rows)

@@ -15,7 +15,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 from gvpo_lightning.checks import check_prompts
 from gvpo_lightning.distributed import DataRanks
 from gvpo_lightning.export import sample_at_a_temperature, save_model, write_beside
-from gvpo_lightning.export_adapter import merged_policy
+from gvpo_lightning.export_adapter import merged_policy, write_adapter
 from gvpo_lightning.guards import Guard
 from gvpo_lightning.loading import LoadingSettings, adapter_base, check_attention, load_config
 from gvpo_lightning.lora import (
@@ -354,6 +354,8 @@ class SamplingModule(L.LightningModule):
         sample_at_a_temperature(self.policy.generation_config)
         if merge_adapter:
             save_model(merged_policy(self, state), Path(folder))
+        elif is_adapted(self.policy):
+            write_adapter(self.policy, dict(self.policy.named_parameters()) if state is None else state, Path(folder))
         else:
             self.policy.save_pretrained(folder, state_dict=state)
         write_beside(self, self.policy.generation_config, Path(folder), kind, run_config(self._trainer), summary)

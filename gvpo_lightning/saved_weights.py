@@ -22,8 +22,13 @@ UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingErro
 
 def policy_name(key: str) -> str | None:
     """The name within the policy of a Lightning module's parameter or buffer; None for what is not the policy's."""
-    first, *rest = [part for part in key.split(".") if part not in WRAPPERS]
-    return ".".join(rest) if first == "policy" and rest else None
+    first, _, rest = unwrapped_name(key).partition(".")
+    return rest if first == "policy" and rest else None
+
+
+def unwrapped_name(key: str) -> str:
+    """A parameter's name without what wrappers have put into it."""
+    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
 
 
 class SavedWeights(ABC):

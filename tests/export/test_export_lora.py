@@ -10,6 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 from gvpo_lightning import GVPOModule, LoadingSettings
 from gvpo_lightning.cli import main
 from gvpo_lightning.export import export_checkpoint
+from gvpo_lightning.loading import load_base_model
 from gvpo_lightning.policy import load_policy, load_tokenizer
 
 peft = pytest.importorskip("peft")
@@ -79,7 +80,7 @@ def logprobs(model):
     return torch.log_softmax(model.eval()(IDS).logits.double(), dim=-1)
 
 
-def trained_logprobs(base, checkpoint, loading=LoadingSettings()):
+def trained_logprobs(base, checkpoint, loading):
     """From the checkpoint's tensors, put into a peft model by hand."""
     state = torch.load(checkpoint, weights_only=True)["state_dict"]
     model = load_policy(str(base), loading, LORA)
@@ -98,7 +99,7 @@ def load_adapter(base, folder):
 
 def test_the_adapter_and_the_merged_model_give_what_was_trained(run, base, tmp_path, capsys):
     folder = run("--run_summary.merge_adapter=true")
-    expected = trained_logprobs(base, folder / "checkpoints" / "last.ckpt")
+    expected = trained_logprobs(base, folder / "checkpoints" / "last.ckpt", LoadingSettings())
     export = ["export", f"--config={folder / 'config.yaml'}", "--ckpt_path=last"]
     main([*export, f"--output={tmp_path / 'adapter'}"])
     main([*export, f"--output={tmp_path / 'merged'}", "--merge=true"])
@@ -157,3 +158,38 @@ def test_names_on_the_hub_are_in_the_cards_front_matter(run, base, tmp_path, mon
     assert yaml.safe_load(text.split("---")[1])["base_model"] == "Qwen/Qwen2.5-0.5B"
     assert "Results" not in text
     assert yaml.safe_load(text.split("```yaml")[1].split("```")[0])["lora"] == LORA  # of the module, without a config
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_an_adapter_of_quantized_weights_is_merged_into_the_files_own(run, base, tmp_path, quantization):
+    pytest.importorskip("bitsandbytes")
+    folder = run(f"--model.loading.quantization={quantization}")
+    checkpoint = folder / "checkpoints" / "last.ckpt"
+    trained = trained_logprobs(base, checkpoint, LoadingSettings(quantization=quantization))
+    main(["export", f"--config={folder / 'config.yaml'}", "--ckpt_path=last", f"--output={tmp_path / 'merged'}",
+          "--merge=true"])  # fmt: skip
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
+    assert getattr(merged.config, "quantization_config", None) is None
+    expected = trained_logprobs(base, checkpoint, LoadingSettings())  # over the files' own weights
+    error = (logprobs(merged.float()) - expected).abs().mean()
+    assert error < 0.01  # of 16 bits; that of nf4 is many times as large, that of int8 smaller
+    assert quantization == "int8" or (trained - expected).abs().mean() > 3 * error
+    adapter = peft.PeftModel.from_pretrained(
+        load_base_model(str(base), LoadingSettings(quantization=quantization)), folder / "export"
+    )
+    torch.testing.assert_close(logprobs(adapter), trained, atol=1e-5, rtol=0)
+
+
+def test_merging_without_an_adapter_is_refused(run, base, tmp_path, capsys):
+    folder = run("--model.lora=null")
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        main(["export", f"--config={folder / 'config.yaml'}", "--ckpt_path=last", "--merge=true",
+              f"--output={tmp_path / 'out'}"])  # fmt: skip
+    assert "There is no adapter to merge" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(SystemExit):
+        main(["export", f"--config={folder / 'config.yaml'}", "--ckpt_path=last", "--model.lora.r=4",
+              f"--output={tmp_path / 'out'}"])  # fmt: skip
+    assert "has no 'base_model.model.model." in capsys.readouterr().err

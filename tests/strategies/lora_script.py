@@ -44,7 +44,7 @@ def main(model: str, folder: Path, name: str, loading: LoadingSettings) -> None:
     torch.set_num_threads(1)
     saver = ModelCheckpoint(folder / name, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     through = train(model, name, loading, callbacks=[saver], enable_checkpointing=True)
-    result = {"through": adapter_of(through), "reference": through.rollout.batch.reference_logprobs}
+    result = {"through": adapter_of(through), "reference": through.rollout.batch.reference_logprobs.cpu()}
     result["kind"] = type(through.reference).__name__
     through.export(folder / f"export-{name}")
     result["resumed"] = adapter_of(train(model, name, loading, folder / name / "step=2.ckpt"))
