@@ -12,8 +12,9 @@ from typing import Any
 
 from gvpo_lightning.batch import COMPLETION_COLUMNS
 from gvpo_lightning.rewards.exact import ExactAnswer, last_number
+from gvpo_lightning.rewards.maths import BoxedMath
 
-__all__ = ["ExactAnswer", "Reward", "compute_rewards", "last_number"]
+__all__ = ["BoxedMath", "ExactAnswer", "Reward", "compute_rewards", "last_number"]
 
 Reward = Callable[..., Sequence[float | None]]
 
