@@ -212,12 +212,17 @@ def _same_equation(gold: Any, answer: Any) -> bool | None:
 
     math-verify would solve them, which can take minutes and finds equations equal that it can't solve.
     """
-    from sympy import Eq, simplify
+    from sympy import Derivative, Eq, Symbol, simplify
 
     if not isinstance(gold, Eq) or not isinstance(answer, Eq):
         return None
     try:
-        ratio = simplify((gold.lhs - gold.rhs) / (answer.lhs - answer.rhs))
+        # derivatives by name: sympy takes variables for constants, whose derivatives are 0
+        left, right = (
+            (side.lhs - side.rhs).replace(lambda part: isinstance(part, Derivative), lambda part: Symbol(str(part)))
+            for side in (gold, answer)
+        )
+        ratio = simplify(left / right)
         return bool(ratio.is_number and ratio.is_finite and ratio.is_zero is False)
     except (AttributeError, TypeError, ValueError, NotImplementedError, RecursionError):
         return None
