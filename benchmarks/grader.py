@@ -6,7 +6,7 @@ Of each problem the right answer, boxed, must be worth 1, and corrupted ones 0. 
 
 * every number in the answer, by one more: `\frac{3}{56}` becomes `\frac{4}{56}` and `\frac{3}{57}`;
 * the sign of an answer that is a single value: a minus in front, or the one there taken away;
-* the last letter that is not part of a LaTeX command, by the next one, in answers without units: `p - q` becomes `p - r`.
+* the last letter that is not in a LaTeX command, by the next one, in answers without units: `p - q` becomes `p - r`.
 
 Where there are alternatives the first is corrupted, and what then equals another one's text is left out. Beside those
 two kinds of exceptions the answers are listed that math-verify can't read: they are right only as they are written.
@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gvpo_lightning.data import load_splits
 from gvpo_lightning.rewards.maths import BoxedMath, gold_answers, is_readable, plain
+from gvpo_lightning.splits import load_splits
 
 RESULTS = Path(__file__).parent / "results" / "grader.json"
 SPLITS = {"aime": 30, "amc": 83, "math": 500, "minerva": 272, "olympiad_bench": 675}
@@ -33,7 +33,7 @@ _SEVERAL = re.compile(r"[=<>,;\[\]]|\\(?:pm|cup|le|ge|geqslant|in|begin)(?![a-zA
 def corrupted(alternatives: list[str]) -> dict[str, str]:
     """Answers that differ from all the right ones, by what has been done to the first of these."""
     answer, right = alternatives[0], {plain(text) for text in alternatives}
-    changed = {name: text for name, text in [*_numbers(answer), *_sign(answer), *_letter(answer)]}
+    changed = dict([*_numbers(answer), *_sign(answer), *_letter(answer)])
     return {name: text for name, text in changed.items() if plain(text) not in right}
 
 
@@ -61,7 +61,7 @@ def _letter(answer: str) -> Iterator[tuple[str, str]]:
 
 
 def check_problem(gold: Any) -> dict[str, Any]:
-    """What the grader says of a right answer and of corrupted ones: `refused`, `accepted`, and whether it can read it."""
+    """The right answers that are `refused`, the corrupted ones that are `accepted`, and whether they can't be read."""
     grade, alternatives = BoxedMath(), gold_answers(gold)
 
     def reward(answer: str) -> float:

@@ -39,10 +39,11 @@ class MeanOverProblems(Metric):
             self.add_state(name, torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
     def _add(self, score: float, num_draws: int) -> None:
-        self.total += score
-        self.squares += score * score
-        self.problems += 1
-        self.draws += num_draws
+        # not in place: Lightning's evaluation makes inference tensors
+        self.total = self.total + score
+        self.squares = self.squares + score * score
+        self.problems = self.problems + 1
+        self.draws = self.draws + num_draws
 
     def _check(self, correct: Tensor) -> Tensor:
         if correct.ndim != 1 or len(correct) < self.k:

@@ -1,6 +1,7 @@
 """Boxed answers to mathematical problems, compared as mathematics with math-verify."""
 
 import ast
+import contextlib
 import logging
 import re
 from collections.abc import Iterator, Sequence
@@ -69,10 +70,8 @@ def gold_answers(gold: Any) -> list[str]:
         ValueError: there is none.
     """
     if isinstance(gold, str) and gold.lstrip().startswith("['"):
-        try:
+        with contextlib.suppress(SyntaxError, ValueError):  # mathematics that begins like a Python list
             gold = ast.literal_eval(gold.strip())
-        except (SyntaxError, ValueError):  # mathematics that begins like a Python list
-            pass
     values = list(gold) if isinstance(gold, (list, tuple)) else [gold]
     if isinstance(gold, float) and gold.is_integer():
         values = [int(gold)]

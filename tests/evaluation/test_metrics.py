@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 
 from gvpo_lightning.evaluation.metrics import (
-    Z,
     AverageAtK,
     MajorityAtK,
     PassAtK,
+    Z,
     majority,
     pass_at_k,
     wilson_interval,
@@ -87,7 +87,9 @@ def test_intervals_cover_the_truth(alpha, beta, problems, samples):
     """Problems whose chances are drawn from a beta distribution, with the mean alpha / (alpha + beta)."""
     generator = torch.Generator().manual_seed(0)
     runs = 4000
-    gamma = [torch._standard_gamma(torch.full((runs, problems), a, dtype=torch.float64), generator) for a in (alpha, beta)]
+    gamma = [
+        torch._standard_gamma(torch.full((runs, problems), a, dtype=torch.float64), generator) for a in (alpha, beta)
+    ]
     chances = gamma[0] / (gamma[0] + gamma[1])
     counts = torch.binomial(torch.full_like(chances, samples), chances, generator)
     scores = counts / samples
