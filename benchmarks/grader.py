@@ -1,11 +1,11 @@
 r"""Checks the grader on all 1,560 problems of the maths suites, and writes what it gets wrong.
 
-    python -m benchmarks.grader --path ../shared/data/evaluation_suite
+    python -m benchmarks.grader --path ../shared/data/evaluation_suite   # some minutes
 
 Of each problem the right answer, boxed, must be worth 1, and corrupted ones 0. Corrupted are, one at a time:
 
 * every number in the answer, by one more: `\frac{3}{56}` becomes `\frac{4}{56}` and `\frac{3}{57}`;
-* the sign of an answer that is a single value: a minus in front, or the one there taken away;
+* the sign of an answer that is a single value other than 0: a minus in front, or the one there taken away;
 * the last letter that is not in a LaTeX command, by the next one, in answers without units: `p - q` becomes `p - r`.
 
 Where there are alternatives the first is corrupted, and what then equals another one's text is left out. Beside those
@@ -23,6 +23,9 @@ from gvpo_lightning.rewards.maths import BoxedMath, gold_answers, is_readable, p
 from gvpo_lightning.splits import load_splits
 
 RESULTS = Path(__file__).parent / "results" / "grader.json"
+PAGE = Path(__file__).parent.parent / "docs" / "evaluation.md"
+START, END = "<!-- measured: python -m benchmarks.grader -->\n", "<!-- end of measured -->"
+KINDS = ("refused", "accepted")
 SPLITS = {"aime": 30, "amc": 83, "math": 500, "minerva": 272, "olympiad_bench": 675}
 
 _NUMBER = re.compile(r"\d+(?:\.\d+)?|\.\d+")
@@ -45,8 +48,9 @@ def _numbers(answer: str) -> Iterator[tuple[str, str]]:
 
 def _sign(answer: str) -> Iterator[tuple[str, str]]:
     inner = answer.strip("$ ")
-    if _SEVERAL.search(inner) or not re.search(r"[1-9]|\\pi|^[a-zA-Z]$", inner) or re.search(r"[a-zA-Z]{3}$", inner):
-        return
+    letters = re.sub(r"\\[a-zA-Z]+", "x", inner)
+    if _SEVERAL.search(inner) or not re.search(r"[1-9a-zA-Z]", letters) or re.search(r"[a-zA-Z]{3}", letters):
+        return  # not one value, or 0, or a word
     yield "sign", inner[1:] if re.fullmatch(r"-[^-+]*", inner) else f"-({inner})"
 
 
@@ -100,12 +104,52 @@ def check_suite(path: str) -> dict[str, Any]:
     return report
 
 
+def section(report: dict[str, Any]) -> str:
+    """Everything between the page's markers, as Markdown."""
+    header = [
+        "suite",
+        "problems",
+        "corrupted answers",
+        "right, but refused",
+        "corrupted, but accepted",
+        "can't be read",
+    ]
+    rows = [header, ["---", *["---:"] * 5]]
+    exceptions = []
+    for split, counts in report.items():
+        found = counts["exceptions"]
+        numbers = [
+            counts["problems"],
+            counts["corrupted"],
+            *(sum(map(len, (e[kind] for e in found))) for kind in KINDS),
+        ]
+        rows.append([split, *(f"{number:,}" for number in numbers), str(sum(e["literal"] for e in found))])
+        exceptions += [_exception(split, exception) for exception in found]
+    table = "\n".join("| " + " | ".join(row) + " |" for row in rows)
+    return "\n\n".join([table, "The exceptions, by suite and number of the problem:", "\n".join(exceptions)])
+
+
+def _exception(split: str, exception: dict[str, Any]) -> str:
+    refused = [f"refused: `{answer}`" for answer in exception["refused"]]
+    accepted = [f"accepted: `{answer}`" for answer in exception["accepted"].values()]
+    literal = ["math-verify can't read it, so it is right only as it is written"] if exception["literal"] else []
+    gold = " or ".join(f"`{answer}`" for answer in dict.fromkeys(gold_answers(exception["gold"])))
+    return f"- {split} {exception['problem']}, {gold}: {'; '.join([*refused, *accepted, *literal])}"
+
+
+def updated_page(page: str, report: dict[str, Any]) -> str:
+    """The page with what stands between its markers made anew."""
+    before, rest = page.split(START)
+    return before + START + "\n" + section(report) + "\n\n" + END + rest.split(END)[1]
+
+
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--path", default="../shared/data/evaluation_suite")
     report = check_suite(parser.parse_args().path)
     RESULTS.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
+    PAGE.write_text(updated_page(PAGE.read_text(), report))
 
 
 if __name__ == "__main__":

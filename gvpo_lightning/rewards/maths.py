@@ -15,6 +15,7 @@ DIGITS = 6  # decimals that numbers written with a decimal point are compared to
 _WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
 _SPACING = re.compile(r"\\[,;:! ]|\\(?:quad|qquad|left|right|displaystyle)(?![a-zA-Z])|[$\s]|~")
 _POWER_OF_TEN = re.compile(r"(?<![\w.])([+-]?\d+\.?\d*|[+-]?\.\d+)[eE]([+-]?\d{1,4})(?!\w)")
+_BRACES = re.compile(r"\\boxed\s*\{|\\boxed\s+(?P<bare>[^\s${}\\.,]+)|\\.|[{}]", re.DOTALL)
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 _BASED = re.compile(r"(\w+)_\{?(\d+)\}?")
 # what math-verify reads as a function, as e, or not at all, by a name that it takes for a variable
@@ -98,27 +99,18 @@ def extract_answer(completion: str, *, require_box: bool = True) -> str | None:
 
 def last_boxed(text: str) -> str | None:
     r"""The content of the last `\boxed{…}` that is closed, without space around it; `\boxed 5` counts too."""
-    end = len(text)
-    while (start := text.rfind("\\boxed", 0, end)) >= 0:
-        rest = text[start + len("\\boxed") :]
-        if rest.lstrip().startswith("{"):
-            content = _braced(rest.lstrip())
-            if content is not None:
-                return content.strip()
-        elif bare := re.match(r"\s+([^\s${}\\.,]+)", rest):
-            return bare[1]
-        end = start
-    return None
-
-
-def _braced(text: str) -> str | None:
-    """What is between the brace that the text starts with and the one that closes it."""
-    depth = 0
-    for token in re.finditer(r"\\.|[{}]", text, flags=re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(token[0], 0)
-        if not depth and token[0] == "}":
-            return text[1 : token.start()]
-    return None
+    open_braces: list[re.Match[str]] = []
+    last, content = -1, None
+    for token in _BRACES.finditer(text):
+        if token["bare"]:
+            last, content = token.start(), token["bare"]
+        elif token[0].endswith("{") and token[0] != "\\{":
+            open_braces.append(token)
+        elif token[0] == "}" and open_braces:
+            opening = open_braces.pop()
+            if opening[0] != "{" and opening.start() > last:
+                last, content = opening.start(), text[opening.end() : token.start()].strip()
+    return content
 
 
 def plain(answer: str) -> str:
