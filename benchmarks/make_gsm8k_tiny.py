@@ -16,9 +16,9 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.warm_up import Pair, warm_up
-from gvpo_lightning.data import cut_split, load_splits
 from gvpo_lightning.rewards import last_number
 from gvpo_lightning.rollout.generation import encode_prompt
+from gvpo_lightning.splits import cut_split, load_splits
 
 NUM_TRAIN = 7_473
 MAX_PROMPT_TOKENS = 192

@@ -1,5 +1,7 @@
 """`gvpo fit | validate | test | predict | reference | export | debug-batch --config FILE`: Lightning's CLI.
 
+And `gvpo regrade FOLDER`, which needs neither trainer nor model (`gvpo_lightning.evaluation.regrade`).
+
 What wins on resume: the config and the command line, always; a checkpoint brings weights, optimizer,
 scheduler and position, and no settings.
 """
@@ -23,10 +25,18 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
-from gvpo_lightning.callbacks import CompletionsTable, MemoryEstimate, PredictionWriter, RunCheckpoint, RunSummary
+from gvpo_lightning.callbacks import (
+    BenchmarkReport,
+    CompletionsTable,
+    MemoryEstimate,
+    PredictionWriter,
+    RunCheckpoint,
+    RunSummary,
+)
 from gvpo_lightning.callbacks.whole import CheckpointError
 from gvpo_lightning.data import PromptDataModule
 from gvpo_lightning.debug_batch import debug_batch
+from gvpo_lightning.evaluation import regrade
 from gvpo_lightning.export import export_checkpoint
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.reference_cache import fill_cache
@@ -209,7 +219,10 @@ def main(args: ArgsType = None) -> None:
     prefer_integers()
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a reward in a file beside the config; installed packages go first
+    words = sys.argv[1:] if args is None else args
     try:
+        if isinstance(words, list) and words[:1] == ["regrade"]:
+            return regrade.main(words[1:])
         GVPOCLI(
             GVPOModule,
             PromptDataModule,
@@ -218,7 +231,7 @@ def main(args: ArgsType = None) -> None:
             auto_configure_optimizers=False,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [MemoryEstimate(), PredictionWriter()]},
+            trainer_defaults={"callbacks": [MemoryEstimate(), PredictionWriter(), BenchmarkReport()]},
             # without the pages of usage that jsonargparse prints in front of its own errors
             parser_kwargs={"exit_on_error": False} | {name: {"exit_on_error": False} for name in SUBCOMMANDS},
         )

@@ -14,6 +14,7 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from gvpo_lightning.checks import check_prompts
 from gvpo_lightning.distributed import DataRanks
+from gvpo_lightning.evaluation.loader import ProblemBatch
 from gvpo_lightning.export import sample_at_a_temperature, save_model, write_beside
 from gvpo_lightning.export_adapter import merged_policy, write_adapter
 from gvpo_lightning.guards import Guard
@@ -194,7 +195,13 @@ class SamplingModule(L.LightningModule):
             max_new_tokens=self.generation.max_new_tokens if sampled else 1,
         )
 
-    def sample(self, batch: Any, *purpose: int | str, generation: GenerationSettings | None = None) -> Rollout:
+    def sample(
+        self,
+        batch: Any,
+        *purpose: int | str,
+        generation: GenerationSettings | None = None,
+        num_completions: int | None = None,
+    ) -> Rollout:
         """Completions and rewards for a batch of prompts; the same `purpose` draws the same samples."""
         rows = rows_of(batch)
         seed = derive_seed(self.seed, *purpose, self.data_ranks.rank)
@@ -204,7 +211,7 @@ class SamplingModule(L.LightningModule):
                 self.policy,
                 self.tokenizer,
                 rows,
-                self.group_size,
+                num_completions or self.group_size,
                 generation or self.generation,
                 self.rewards if ranks.is_first_of_model else None,
                 seed=seed,
@@ -285,8 +292,14 @@ class SamplingModule(L.LightningModule):
         self._log_evaluation("validation", self._end_epoch())
 
     def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
-        """As validation, on the test prompts."""
-        self._sampled = self.sample(batch, "test", batch_idx)
+        """As validation, on the test prompts; a benchmark says how many completions its problems get."""
+        if not isinstance(batch, ProblemBatch):
+            self._sampled = self.sample(batch, "test", batch_idx)
+        elif batch.rows:
+            self._sampled = self.sample(batch, "test", batch.name, batch.first, num_completions=batch.num_samples)
+        else:  # other ranks have problems left, and gather with this one
+            with self._gathered_for_batch():
+                pass
 
     def on_test_epoch_start(self) -> None:
         """Gather the policy once."""
@@ -317,9 +330,13 @@ class SamplingModule(L.LightningModule):
         """Count what was sampled."""
         self._evaluate("validation")
 
-    def test_step(self, batch: Any, batch_idx: int) -> None:
-        """As validation, on the test prompts."""
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Any] | None:
+        """As validation, on the test prompts; what was sampled, for callbacks, where the rank had any."""
+        sampled = self._sampled
+        if sampled is None:
+            return None
         self._evaluate("test")
+        return {"rollout": sampled}
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
         """One dict a prompt in the offline format, with the prompt's other columns."""

@@ -2,6 +2,7 @@
 
 from lightning.pytorch import Callback
 
+from gvpo_lightning.callbacks.benchmarks import BenchmarkReport
 from gvpo_lightning.callbacks.checkpoint import RunCheckpoint
 from gvpo_lightning.callbacks.completions import CompletionsTable, PredictionWriter
 from gvpo_lightning.callbacks.estimate import MemoryEstimate
@@ -12,6 +13,7 @@ from gvpo_lightning.callbacks.summary import RunSummary
 from gvpo_lightning.callbacks.whereabouts import Whereabouts
 
 __all__ = [
+    "BenchmarkReport",
     "CompletionsTable",
     "MemoryEstimate",
     "OptimalityMeter",

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from gvpo_lightning.rewards.exact import ExactAnswer, last_number
 from gvpo_lightning.rewards.format import Format
 from gvpo_lightning.rewards.length import LengthPenalty
+from gvpo_lightning.rewards.maths import BoxedMath
 from gvpo_lightning.rewards.model import RewardModel
 from gvpo_lightning.rewards.protocol import Reward, RewardError, check_reward_columns, reward_columns, reward_name
 from gvpo_lightning.rewards.settings import RewardSettings
@@ -19,6 +20,7 @@ if TYPE_CHECKING:
     from gvpo_lightning.rewards.running import Rewards
 
 __all__ = [
+    "BoxedMath",
     "ExactAnswer",
     "Format",
     "LengthPenalty",

@@ -1,5 +1,6 @@
 """Prompts in, sampled completions out, with transformers' own `generate`."""
 
+import bisect
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,12 +19,13 @@ class GenerationSettings:
     """How completions are sampled.
 
     Attributes:
-        max_new_tokens: completions that reach it without an EOS are truncated (kept, counted).
+        max_new_tokens: completions that reach it without an EOS or a stop string are truncated (kept, counted).
         temperature: the sampler's own; log-probs are taken at the module's `temperature`. 0 always takes the
             likeliest token.
         top_k, top_p, min_p: 0, 1.0 and 0.0 sample from the whole distribution. Anything else takes support
             away, as temperature 0 does, and with it GVPO's unique optimum.
         batch_size: completions generated at once; bounds the key-value cache's memory.
+        stop_strings: texts that end a completion as an EOS does, such as "</answer>"; they stay in it.
     """
 
     max_new_tokens: int = 512
@@ -32,6 +34,7 @@ class GenerationSettings:
     top_p: float = 1.0
     min_p: float = 0.0
     batch_size: int = 256
+    stop_strings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name, rule, holds in (
@@ -41,6 +44,7 @@ class GenerationSettings:
             ("top_p", "in (0, 1]", 0 < self.top_p <= 1),
             ("min_p", "in [0, 1)", 0 <= self.min_p < 1),
             ("batch_size", "at least 1", self.batch_size >= 1),
+            ("stop_strings", "texts that are not empty", all(self.stop_strings)),
         ):
             if not holds:
                 raise ValueError(f"generation.{name} must be {rule}, got {getattr(self, name)}.")
@@ -98,6 +102,7 @@ def generate_completions(
     group_ids = [group for group, count in enumerate(counts) for _ in range(count)]
     repeated = [list(prompts[group]) for group in group_ids]
     completions: list[list[int]] = []
+    truncated: list[bool] = []
     fork_rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
     # eagerly: compiled layers would be compiled again for caches of all kinds
     with evaluating(model), without_generation_config(model), fork_rng, torch.compiler.set_stance("force_eager"):
@@ -110,13 +115,17 @@ def generate_completions(
                 attention_mask=padded.prompt_mask.to(torch.int64),
                 max_new_tokens=settings.max_new_tokens,
                 **sampling_arguments(settings),
+                **stop_arguments(settings, tokenizer),
                 eos_token_id=list(stops),
                 pad_token_id=pad_token_id,
                 synced_gpus=False,  # a sharded model has been gathered, and other ranks may have other numbers
             )
             new_tokens = sequences[:, padded.prompt_ids.shape[1] :].tolist()
-            completions += [cut_after_stop(ids, stops) for ids in new_tokens]
-    truncated = [not ids or ids[-1] not in stops for ids in completions]
+            for sampled in new_tokens:
+                ids = cut_after_stop(sampled, stops)
+                end = end_of_stop_string(ids, settings.stop_strings, tokenizer)
+                completions.append(ids[:end])
+                truncated.append(end is None and (not ids or ids[-1] not in stops))
     return collate_completions(repeated, completions, truncated, group_ids, pad_token_id).to(device)
 
 
@@ -137,6 +146,25 @@ def cut_after_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
     """The ids up to and with the first stop token; by position, so a padding id that is also a stop is safe."""
     end = next((position for position, token in enumerate(ids) if token in stops), len(ids) - 1)
     return ids[: end + 1]
+
+
+def stop_arguments(settings: GenerationSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """What `generate` needs to end at a stop string."""
+    return {"stop_strings": list(settings.stop_strings), "tokenizer": tokenizer} if settings.stop_strings else {}
+
+
+def end_of_stop_string(
+    ids: Sequence[int], stop_strings: Sequence[str], tokenizer: PreTrainedTokenizerBase
+) -> int | None:
+    """How many of the ids it takes until their text has a stop string in it; None where it has none."""
+
+    def has_stopped(length: int) -> bool:
+        text = str(tokenizer.decode(list(ids[:length]), clean_up_tokenization_spaces=False))
+        return any(stop in text for stop in stop_strings)
+
+    if not stop_strings or not has_stopped(len(ids)):
+        return None
+    return bisect.bisect_left(range(len(ids) + 1), True, key=has_stopped)
 
 
 @contextlib.contextmanager

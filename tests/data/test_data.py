@@ -138,12 +138,26 @@ def test_the_order_is_the_seeds(attach, tmp_path, monkeypatch):
     assert first != train_rows(attach(PromptDataModule(path)), 3)
 
 
+R1 = (
+    "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The Assistant "
+    "first thinks about the reasoning process in the mind and then provides the User with the answer. The reasoning "
+    "process is enclosed within <think> </think> and answer is enclosed within <answer> </answer> tags, respectively, "
+    "i.e., <think> reasoning process here </think> <answer> answer here </answer>.\nUser: {}\nAssistant: <think>"
+)
+
+
 @pytest.mark.parametrize(
     ("settings", "prompt"),
     [
         ({}, "3+1="),
         ({"prompt_column": "answer"}, "4"),
         ({"prompt_template": "{prompt}{answer}+{level}="}, "3+1=4+0="),
+        (
+            {"prompt_template": "qwen_math"},
+            "<|im_start|>system\nPlease reason step by step, and put your final answer within \\boxed{}.<|im_end|>\n"
+            "<|im_start|>user\n3+1=<|im_end|>\n<|im_start|>assistant\n",
+        ),
+        ({"prompt_template": "r1", "prompt_column": "answer"}, R1.format("4")),
         ({"conversational": True}, [{"role": "user", "content": "3+1="}]),
         (
             {"system_prompt": "12", "prompt_column": "answer"},

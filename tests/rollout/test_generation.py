@@ -6,7 +6,7 @@ import torch
 from transformers import GenerationConfig
 
 from gvpo_lightning.head import completion_logprobs
-from gvpo_lightning.policy import prepare_policy
+from gvpo_lightning.policy import load_policy, load_tokenizer, prepare_policy
 from gvpo_lightning.rollout.generation import (
     GenerationSettings,
     cut_after_stop,
@@ -180,6 +180,44 @@ def test_truncated_marks_completions_without_a_stop(policy, tokenizer):
     assert (batch.lengths[batch.truncated] == 3).all()
 
 
+@pytest.mark.parametrize("stops", [("7",), ("12", "=")])
+@pytest.mark.parametrize("pad_token", ["<pad>", "<eos>"])
+def test_stop_strings_cut_what_would_have_been_sampled(policy, tokenizer, stops, pad_token):
+    """The same draws without them are the truth: a prefix of those, to the first stop, is what must come."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = pad_token
+    free = sample(policy, tokenizer, max_new_tokens=8)
+    stopped = sample(policy, tokenizer, max_new_tokens=8, stop_strings=stops)
+    ended = 0
+    for ids, mask, found, found_mask, truncated in zip(
+        free.completion_ids, free.completion_mask, stopped.completion_ids, stopped.completion_mask, stopped.truncated,
+        strict=True,
+    ):  # fmt: skip
+        ids, found = ids[mask].tolist(), found[found_mask].tolist()
+        texts = [tokenizer.decode(ids[: n + 1]) for n in range(len(ids))]
+        end = next((n + 1 for n, text in enumerate(texts) if any(stop in text for stop in stops)), None)
+        assert found == ids[:end]
+        assert bool(truncated) == (end is None and ids[-1] != 1)
+        ended += end is not None
+    assert 8 <= ended < 64  # some do, some don't
+
+
+def test_a_stop_string_of_several_tokens_stays_in_the_completion(root):
+    folder = str(root / "configs" / "gsm8k_tiny" / "model")
+    tokenizer, model = load_tokenizer(folder), load_policy(folder)
+    prompt = tokenizer("How many")["input_ids"]
+    free = sample(model, tokenizer, [prompt], count=1, max_new_tokens=12, temperature=0)
+    ids = free.completion_ids[0][free.completion_mask[0]].tolist()
+    text = tokenizer.decode(ids)
+    middle = text[len(text) // 3 : len(text) // 3 + 4]
+    stopped = sample(model, tokenizer, [prompt], count=1, max_new_tokens=12, temperature=0, stop_strings=(middle,))
+    found = stopped.completion_ids[0][stopped.completion_mask[0]].tolist()
+    assert found == ids[: len(found)]
+    assert middle in tokenizer.decode(found)
+    assert middle not in tokenizer.decode(found[:-1])
+    assert not stopped.truncated[0]
+
+
 def test_the_seed_decides_the_samples_and_nothing_else_moves(policy, tokenizer):
     torch.manual_seed(11)
     state = torch.get_rng_state()
@@ -311,3 +349,8 @@ def test_a_conversation_without_a_chat_template_is_refused(tokenizer):
 def test_impossible_settings_are_refused(name, value):
     with pytest.raises(ValueError, match=rf"generation\.{name} must be .*, got {value}"):
         GenerationSettings(**{name: value})
+
+
+def test_an_empty_stop_string_is_refused():
+    with pytest.raises(ValueError, match=r"generation\.stop_strings must be texts that are not empty"):
+        GenerationSettings(stop_strings=("</answer>", ""))

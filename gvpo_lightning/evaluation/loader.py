@@ -1,0 +1,60 @@
+"""`ProblemLoader`: batches of problems for Lightning's test loop, each problem on one rank alone."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from gvpo_lightning.evaluation.benchmarks import ProblemSet
+from gvpo_lightning.rollout.loader import Row
+
+
+@dataclass
+class ProblemBatch:
+    """Some problems of one set; iterating gives their rows.
+
+    Attributes:
+        name: the set's.
+        first: the number of the first of them in the set.
+        rows: with `prompt` and the columns for the reward; none where this rank has no more of the set.
+        num_samples: completions of each; None = the module's group size.
+    """
+
+    name: str
+    first: int
+    rows: list[Row]
+    num_samples: int | None
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+
+class ProblemLoader:
+    """Batches of problems, set by set; ranks have different problems and the same number of batches.
+
+    Lightning's sampler would give ranks equally many problems by giving some twice, and means would count them twice.
+    It leaves this loader alone, since it is no torch DataLoader. Equally many batches are for FSDP1, which gathers the
+    policy for each.
+
+    Args:
+        sets: what is evaluated.
+        batch_size: the most problems in one batch.
+        module: whose `data_ranks` share the problems.
+    """
+
+    def __init__(self, sets: Sequence[ProblemSet], batch_size: int, module: Any) -> None:
+        self.sets, self.batch_size, self.module = sets, batch_size, module
+
+    def _num_batches(self, problems: ProblemSet) -> int:
+        return math.ceil(math.ceil(len(problems.rows) / self.module.data_ranks.size) / self.batch_size)
+
+    def __len__(self) -> int:
+        return sum(self._num_batches(problems) for problems in self.sets)
+
+    def __iter__(self) -> Iterator[ProblemBatch]:
+        for problems in self.sets:
+            mine = self.module.data_ranks.share(len(problems.rows))
+            for batch in range(self._num_batches(problems)):
+                numbers = mine[batch * self.batch_size : (batch + 1) * self.batch_size]
+                rows = [dict(problems.rows[number]) for number in numbers]
+                yield ProblemBatch(problems.name, numbers.start, rows, problems.num_samples)

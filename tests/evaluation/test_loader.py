@@ -1,0 +1,42 @@
+"""Every problem is on one rank, once, and ranks have as many batches as each other."""
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gvpo_lightning.distributed import DataRanks
+from gvpo_lightning.evaluation.benchmarks import Benchmark, ProblemSet
+from gvpo_lightning.evaluation.loader import ProblemLoader
+from gvpo_lightning.rollout.loader import rows_of
+
+
+@given(
+    counts=st.lists(st.integers(1, 40), min_size=1, max_size=3), size=st.integers(1, 7), batch_size=st.integers(1, 9)
+)
+def test_problems_are_shared_without_repeats(counts, size, batch_size):
+    sets = [
+        ProblemSet(f"set{n}", [{"prompt": f"{n}:{i}"} for i in range(count)], n + 1) for n, count in enumerate(counts)
+    ]
+    found, lengths = [], set()
+    for rank in range(size):
+        module = SimpleNamespace(data_ranks=DataRanks(rank, size))
+        loader = ProblemLoader(sets, batch_size, module)
+        batches = list(loader)
+        assert len(batches) == len(loader)
+        lengths.add(len(batches))
+        for batch in batches:
+            assert len(batch.rows) <= batch_size
+            rows = rows_of(batch)
+            number = int(batch.name[3:])
+            assert batch.num_samples == number + 1
+            assert [row["prompt"] for row in rows] == [f"{number}:{batch.first + i}" for i in range(len(rows))]
+            found += [row["prompt"] for row in rows]
+    assert len(lengths) == 1
+    assert sorted(found) == sorted(row["prompt"] for problems in sets for row in problems.rows)
+
+
+def test_no_completions_a_problem_are_refused():
+    with pytest.raises(ValueError, match="num_samples must be at least 1, got 0"):
+        Benchmark("path", num_samples=0)

@@ -1,0 +1,253 @@
+"""The maths suites from start to end: real problems, a small policy, what is written of it, and grading it again."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from gvpo_lightning.cli import main
+from gvpo_lightning.evaluation.benchmarks import Benchmark, load_problems
+from gvpo_lightning.evaluation.metrics import AverageAtK, MajorityAtK, PassAtK
+from gvpo_lightning.evaluation.records import by_problem, read_records
+from gvpo_lightning.evaluation.report import REPORTED_RIGHT, REPORTED_TOTALS, markdown, reported_runs
+from gvpo_lightning.evaluation.scores import is_right, vote
+from tests.forked import run_ranks
+
+COUNTS = {"aime24": 30, "amc": 83, "math500": 500, "minerva": 272, "olympiad_bench": 675, "gsm8k": 1319}
+PAPER = {  # Table 1, in %
+    "base": (14.68, 38.55, 64.00, 27.20, 30.66),
+    "GRPO": (14.79, 55.42, 80.00, 41.17, 42.07),
+    "Dr.GRPO": (16.56, 48.19, 81.20, 44.48, 43.40),
+    "GVPO": (20.72, 62.65, 83.80, 45.95, 46.96),
+}
+
+
+def config(root, name) -> dict:
+    return yaml.safe_load((root / "configs" / "eval" / name).read_text())["data"]["benchmarks"]
+
+
+def local_suites(root) -> dict:
+    """As jsonargparse lays one config over the other, key by key."""
+    hub, local = config(root, "math.yaml"), config(root, "local.yaml")
+    return {name: hub[name] | local[name] for name in hub}
+
+
+def test_shipped_configs_have_the_same_suites(root):
+    hub, local = config(root, "math.yaml"), local_suites(root)
+    assert {name: suite["count"] for name, suite in local.items()} == COUNTS
+    assert {name: suite["count"] for name, suite in hub.items()} == COUNTS | {"olympiad_bench": 674}
+    for suites in (hub, local):
+        samples = {name: suite.get("num_samples", 1) for name, suite in suites.items()}
+        assert samples == dict.fromkeys(COUNTS, 1) | {"aime24": 32}
+    assert len((root / "configs" / "eval" / "math.yaml").read_text().splitlines()) <= 40
+
+
+def test_every_local_suite_loads_whole(root, shared_data):
+    for name, suite in local_suites(root).items():
+        suite["path"] = suite["path"].replace("../shared/data", str(shared_data))
+        rows = load_problems(name, Benchmark(**suite))
+        assert len(rows) == COUNTS[name]
+        assert all(isinstance(row["problem"], str) and set(row) == {"problem", "answer"} for row in rows)
+    janet = load_problems("gsm8k", Benchmark(str(shared_data / "gsm_8k"), split="train[7473:]"))[0]
+    assert janet["problem"].startswith("Janet’s ducks lay 16 eggs")  # the official test split's first
+    assert janet["answer"] == "18"
+
+
+def test_a_suite_with_another_number_of_problems_is_refused(shared_data):
+    suite = Benchmark(str(shared_data / "evaluation_suite"), split="aime[:29]", count=30)
+    with pytest.raises(ValueError, match=r"data.benchmarks.aime24 must have 30 problems, but 'aime\[:29\]'.* has 29"):
+        load_problems("aime24", suite)
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "message"),
+    [
+        ([{"problem": "p", "answer": None}], {}, "problem 0 has no answer"),
+        ([{"problem": "p", "answer": "5"}], {"answer_column": "gold"}, "'gold' is not a column"),
+        ([{"problem": "p", "answer": "5"}], {"answer_after": "#### "}, "answer_after='#### ' is not in '5'"),
+        ([{"problem": "p", "answer": "5"}], {"split": "test"}, "data.benchmarks.own.split: 'test' names no split"),
+    ],
+)
+def test_unusable_suites_are_refused(tmp_path, rows, settings, message):
+    path = tmp_path / "own.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=message):
+        load_problems("own", Benchmark(str(path), **({"split": "train"} | settings)))
+
+
+def test_hub_style_answers_lose_what_stands_before_the_mark(tmp_path):
+    path = tmp_path / "own.jsonl"
+    path.write_text(json.dumps({"question": "q", "answer": "1 + 1 = 2\n#### 1,234"}) + "\n")
+    suite = Benchmark(str(path), split="train", problem_column="question", answer_after="#### ")
+    assert load_problems("own", suite) == [{"problem": "q", "answer": "1,234"}]
+
+
+def test_reported_scores_are_whole_counts():
+    """To within one in the second decimal: some are cut there rather than rounded."""
+    assert {run["name"] for run in reported_runs()} == {f"{name} (reported)" for name in PAPER}
+    for name, scores in PAPER.items():
+        for score, right, total in zip(scores, REPORTED_RIGHT[name], REPORTED_TOTALS.values(), strict=True):
+            assert abs(100 * right / total - score) < 0.011, (name, score, right, total)
+            assert round(score / 100 * total) == right
+
+
+@pytest.fixture
+def arguments(root, shared_data, monkeypatch, tmp_path):
+    """Four problems of each suite that the small policy has room for, four completions of the first suite's."""
+    monkeypatch.chdir(root)
+    suites = local_suites(root)
+    for name, suite in suites.items():
+        column = {"aime24": "aime[1:5]", "gsm8k": "train[7473:7477]"}.get(name, f"{suite['split']}[:4]")
+        suite |= {"path": suite["path"].replace("../shared/data", str(shared_data)), "split": column, "count": 4}
+    suites["aime24"] |= {"num_samples": 4}
+    suites["olympiad_bench"] |= {"split": "olympiad_bench[300:304]"}
+    suites["minerva"] |= {"split": "minerva[55:59]"}
+    overlay = tmp_path / "few.yaml"
+    overlay.write_text(
+        yaml.safe_dump({"data": {"benchmarks": suites, "prompt_template": None, "batch_size": 3}}, sort_keys=False)
+    )
+    settings = {"default_root_dir": tmp_path, "accelerator": "cpu", "precision": "32-true", "enable_progress_bar": "no"}
+    return [
+        *("test", "--config", "configs/eval/math.yaml", "--config", str(overlay)),
+        *(f"--trainer.{name}={value}" for name, value in settings.items()),
+        "--model.policy=configs/gsm8k_tiny/model",
+        "--model.generation.max_new_tokens=12",
+    ]
+
+
+def scores_of(folder: Path) -> dict:
+    return json.loads((folder / "evaluation.json").read_text())["benchmarks"]
+
+
+def expected_scores(records) -> dict:
+    """By the metrics themselves, from the saved completions."""
+    problems = by_problem(records).values()
+    found = {}
+    for kind, name in ((AverageAtK, "avg@4"), (PassAtK, "pass@1"), (PassAtK, "pass@4"), (MajorityAtK, "maj@4")):
+        metric = kind(int(name[-1]))
+        if name != "pass@1" and len(next(iter(problems))) == 1:
+            continue
+        for samples in problems:
+            right, votes = torch.tensor([is_right(r) for r in samples]), [vote(r["answer"]) for r in samples]
+            metric.update(*((right, votes) if kind is MajorityAtK else (right,)))
+        found[name] = float(metric.compute())
+    return found
+
+
+def test_policy_is_tested_and_graded_again(arguments, tmp_path):
+    main(arguments)
+    folder = tmp_path / "evaluation"
+    records, scores = read_records(folder), scores_of(folder)
+    assert {name: len(lines) for name, lines in records.items()} == dict.fromkeys(COUNTS, 4) | {"aime24": 16}
+    assert list(scores) == list(COUNTS)
+    for name, lines in records.items():
+        assert expected_scores(lines).items() <= {k: v["value"] for k, v in scores[name]["metrics"].items()}.items()
+        assert [line["number"] for line in lines] == sorted(line["number"] for line in lines)
+        assert all(line["prompt"] == line["problem"] and 1 <= line["num_tokens"] <= 12 for line in lines)
+    assert len({line["completion"] for line in records["aime24"] if line["number"] == 0}) > 1  # sampled
+    run = json.loads((folder / "evaluation.json").read_text())
+    assert run["settings"]["generation"]["max_new_tokens"] == 12
+    assert run["settings"]["reward"] == "BoxedMath"
+    table = (folder / "evaluation.md").read_text()
+    assert table.splitlines()[0].startswith("|  | aime24 (avg@4) | amc (pass@1) |")
+    assert (folder / "evaluation.png").stat().st_size > 10_000
+
+    before = {path.name: path.read_bytes() for path in folder.glob("*.json*")}
+    main(["regrade", str(folder)])
+    assert {path.name: path.read_bytes() for path in folder.glob("*.json*")} == before
+    main(arguments)  # the same seed; what was there is kept
+    assert {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}.items() <= before.items()
+    assert {path.name: path.read_bytes() for path in (tmp_path / "evaluation.1").glob("*.json*")} == before
+
+
+def test_two_ranks_test_every_problem_once(arguments, root, tmp_path):
+    several = ["--trainer.devices=2", "--trainer.strategy=ddp", "--data.batch_size=1"]
+    arguments = [a.replace("configs/", f"{root}/configs/") for a in arguments]
+    run_ranks(tmp_path, 2, main, [*arguments, *several])
+    folder = tmp_path / "evaluation"
+    assert sorted(path.name for path in folder.iterdir() if path.suffix == ".jsonl") == sorted(
+        f"{name}.jsonl" for name in COUNTS
+    )
+    records, scores = read_records(folder), scores_of(folder)
+    for name, lines in records.items():
+        samples = 4 if name == "aime24" else 1
+        places = [(line["number"], line["sample"]) for line in lines]
+        assert places == [(number, sample) for number in range(4) for sample in range(samples)]
+        assert expected_scores(lines).items() <= {k: v["value"] for k, v in scores[name]["metrics"].items()}.items()
+
+
+@pytest.fixture
+def recorded(tmp_path) -> Path:
+    """Two problems with four completions each, of which three and one are right."""
+    folder = tmp_path / "run" / "evaluation"
+    folder.mkdir(parents=True)
+    texts = {0: ["1/2", "0.5", "\\frac12", "2"], 1: ["7", "8", "8", None]}
+    golds = {0: "\\frac{1}{2}", 1: ["7.0", "seven"]}
+    with (folder / "own.jsonl").open("w") as file:
+        for number, answers in texts.items():
+            for sample, answer in enumerate(answers):
+                completion = "no idea" if answer is None else f"It is \\boxed{{{answer}}}."
+                record = {"number": number, "sample": sample, "completion": completion, "gold": golds[number]}
+                record |= {"num_tokens": 5, "truncated": False, "reward": None, "answer": None}
+                file.write(json.dumps(record) + "\n")
+    return folder
+
+
+def test_recorded_completions_have_the_scores_that_are_known(recorded):
+    main(["regrade", str(recorded)])
+    own = scores_of(recorded)["own"]
+    assert (own["right"], own["completions"], own["problems"], own["without_answer"]) == (4, 8, 2, 1)
+    values = {name: metric["value"] for name, metric in own["metrics"].items()}
+    # the first problem's votes: 0.5 twice as a number? no: 1/2, 0.5, \frac12 and 2 are four texts; the second's: 8
+    expected = {"avg@4": 0.5, "pass@1": 0.5, "pass@2": (1 + 0.5) / 2, "pass@4": 1.0}
+    assert {name: values[name] for name in expected} == pytest.approx(expected)
+    assert values["maj@4"] == pytest.approx((3 / 4 + 0) / 2)
+
+
+def test_a_run_that_ended_early_is_graded_as_far_as_it_got(recorded):
+    lines = (recorded / "own.jsonl").read_text().splitlines(keepends=True)
+    (recorded / "own.jsonl").write_text("".join(lines[:4]))
+    (recorded / "own.rank1.jsonl").write_text("".join(lines[4:7]) + lines[7][:20])  # the last line was cut off
+    main(["regrade", str(recorded)])
+    own = scores_of(recorded)["own"]
+    assert (own["problems"], own["right"], own["score"]) == (1, 3, 0.75)
+    assert len(read_records(recorded)["own"]) == 7  # nothing that was saved is lost
+    assert not (recorded / "own.rank1.jsonl").exists()
+
+
+def test_another_reward_and_several_runs_in_one_table(recorded, tmp_path):
+    other = tmp_path / "other" / "evaluation"
+    shutil.copytree(recorded, other)
+    reward = "--reward={class_path: gvpo_lightning.rewards.ExactAnswer, init_args: {compare: last_number}}"
+    main(["regrade", str(recorded), str(other), "--report", str(tmp_path / "both"), "--reported=true", reward])
+    # the last number of the first answer is 2, of the second 7
+    assert [r["answer"] for r in read_records(recorded)["own"] if is_right(r)] == ["1/2", "2", "7"]
+    table = (tmp_path / "both" / "evaluation.md").read_text()
+    names = [line.split("|")[1].strip() for line in table.split("\n\n")[0].splitlines()[2:]]
+    assert names == ["base (reported)", "GRPO (reported)", "Dr.GRPO (reported)", "GVPO (reported)", "run", "other"]
+
+
+def test_failures_of_the_grader_are_wrong_and_counted(recorded):
+    reward = "--reward=tests.evaluation.test_suites.fails_on_halves"
+    main(["regrade", str(recorded), reward])
+    own = scores_of(recorded)["own"]
+    assert (own["right"], own["ungraded"], own["completions"]) == (7, 1, 8)
+
+
+def fails_on_halves(prompts, completions, **columns):
+    return [None if "0.5" in completion else 1.0 for completion in completions]
+
+
+def test_no_completions_to_grade_is_one_line(tmp_path, capsys):
+    with pytest.raises(SystemExit) as error:
+        main(["regrade", str(tmp_path)])
+    assert error.value.code == 2
+    assert "gvpo: error: There are no completions in" in capsys.readouterr().err
+
+
+def test_reported_rows_have_the_papers_average():
+    table = markdown(reported_runs())
+    assert "| GVPO (reported) | 20.73 | 62.65 | 83.80 | 45.96 | 46.96 | 52.02 |" in table

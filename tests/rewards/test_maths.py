@@ -1,0 +1,209 @@
+"""Boxed answers: what is taken for the answer, what equals what, and that no completion breaks the grader."""
+
+import json
+import pickle
+import random
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+
+from gvpo_lightning.rewards import BoxedMath, compute_rewards
+from gvpo_lightning.rewards.maths import extract_answer, gold_answers, last_boxed, same_answer
+
+
+@pytest.mark.parametrize(
+    ("completion", "answer"),
+    [
+        ("so \\boxed{5}.", "5"),
+        ("first \\boxed{4}, no: $\\boxed{ \\frac{1}{2} }$", "\\frac{1}{2}"),
+        ("\\boxed{\\left\\{ x > \\frac{1}{x^{2}} \\right\\}}", "\\left\\{ x > \\frac{1}{x^{2}} \\right\\}"),
+        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+        ("\\boxed {7}", "7"),
+        ("\\boxed 7.", "7"),
+        ("\\boxed{3} and then \\boxed{4", "3"),  # the last one that is closed
+        ("\\boxed{\\boxed{8}}", "8"),
+        ("\\boxed{}", ""),
+        ("\\boxed{4", None),
+        ("the answer is 4", None),
+        ("<think>\\boxed{1}</think> <answer>42</answer>", "42"),
+        ("<think>\\boxed{1}</think> <answer> so \\boxed{42} </answer>", "42"),
+        ("<answer>1</answer> <answer>2", "2"),
+        ("<answer></answer>", None),
+        ("", None),
+    ],
+)  # fmt: skip
+def test_answer_of_a_completion(completion, answer):
+    assert extract_answer(completion) == answer
+
+
+def test_answers_without_a_box_are_only_taken_where_that_is_asked_for():
+    text = "Let us see. 3 + 4 = 7, so the answer is 7."
+    assert BoxedMath()([""], [text], answer=["7"]) == [0.0]
+    assert BoxedMath(require_box=False)([""], [text], answer=["7"]) == [1.0]
+    assert BoxedMath(require_box=False)([""], [text + " \\boxed{8}"], answer=["7"]) == [0.0]
+    assert BoxedMath(require_box=False)([""], ["no idea"], answer=["7"]) == [0.0]
+
+
+EQUAL = [
+    ("\\frac{1}{2}", "0.5"),
+    ("\\frac{1}{2}", "1/2"),
+    ("\\frac{1}{2}", "\\dfrac12"),
+    ("\\frac{1}{3}", "0.333333"),
+    ("025", "25"),
+    ("142.0", "142"),
+    ("10,\\!080", "10080"),
+    ("\\$32,\\!348", "32348"),
+    ("4.5e33", "4.5 \\times 10^{33}"),
+    ("1.325 \\times 10^{-27}", "1.325e-27"),
+    ("3.61e-10", "3.61 \\cdot 10^{-10}"),
+    ("62.5%", "0.625"),
+    ("62.5%", "62.5"),
+    ("$8 \\%$", "8\\%"),
+    ("90^\\circ", "90"),
+    ("864 \\mbox{ inches}^2", "864"),
+    ("\\text{Evelyn}", "evelyn"),
+    ("\\text{(C)}", "C"),
+    ("52_8", "52_{8}"),
+    ("3, 5, 7", "7, 3, 5"),
+    ("$69$,$84$", "\\{84, 69\\}"),
+    ("1 \\pm \\sqrt{19}", "1+\\sqrt{19}, 1-\\sqrt{19}"),
+    ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3, \\pi/2)"),
+    ("(-\\infty, 0) \\cup\\{1\\}", "\\{1\\} \\cup (-\\infty, 0)"),
+    ("\\begin{pmatrix} -1/3 \\\\ 2/3 \\end{pmatrix}", "\\begin{bmatrix} -\\frac13 \\\\ \\frac23 \\end{bmatrix}"),
+    ("(a+5)(b+2)", "ab + 2a + 5b + 10"),
+    ("x=5", "5"),
+    ("5", "x = 5"),
+    ("y = 2x + 3", "2x - y = -3"),
+    ("f(x)=x,f(x)=-x", "f(x) = -x, f(x) = x"),
+    ("\\frac{1}{\\sqrt{2}}c", "\\frac{c}{\\sqrt{2}}"),
+    ("E_{1},E_{2}", "E_2, E_1"),
+    ("\\gamma^{2}-1", "(\\gamma - 1)(\\gamma + 1)"),
+    ("k \\geqslant 2", "k \\ge 2"),
+]
+DIFFERENT = [
+    ("\\frac{1}{3}", "0.3333"),
+    ("1.325 \\times 10^{-27}", "1.326 \\times 10^{-27}"),
+    ("1.325 \\times 10^{-27}", "0"),
+    ("10^{-20}", "10^{-21}"),
+    ("2^{1009}", "2^{1009}+1"),
+    ("52_8", "52_9"),
+    ("3, 5, 7", "3, 5"),
+    ("3, 5", "3, 5, 7"),
+    ("(3,4]", "[3,4]"),
+    ("(1,2)", "(2,1)"),
+    ("\\text{Evelyn}", "Navin"),
+    ("\\text{(C)}", "D"),
+    ("\\frac{1}{\\sqrt{2}}c", "\\frac{1}{\\sqrt{2}}"),
+    ("\\frac{dM}{dt}=2M^{6}", "\\frac{dM}{dt}=3M^{6}"),
+    ("\\hbar \\omega(v+1 / 2)-\\frac{E_{0}^{2}}{2}", "\\hbar \\omega(v+1 / 2)-\\frac{E_{0}^{2}}{3}"),
+    ("\\gamma^{2}-1", "\\gamma^{2}-2"),
+    ("x = \\frac{e^{t}}{3} + ce^{-2t}", "x = \\frac{e^{t}}{3} + ce^{-3t}"),
+    ("5", ""),
+    ("5", "5 or 6"),
+]
+
+
+@pytest.mark.parametrize(("gold", "answer"), EQUAL)
+def test_equal_as_mathematics(gold, answer):
+    assert same_answer(gold, answer)
+
+
+@pytest.mark.parametrize(("gold", "answer"), DIFFERENT)
+def test_different_as_mathematics(gold, answer):
+    assert not same_answer(gold, answer)
+
+
+@pytest.mark.parametrize(
+    ("gold", "alternatives"),
+    [
+        ("5", ["5"]),
+        (5, ["5"]),
+        (142.0, ["142"]),
+        (0.5, ["0.5"]),
+        (["9.6\n"], ["9.6"]),
+        ("['9.6\\n']", ["9.6"]),
+        ("['2', '\\\\frac{4}{2}']", ["2", "\\frac{4}{2}"]),
+        ("[1, 2]", ["[1, 2]"]),  # an interval, not a list
+        ("['a]", ["['a]"]),
+        (["5", None], ["5"]),
+    ],
+)
+def test_right_answers_as_datasets_have_them(gold, alternatives):
+    assert gold_answers(gold) == alternatives
+
+
+def test_any_alternative_is_right():
+    grade = BoxedMath("final_answer")
+    completions = [f"\\boxed{{{answer}}}" for answer in ("0.01", "0.02", "0.03")]
+    assert grade([""] * 3, completions, final_answer=[["0.01\n", "0.02\n"]] * 3) == [1.0, 1.0, 0.0]
+
+
+@pytest.mark.parametrize("gold", [None, "", [], [None], "  "])
+def test_a_row_without_an_answer_is_named(gold):
+    with pytest.raises(ValueError, match="'answer' of row 1: a right answer is needed, got"):
+        BoxedMath()([""] * 2, ["\\boxed{5}"] * 2, answer=["5", gold])
+
+
+def test_it_is_a_reward_and_can_be_sent_to_workers():
+    grade = pickle.loads(pickle.dumps(BoxedMath()))
+    assert compute_rewards(grade, ["p", "q"], ["\\boxed{5}", "5"], {"answer": ["5", "5"], "level": [1, 2]}) == [
+        1.0,
+        0.0,
+    ]
+    with pytest.raises(ValueError, match=r"BoxedMath needs the columns \['answer'\]"):
+        compute_rewards(grade, ["p"], ["c"], {"level": [1]})
+
+
+def test_no_main_thread_is_needed():
+    found = []
+    thread = threading.Thread(target=lambda: found.append(BoxedMath()([""], ["\\boxed{\\frac{2}{4}}"], answer=["0.5"])))
+    thread.start()
+    thread.join()
+    assert found == [[1.0]]
+
+
+RUNAWAY = [
+    "9^{9^{9^9}}",
+    "9^9^9^9",
+    "10^{10000000}",
+    "10^10000000",
+    "1000000!",
+    "((9!)!)!",
+    "9!!!",
+    "9" * 4000,
+    "2**9999999",
+]
+
+
+@pytest.mark.parametrize("answer", RUNAWAY, ids=lambda text: text[:12])
+def test_runaway_numbers_take_no_time(answer):
+    start = time.perf_counter()
+    assert BoxedMath()([""], [f"\\boxed{{{answer}}}"], answer=["5"]) == [0.0]
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("require_box", ["1", "0"])
+def test_garbage_is_wrong_and_never_an_error(require_box, root):
+    """In a process of its own, which can be given up on."""
+    found = subprocess.run(
+        [sys.executable, "-m", "tests.rewards.fuzz_script", require_box],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    assert found.returncode == 0, found.stderr[-2000:]
+    assert json.loads(found.stdout) >= 110
+
+
+def test_last_boxed_is_linear_in_the_text():
+    rng = random.Random(0)
+    text = "".join(rng.choice(["\\boxed{", "a", "}", "{"]) for _ in range(20_000)) + "\\boxed{5}"
+    start = time.perf_counter()
+    assert last_boxed(text) == "5"
+    assert last_boxed("\\boxed{" * 3000) is None
+    assert time.perf_counter() - start < 5
