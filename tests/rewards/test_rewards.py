@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from gvpo_lightning.rewards import ExactAnswer, Rewards, check_reward_columns, last_number, reward_name
+from gvpo_lightning.rewards import ExactAnswer, Rewards, check_reward_columns, last_number, reward_columns, reward_name
 
 PROMPTS, COMPLETIONS, COLUMNS = ["p", "q"], ["one", "three"], {"answer": ["1", "3"], "level": [0, 1]}
 
@@ -233,3 +233,9 @@ def test_a_wrapped_reward_takes_whatever_columns_there_are():
 
     check_reward_columns(wrapper, {"answer", "level"})
     assert compute_rewards(wrapper, ["a"], ["b"], {"answer": ["c"]}) == [1.0]
+
+
+def test_what_is_recorded_of_completions_does_not_reach_rewards():
+    row = {"prompt": "p", "answer": "1", "reward/judge": [1.0]}
+    assert reward_columns(row) == ["answer", "reward/judge"]
+    assert reward_columns(row | {"completions": ["a"], "rewards": [1.0], "token_ids": [[1]]}) == ["answer"]
