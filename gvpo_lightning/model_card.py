@@ -13,7 +13,7 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from lightning.pytorch.cli import SaveConfigCallback
 
-from gvpo_lightning.loading import is_installed
+from gvpo_lightning.loading import adapter_base, is_installed
 
 if TYPE_CHECKING:
     from gvpo_lightning.sampling_module import SamplingModule
@@ -87,6 +87,8 @@ def write_card(
     """
     policy: Any = module.policy_source
     source: str = policy if isinstance(policy, str) else policy.name_or_path
+    beneath = adapter_base(source, module.loading) if isinstance(policy, str) else None
+    source = source if beneath is None else beneath[0]
     dataset: Any = ((config or {}).get("data") or {}).get("path")
     data = ModelCardData(
         base_model=source if _is_hub_id(source) else None,

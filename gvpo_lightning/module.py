@@ -289,6 +289,12 @@ class GVPOModule(SamplingModule):
             )
         if self.sources.settings.generates:
             self.guard.sampler(self.generation)
+        if self.lora is not None and str(self.trainer.precision) in ("bf16-true", "16-true"):
+            self.guard.say(
+                "adapter precision",
+                f"trainer.precision={self.trainer.precision} has cast the adapter to 16 bits, in which small steps are "
+                "lost: set model.loading.dtype=bfloat16 and trainer.precision=32-true.",
+            )
         if self.rollout_settings.zero_variance == "drop":
             rank_zero_info(
                 "rollout.zero_variance='drop' changes the objective: groups with equal rewards would pull the policy "
