@@ -46,5 +46,5 @@ lint: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt torch
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,peft]"
+	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[dev,quantization]"
 	touch $@

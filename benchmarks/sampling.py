@@ -38,7 +38,7 @@ from gvpo_lightning.data import PromptDataModule
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.policy import load_policy, load_tokenizer
 from gvpo_lightning.reference import score
-from gvpo_lightning.rewards import ExactAnswer
+from gvpo_lightning.rewards import ExactAnswer, Rewards
 from gvpo_lightning.rollout.generation import GenerationSettings
 from gvpo_lightning.rollout.sampling import RolloutSettings, sample_rollout
 from gvpo_lightning.sources import DemonstrationSettings, FileSettings, ReplaySettings, SourceSettings
@@ -119,7 +119,7 @@ def record(rows: list[dict[str, Any]], settings: Settings, temperature: float, s
     model, tokenizer = load_policy(str(ARITHMETIC / "model")), load_tokenizer(str(ARITHMETIC / "model"))
     sampler = GenerationSettings(settings.max_new_tokens, temperature, batch_size=2048)
     count = settings.completions_per_prompt
-    rollout = sample_rollout(model, tokenizer, rows, count, sampler, ExactAnswer(), seed=seed)
+    rollout = sample_rollout(model, tokenizer, rows, count, sampler, Rewards(ExactAnswer()), seed=seed)
     values = score(model, rollout.batch, temperature=temperature, batch_size=2048)
     logprobs = [v[:n].tolist() for v, n in zip(values, rollout.batch.lengths.tolist(), strict=True)]
     return [

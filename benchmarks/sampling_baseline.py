@@ -13,7 +13,8 @@ from torch import Tensor
 
 from gvpo_lightning.batch import CompletionBatch, collate_completions
 from gvpo_lightning.callbacks.optimality import answer_probabilities
-from gvpo_lightning.policy import completion_logprobs, load_policy, load_tokenizer
+from gvpo_lightning.head import completion_logprobs
+from gvpo_lightning.policy import load_policy, load_tokenizer
 from gvpo_lightning.reference import score
 from gvpo_lightning.rollout.generation import encode_prompt
 from gvpo_lightning.seeding import seeded_permutation

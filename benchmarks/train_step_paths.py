@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from gvpo_kernels import gvpo_loss
 from gvpo_lightning.batch import CompletionBatch, collate_completions
-from gvpo_lightning.policy import completion_loss, prepare_policy
+from gvpo_lightning.head import completion_loss
+from gvpo_lightning.policy import prepare_policy
 
 BETA, GROUP_SIZE, CLIP = 0.1, 8, 0.2
 

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from gvpo_lightning.data import PromptDataModule
+    from gvpo_lightning.loading import LoadingSettings
     from gvpo_lightning.module import GVPOModule
     from gvpo_lightning.objectives import gvpo_loss
     from gvpo_lightning.reference import ReferenceSettings
+    from gvpo_lightning.rewards.settings import RewardSettings
     from gvpo_lightning.rollout.generation import GenerationSettings
     from gvpo_lightning.rollout.loader import RolloutLoader
     from gvpo_lightning.rollout.sampling import RolloutSettings
@@ -27,9 +29,11 @@ __all__ = [
     "FileSettings",
     "GVPOModule",
     "GenerationSettings",
+    "LoadingSettings",
     "PromptDataModule",
     "ReferenceSettings",
     "ReplaySettings",
+    "RewardSettings",
     "RolloutLoader",
     "RolloutSettings",
     "SourceSettings",
@@ -41,8 +45,10 @@ _HOMES = {
     "FileSettings": "sources.settings",
     "ReferenceSettings": "reference",
     "ReplaySettings": "sources.settings",
+    "RewardSettings": "rewards.settings",
     "SourceSettings": "sources.settings",
     "GVPOModule": "module",
+    "LoadingSettings": "loading",
     "GenerationSettings": "rollout.generation",
     "PromptDataModule": "data",
     "RolloutLoader": "rollout.loader",

@@ -1,7 +1,7 @@
 """The typed batch of completions that everything downstream of generation works on."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ class Completion:
         source: where it comes from, such as "policy" or "replay".
         truncated: it has no end token.
         reward: None = still to be asked for; NaN = asked for, and there is none.
+        components: what each of the run's rewards gives, by its name; NaN where it does not apply or has failed.
+        failure: the reason why one has failed, or None.
         reference_logprobs: (T,) float32 on the CPU under the reference, or None = still to be computed.
         reference_version: which version of the reference that was.
     """
@@ -29,6 +31,8 @@ class Completion:
     source: str
     truncated: bool
     reward: float | None = None
+    components: dict[str, float] = field(default_factory=dict)
+    failure: str | None = None
     reference_logprobs: Tensor | None = None
     reference_version: int = 0
 

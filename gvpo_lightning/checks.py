@@ -8,7 +8,8 @@ from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from gvpo_lightning.plan import check_batch_sizes
-from gvpo_lightning.rewards import Reward, check_reward_columns, reward_columns
+from gvpo_lightning.rewards import reward_columns
+from gvpo_lightning.rewards.running import Rewards
 from gvpo_lightning.rollout.generation import GenerationSettings, encode_prompt
 from gvpo_lightning.rollout.loader import RolloutLoader, Row
 from gvpo_lightning.rollout.sampling import RolloutSettings
@@ -20,13 +21,13 @@ def check_prompts(
     *,
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
-    reward: Reward | None,
+    rewards: Rewards | None,
     max_new_tokens: int,
 ) -> None:
     """Raise ValueError, naming the row, for prompts that a policy with this config can't be given.
 
     That is: no `prompt`, a prompt that is neither text nor messages, no room for max_new_tokens in the
-    model's context, or rows without the columns that the reward needs.
+    model's context, or rows without the columns that the rewards need.
     """
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     for number, row in enumerate(rows):
@@ -36,8 +37,8 @@ def check_prompts(
             raise ValueError(f"Row {number} has no 'prompt': its columns are {sorted(row)}.")
         if number == 0:
             columns = set(row)
-            if reward is not None:
-                check_reward_columns(reward, set(reward_columns(row)))
+            if rewards is not None:
+                rewards.check_columns(set(reward_columns(row)))
         if set(row) != columns:
             raise ValueError(f"Row {number} has the columns {sorted(row)}, but row 0 has {sorted(columns)}.")
         try:

@@ -11,6 +11,7 @@ import functools
 import inspect
 import itertools
 import operator
+import os
 import sys
 import typing
 from collections.abc import Mapping
@@ -42,7 +43,7 @@ from gvpo_lightning.reference_cache import fill_cache
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict", "reference", "export", "debug-batch")
 MODEL_ALONE = ("export", "debug-batch")  # of a config with trainer and data these use the model's part
-NOT_THE_MODEL = ("trainer", "data", "completions_table")
+NOT_THE_MODEL = ("trainer", "data", "completions_table", "run_summary")
 
 
 def prefer_integers() -> None:
@@ -105,6 +106,7 @@ class GVPOTrainer(Trainer):
         output: str,
         max_shard_size: str = "5GB",
         dtype: Literal["float32", "bfloat16", "float16"] | None = None,
+        merge: bool = False,
     ) -> None:
         """Turn a checkpoint, sharded or not, into a Hugging Face folder.
 
@@ -113,10 +115,13 @@ class GVPOTrainer(Trainer):
             ckpt_path: a checkpoint file, the folder of a distributed one, or "last".
             output: the new folder.
             max_shard_size: the most that one file of weights holds, and that is in memory at a time.
-            dtype: of the weights; default: the checkpoint's.
+            dtype: of the weights; default: the checkpoint's, or of a merged model model.loading.dtype.
+            merge: of a policy with an adapter, the whole model with the adapter merged in, instead of it alone.
         """
         as_torch = None if dtype is None else getattr(torch, dtype)
-        folder = export_checkpoint(model, ckpt_path, output, max_shard_size=max_shard_size, dtype=as_torch)
+        folder = export_checkpoint(
+            model, ckpt_path, output, max_shard_size=max_shard_size, dtype=as_torch, merge_adapter=merge
+        )
         print(f"The policy is in {folder}")
 
     def debug_batch(self, model: GVPOModule, batch: str, ckpt_path: str | None = None) -> None:
@@ -156,9 +161,10 @@ class GVPOCLI(LightningCLI):
         parser.add_argument("--weights_only", type=Any, help=argparse.SUPPRESS)  # in the config.yaml that fit leaves
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """`completions_table.*` configures the table that every run has."""
+        """`completions_table.*` and `run_summary.*` configure the table and the summary that every run has."""
         if not self._model_alone:
             parser.add_lightning_class_args(CompletionsTable, "completions_table")
+            parser.add_lightning_class_args(RunSummary, "run_summary")
 
     def instantiate_classes(self) -> None:
         """As Lightning does, or the model alone; `--ckpt_path last` needs the trainer's settings, not a trainer."""
@@ -211,6 +217,8 @@ def main(args: ArgsType = None) -> None:
     be written with one line and status 1, SIGTERM with status 143 (`callbacks.Preemption`).
     """
     prefer_integers()
+    if os.getcwd() not in sys.path:
+        sys.path.append(os.getcwd())  # a reward in a file beside the config; installed packages go first
     words = sys.argv[1:] if args is None else args
     try:
         if isinstance(words, list) and words[:1] == ["regrade"]:
@@ -223,7 +231,7 @@ def main(args: ArgsType = None) -> None:
             auto_configure_optimizers=False,
             seed_everything_default=0,
             save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [MemoryEstimate(), RunSummary(), PredictionWriter(), BenchmarkReport()]},
+            trainer_defaults={"callbacks": [MemoryEstimate(), PredictionWriter(), BenchmarkReport()]},
             # without the pages of usage that jsonargparse prints in front of its own errors
             parser_kwargs={"exit_on_error": False, "description": "And `gvpo regrade`, which has a --help of its own."}
             | {name: {"exit_on_error": False} for name in SUBCOMMANDS},

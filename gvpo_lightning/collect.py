@@ -15,6 +15,8 @@ import torch
 from gvpo_lightning.batch import Completion
 from gvpo_lightning.meters import measure_rollout
 from gvpo_lightning.reference import score
+from gvpo_lightning.rewards.protocol import RewardError, SharedContractError
+from gvpo_lightning.rewards.running import FailureTally
 from gvpo_lightning.rollout.generation import encode_prompt
 from gvpo_lightning.rollout.loader import Row
 from gvpo_lightning.rollout.sampling import Rollout, assemble_rollout, drop_by_settings, reward_groups, sample_groups
@@ -41,8 +43,9 @@ def collect_rollout(module: "GVPOModule", rows: list[Row], index: int) -> Rollou
         recorded = module.sources.draw(rows, derive_seed(module.seed, "sources", index), module.reference.version)
         fresh = sample_share(module, prompt_ids, module.sources.num_fresh(recorded), index)
     with module.timed("reward"):
-        groups = reward_shares(module, rows, fresh, recorded)
+        groups, failures = reward_shares(module, rows, fresh, recorded)
     rollout = assemble_rollout(index, prompts, prompt_ids, groups, module.sources.names)
+    rollout.failures = failures
     flat_groups = drop_by_settings(rollout, module.rollout_settings)
     with module.timed("reference"):
         score_rollout(module, rollout, groups)
@@ -74,8 +77,16 @@ def sample_share(module: "GVPOModule", prompt_ids: list[list[int]], num_fresh: S
         )
 
 
-def reward_shares(module: "GVPOModule", rows: list[Row], fresh: Groups, recorded: Groups) -> Groups:
-    """The groups of all ranks: each rank rewards what it has sampled, and a part of what is recorded."""
+def reward_shares(
+    module: "GVPOModule", rows: list[Row], fresh: Groups, recorded: Groups
+) -> tuple[Groups, FailureTally]:
+    """The groups of all ranks, and how often rewards have failed on them.
+
+    Each rank rewards what it has sampled, and a part of what is recorded.
+
+    Raises:
+        RewardError: on all ranks, if on one.
+    """
     ranks = module.data_ranks
     flat = [(group, completion) for group, completions in enumerate(recorded) for completion in completions]
     share: Groups = [[] for _ in recorded]
@@ -83,28 +94,34 @@ def reward_shares(module: "GVPOModule", rows: list[Row], fresh: Groups, recorded
         group, completion = flat[number]
         share[group].append(completion)
     error: Exception | None = None
-    if module.reward is not None and ranks.is_first_of_model:
+    failures = FailureTally()
+    if module.rewards is not None and ranks.is_first_of_model:
         own = [[*new, *old] for new, old in zip(fresh, share, strict=True)]
         try:
-            reward_groups(own, [row["prompt"] for row in rows], rows, module.reward)
+            failures = reward_groups(own, [row["prompt"] for row in rows], rows, module.rewards)
         except Exception as raised:
             error = raised
-    told = (fresh, share, row_hash(rows), None if error is None else str(error))
+    told = (fresh, share, row_hash(rows), None if error is None else str(error), failures)
     parts = ranks.gather(ranks.agree(told))
+    if isinstance(error, ValueError):
+        raise SharedContractError(str(error)) from error
     if error is not None:
-        raise error
-    for rank, (_, _, of_rows, message) in enumerate(parts):  # or this rank would wait for one that has ended
+        raise RewardError(f"{type(error).__name__}: {error}") from error
+    for rank, (_, _, of_rows, message, _) in enumerate(parts):  # or this rank would wait for one that has ended
         if message is not None:
-            raise RuntimeError(f"The reward failed on rank {rank}: {message}")
+            raise RewardError(f"The reward failed on rank {rank}: {message}")
         if of_rows != row_hash(rows):
             raise ValueError(
                 f"Rank {rank} was given other prompts than rank {ranks.rank}, but ranks share every rollout: give "
                 "RolloutLoader the same dataset in the same order on all of them, without a sampler that differs."
             )
-    return [
+    failures = sum((part[4] for part in parts), FailureTally())
+    module.report_failures(failures)
+    groups = [
         [completion for kind in (0, 1) for part in parts for completion in part[kind][group]]
         for group in range(len(rows))
     ]
+    return groups, failures
 
 
 def row_hash(rows: list[Row]) -> str:
@@ -136,6 +153,7 @@ def score_rollout(module: "GVPOModule", rollout: Rollout, groups: Groups) -> Non
                 batch_size=size,
                 num_parts=math.ceil(math.ceil(len(rows) / ranks.size) / size),
                 implementation=module.loss_implementation,
+                padding_free=module.padding_free,
             )
         scored = (row for part in ranks.gather(values) for row in part)
         for row, logprobs in zip(rows.tolist(), scored, strict=True):

@@ -7,7 +7,7 @@ that time, or of the run's precision.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +17,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from gvpo_lightning.head import completion_logprobs
 from gvpo_lightning.objectives import gvpo_loss
 from gvpo_lightning.offending import OffendingUpdate, load_offending_update, not_finite_parameters
-from gvpo_lightning.policy import completion_logprobs
 from gvpo_lightning.saved_weights import load_weights
 
 if TYPE_CHECKING:
@@ -57,6 +57,7 @@ def debug_batch(module: "GVPOModule", batch: str | Path, ckpt_path: str | Path |
         FileNotFoundError, ValueError: one of the files is not there or not what it should be.
     """
     update = load_offending_update(batch)
+    module.loading = replace(module.loading, dtype="float32", attn_implementation=None)
     module.configure_model()
     if ckpt_path is not None:
         load_weights(module.policy, ckpt_path)
@@ -78,7 +79,11 @@ def recompute(module: "GVPOModule", update: OffendingUpdate, group: int) -> Grou
     rows = (update.batch.group_ids == group).nonzero().squeeze(-1)
     part = update.batch.select(rows).to(module.policy.device)
     logprobs, _ = completion_logprobs(
-        module.policy, part, temperature=update.settings["temperature"], implementation=module.loss_implementation
+        module.policy,
+        part,
+        temperature=update.settings["temperature"],
+        implementation=module.loss_implementation,
+        padding_free=module.padding_free,
     )
     token_ratios = (logprobs - part.reference_logprobs).detach()
     result = gvpo_loss(

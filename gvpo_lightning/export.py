@@ -7,17 +7,22 @@ needed.
 import copy
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from gvpo_lightning.export_adapter import adapted_model, merge, say_dequantized, write_adapter
+from gvpo_lightning.loading import empty_model, load_generation_config
+from gvpo_lightning.lora import trained_names
+from gvpo_lightning.model_card import Kind, files_of_run, write_card
 from gvpo_lightning.saved_weights import SavedWeights, as_written, match_names, open_weights
 
 if TYPE_CHECKING:
@@ -33,55 +38,83 @@ def export_checkpoint(
     *,
     max_shard_size: str | int = "5GB",
     dtype: torch.dtype | None = None,
+    merge_adapter: bool = False,
 ) -> Path:
-    """Write the checkpoint's policy, with tokenizer and generation config, as transformers loads it.
+    """Write the checkpoint's policy, with tokenizer, generation config and model card, as transformers loads it.
+
+    A policy with an adapter is written as peft loads it, the adapter alone; or merged, which takes memory for it all.
 
     Args:
-        module: names policy and tokenizer; its weights are neither loaded nor used.
+        module: names policy, adapter and tokenizer; its weights are neither loaded nor used.
         ckpt_path: a file, or the folder of a distributed checkpoint of any number of ranks.
         output: a folder that does not exist or is empty; it appears when it is complete.
         max_shard_size: of one safetensors file, in bytes or such as "5GB"; also what is in memory at a time. A larger
             tensor gets a file of its own.
-        dtype: of the written floating-point tensors; default: the checkpoint's.
+        dtype: of the written floating-point tensors; default: the checkpoint's, or of a merged model the policy's.
+        merge_adapter: add the adapter to the policy's weights, and write those.
 
     Raises:
         FileNotFoundError, ValueError: there is no such checkpoint, it does not fit the policy's config or is not
-            whole, or `output` is in use.
+            whole, there is no adapter to merge, or `output` is in use.
     """
     output = Path(output).resolve()
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output={str(output)!r} exists and is not an empty folder: remove it, or give another one.")
     weights = open_weights(ckpt_path)
-    _refuse_adapters(weights)
-    model = _without_storage(module)
+    adapted = adapted_model(module, with_weights=merge_adapter) if isinstance(module.policy_source, str) else None
+    kind: Kind = "model" if adapted is None else "merged" if merge_adapter else "adapter"
+    if adapted is None:
+        _refuse_adapters(weights, merge_adapter)
+    model = _without_storage(module) if adapted is None else adapted
     sources = match_names(model, weights)
+    with _appearing(output) as partial:
+        if adapted is None:
+            _write_weights(model, weights, sources, partial, max_shard_size, dtype)
+            _write_config(model, as_written(weights.tensors[next(iter(sources.values()))], dtype), partial)
+        else:
+            trained = sorted(trained_names(model))
+            tensors = weights.load([sources[name] for name in trained], dtype)
+            tensors = {name: tensors[sources[name]] for name in trained}
+            if merge_adapter:
+                say_dequantized(module)
+                save_model(merge(model, tensors).to(dtype or model.dtype), partial, max_shard_size)
+            else:
+                write_adapter(model, tensors, partial)
+        write_beside(
+            module, _generation_config(module, model), partial, kind, *files_of_run(weights.path, weights.step)
+        )
+    return output
+
+
+@contextmanager
+def _appearing(output: Path) -> Iterator[Path]:
+    """A folder that takes the name `output` when all is written, and leaves nothing if that fails."""
     partial = output.with_name(f"{output.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
     partial.mkdir(parents=True)
     try:
-        _write_weights(model, weights, sources, partial, max_shard_size, dtype)
-        _write_configs(module, model, as_written(weights.tensors[next(iter(sources.values()))], dtype), partial)
+        yield partial
         if output.exists():
             output.rmdir()
         partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return output
 
 
-def _refuse_adapters(weights: SavedWeights) -> None:
+def _refuse_adapters(weights: SavedWeights, merge_adapter: bool) -> None:
     for name in weights.tensors:
         if "lora_" in name:
             raise ValueError(
-                f"{weights.path} holds an adapter ({name!r}), which `gvpo export` can't write. In Python: build the "
-                "module with the adapter as for training, and call gvpo_lightning.saved_weights.load_weights("
-                "module.policy, ckpt_path) and module.export(folder)."
+                f"{weights.path} holds an adapter ({name!r}), the policy has none: set model.lora as in training. Of a "
+                "model object with an adapter, call gvpo_lightning.saved_weights.load_weights(module.policy, "
+                "ckpt_path) and module.export(folder)."
             )
+    if merge_adapter:
+        raise ValueError("There is no adapter to merge: the policy's own weights were trained. Leave --merge out.")
 
 
 def _without_storage(module: "SamplingModule") -> PreTrainedModel:
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(copy.deepcopy(module.model_config()))
+    return empty_model(module.model_config(), module.loading)
 
 
 def _write_weights(
@@ -138,24 +171,39 @@ def _conversion(model: PreTrainedModel, shards: list[Tensors]) -> Callable[[Tens
     return revert if same else lambda tensors: tensors
 
 
-def _write_configs(module: "SamplingModule", model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None:
+def _write_config(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None:
     model.config.dtype = str(dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
     model.config.save_pretrained(folder)
-    generation_config = _generation_config(module, model)
+
+
+def save_model(model: PreTrainedModel, folder: Path, max_shard_size: str | int = "5GB") -> None:
+    """A whole model, with a generation config that transformers agrees to save."""
+    sample_at_a_temperature(model.generation_config)
+    model.save_pretrained(folder, max_shard_size=max_shard_size)
+
+
+def write_beside(
+    module: "SamplingModule",
+    generation_config: GenerationConfig,
+    folder: Path,
+    kind: Kind,
+    config: Mapping[str, Any] | None,
+    summary: Mapping[str, Any] | None,
+) -> None:
+    """What belongs into an exported folder beside the weights: generation config, tokenizer and model card."""
     sample_at_a_temperature(generation_config)
     generation_config.save_pretrained(folder)
     module.tokenizer.save_pretrained(folder)
+    write_card(folder, module, kind, config, summary)
 
 
 def _generation_config(module: "SamplingModule", model: PreTrainedModel) -> GenerationConfig:
     source = module.policy_source
     if not isinstance(source, str):
         return copy.deepcopy(source.generation_config)
-    try:
-        return GenerationConfig.from_pretrained(source)
-    except OSError:  # there is none: the one that transformers makes of the model's config
-        return model.generation_config
+    # where there is none, the one that transformers makes of the model's config
+    return load_generation_config(source, module.loading) or model.generation_config
 
 
 def sample_at_a_temperature(generation_config: GenerationConfig) -> None:

@@ -9,7 +9,7 @@ from gvpo_kernels import group_statistics
 from gvpo_lightning.distributed import DataRanks
 from gvpo_lightning.guards import coverage_totals, is_negligible
 from gvpo_lightning.objectives import gvpo_loss
-from gvpo_lightning.rollout.sampling import Rollout, rollout_metrics
+from gvpo_lightning.rollout.sampling import Rollout, component_metrics, rollout_metrics
 from gvpo_lightning.two_passes import scatter
 
 QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
@@ -119,7 +119,7 @@ def measure_rollout(
     """
     batch = rollout.batch
     negligible = is_negligible(batch, vocab_size)
-    metrics = rollout_metrics(batch)
+    metrics = rollout_metrics(batch) | component_metrics(rollout)
     totals = {"group/zero_variance_fraction": flat_groups, **coverage_totals(batch, negligible)}
     for name, (amount, count) in totals.items():
         metrics[name] = amount / max(count, 1)

@@ -10,6 +10,7 @@ import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import torch
@@ -24,14 +25,25 @@ from gvpo_kernels.inputs import choose_implementation
 from gvpo_lightning.checkpoint import gvpo_state, load_gvpo_state, load_position
 from gvpo_lightning.checks import check_trainer, check_training_batches
 from gvpo_lightning.collect import collect_rollout
-from gvpo_lightning.guards import Guard
+from gvpo_lightning.compiled import check_strategy, compile_layers
+from gvpo_lightning.head import completion_loss
+from gvpo_lightning.head_check import attention_of, check_logprob_head
+from gvpo_lightning.loading import LoadingSettings
+from gvpo_lightning.lora import starts_at_base
 from gvpo_lightning.meters import UpdateMeter, measure_update
 from gvpo_lightning.offending import save_update_of
-from gvpo_lightning.plan import Update, plan_updates
-from gvpo_lightning.policy import check_logprob_head, completion_loss, stop_token_ids
-from gvpo_lightning.reference import CachedReference, ReferenceKind, ReferenceSettings, make_reference
+from gvpo_lightning.plan import Limits, Update, plan_updates
+from gvpo_lightning.policy import stop_token_ids
+from gvpo_lightning.reference import (
+    CachedReference,
+    ModelReference,
+    ReferenceKind,
+    ReferenceSettings,
+    make_reference,
+)
 from gvpo_lightning.reference_cache import check_cache
 from gvpo_lightning.rewards import Reward
+from gvpo_lightning.rewards.settings import RewardSettings
 from gvpo_lightning.rollout.generation import GenerationSettings
 from gvpo_lightning.rollout.loader import Row
 from gvpo_lightning.rollout.sampling import Rollout, RolloutSettings
@@ -56,9 +68,13 @@ class GVPOModule(SamplingModule):
 
     Args:
         policy: the causal LM to train: a hub id, a folder, or a transformers model that you built.
-        reward: a callable `(prompts, completions, **columns) -> list of float or None`; None where every
-            completion brings its own and nothing is validated.
+        reward: a callable `(prompts, completions, **columns) -> list of float or None`, or a list of such
+            (docs/rewards.md); None where every completion brings its own and nothing is validated.
+        reward_settings: weights, worker processes, time limit, how many may fail.
         tokenizer: a hub id, a folder or a tokenizer; default: the policy's own (needed for a model object).
+        loading: dtype, attention, revision and quantization of a policy given by name, and of models beside it.
+        lora: arguments of peft.LoraConfig: a new adapter on the policy is trained, and the policy's own weights are
+            frozen. None trains all weights, or of an adapter's folder that adapter.
         reference: a kind, such as "frozen" (the policy as its folder or hub id holds it; of a model object, as
             training finds it) or "previous" (the policy at the start of each rollout, which needs several updates
             a rollout to be more than REINFORCE), or `ReferenceSettings`, which lists them all.
@@ -74,6 +90,11 @@ class GVPOModule(SamplingModule):
         max_log_ratio: an update is skipped if a completion's |log pi - log pi'| is beyond it, or is not finite, or a
             gradient is not; no healthy run gets there.
         gradient_checkpointing: compute activations again in the backward pass instead of keeping them.
+        padding_free: give the model each micro-batch as one row of sequences end to end, instead of padded rows. It
+            saves what padding costs where attention takes the sequences apart (flash_attention_2 or 3,
+            flex_attention); "sdpa" and "eager" make a mask of all pairs of the row's tokens.
+        torch_compile: compile the decoder layers with torch.compile, for training and scoring; the first steps are
+            slow, later ones faster. Sampling is not compiled. Not with FSDPStrategy or tensor parallelism.
         loss_implementation: "triton" (CUDA), "torch" (chunked, any device), "reference" (plain, all logits
             stored) or "auto", "triton" where it can run and else "torch". Compared with eager at start-up.
 
@@ -86,8 +107,10 @@ class GVPOModule(SamplingModule):
     def __init__(
         self,
         policy: str | PreTrainedModel,
-        reward: Reward | None = None,
+        reward: list[Reward] | Reward | None = None,  # in this order jsonargparse can write a list down
         tokenizer: str | PreTrainedTokenizerBase | None = None,
+        loading: LoadingSettings = LoadingSettings(),
+        lora: dict[str, Any] | None = None,
         reference: ReferenceKind | ReferenceSettings = "frozen",
         sources: SourceSettings = SourceSettings(),
         beta: float = 0.1,
@@ -99,16 +122,24 @@ class GVPOModule(SamplingModule):
         max_skipped_updates: int = 5,
         max_log_ratio: float = 1e4,
         gradient_checkpointing: bool = False,
+        padding_free: bool = False,
+        torch_compile: bool = False,
         loss_implementation: Literal["auto", "triton", "torch", "reference"] = "auto",
+        reward_settings: RewardSettings = RewardSettings(),
     ) -> None:
-        super().__init__(policy, reward, tokenizer, generation, rollout.group_size)
+        super().__init__(policy, reward, reward_settings, tokenizer, generation, rollout.group_size, loading, lora)
         if not isinstance(reference, ReferenceSettings):
             reference = ReferenceSettings(reference)
         for name, value in (("beta", beta), ("temperature", temperature), ("max_log_ratio", max_log_ratio)):
             if not value > 0:
                 raise ValueError(f"{name} must be > 0, got {value}.")
         self.reference_settings = reference
-        self.reference = make_reference(reference, can_be_reloaded=isinstance(policy, str))
+        self.reference = make_reference(
+            reference,
+            can_be_reloaded=isinstance(policy, str),
+            is_base=lora is not None and starts_at_base(lora),
+            loading=self.loading if reference.model is None else self.loading_of(reference.model),
+        )
         self.sources = SourceMixture(
             sources,
             rollout.group_size,
@@ -126,6 +157,8 @@ class GVPOModule(SamplingModule):
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.max_skipped_updates, self.max_log_ratio = max_skipped_updates, max_log_ratio
         self.gradient_checkpointing = gradient_checkpointing
+        self.padding_free = padding_free
+        self.torch_compile = torch_compile
         self.loss_implementation = loss_implementation
 
         self.microstep = 0  # micro-batches trained so far: the run's only position, saved in checkpoints
@@ -137,7 +170,6 @@ class GVPOModule(SamplingModule):
         self.num_completion_tokens = 0
         self.phase = "train"  # or what `timed` is timing
         self._meter = UpdateMeter()
-        self.guard = Guard()
         self._coefficients: list[Tensor] | None = None  # of a cut update's micro-batches
         self._entropies: list[Tensor] = []
         self._token_logprobs: list[Tensor] = []  # of the update's micro-batches so far
@@ -145,6 +177,11 @@ class GVPOModule(SamplingModule):
         self._rollout_length: int | None = None  # micro-batches, in the fit before this one
 
     # -- building and checking ----------------------------------------------------------------------------
+
+    @property
+    def limits(self) -> Limits:
+        """What one micro-batch may hold."""
+        return replace(self.rollout_settings.limits, padding_free=self.padding_free)
 
     @property
     def micro_batches_per_rollout(self) -> int:
@@ -160,6 +197,9 @@ class GVPOModule(SamplingModule):
 
     def setup(self, stage: str) -> None:
         """Check what can be checked without the model."""
+        if self.torch_compile:
+            check_strategy(self.trainer.strategy)
+        super().setup(stage)
         if stage == "fit":
             check_trainer(
                 self.trainer,
@@ -184,7 +224,7 @@ class GVPOModule(SamplingModule):
         if self._trainer is None:
             super().configure_model()
             return
-        with loading_in_turns(self.trainer.strategy, self.model_config()):
+        with loading_in_turns(self.trainer.strategy, self.model_config(), self.loading):
             self._load_and_shard()
 
     def _load_and_shard(self) -> None:
@@ -198,6 +238,8 @@ class GVPOModule(SamplingModule):
             self.reference.identify(self.policy)
         if self.gradient_checkpointing:
             self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if self.torch_compile:
+            compile_layers(self.policy)
         shard_model(self.policy, strategy, self.trainer.precision)
         self._is_configured = is_sharded(strategy)
         if fits and not isinstance(strategy, FSDPStrategy):  # which has yet to shard it
@@ -222,18 +264,29 @@ class GVPOModule(SamplingModule):
         }
 
     def on_fit_start(self) -> None:
-        """Hold the fused loss against eager on a few tokens, where the training will run it."""
+        """Hold the fused loss against eager on a few tokens, where the training will run it; wait for the rewards."""
+        if self.rewards is not None:
+            self.rewards.wait_until_loaded()
         with (
             self.trainer.precision_plugin.forward_context(),
             callable_outside_steps(self),
             torch.set_grad_enabled(not is_sharded(self.trainer.strategy)),  # gradients are elsewhere then
         ):
-            error = check_logprob_head(self.policy, self.loss_implementation)
+            error = check_logprob_head(self.policy, self.loss_implementation, padding_free=self.padding_free)
+            if isinstance(self.reference, ModelReference):
+                with self.reference.applied(self.policy) as model:
+                    check_logprob_head(model, self.loss_implementation, padding_free=self.padding_free)
             name = choose_implementation(self.loss_implementation, next(self.policy.parameters()))
         rank_zero_info(
             f"GVPO's loss runs in the '{name}' implementation (loss_implementation={self.loss_implementation!r}), "
             f"{error:.1g} from eager."
         )
+        if self.padding_free and (attention := attention_of(self.policy)) in ("eager", "sdpa"):
+            rank_zero_info(
+                f"padding_free=True under '{attention}' attention makes a mask of all pairs of a micro-batch's tokens, "
+                "which grows with the square of their number: use flash_attention_2, or keep micro-batches small "
+                "(rollout.micro_batch_tokens)."
+            )
         if self.sources.settings.generates:
             self.guard.sampler(self.generation)
         if self.rollout_settings.zero_variance == "drop":
@@ -281,7 +334,7 @@ class GVPOModule(SamplingModule):
                 num_updates=self.rollout_settings.updates_per_pass,
                 accumulate=self.trainer.accumulate_grad_batches,
                 seed=derive_seed(self.seed, "update", rollout.index, epoch),
-                limits=self.rollout_settings.limits,
+                limits=self.limits,
             )
         ]
 
@@ -301,6 +354,7 @@ class GVPOModule(SamplingModule):
                 sequence_coefficients=self._coefficients[slot] if self._coefficients else None,
                 temperature=self.temperature,
                 implementation=self.loss_implementation,
+                padding_free=self.padding_free,
             )
         self._token_logprobs.append(result.token_logprobs)
         self._meter.add(result.log_ratios, self._entropies[slot] if self._coefficients else result.entropies)
@@ -314,7 +368,7 @@ class GVPOModule(SamplingModule):
         if update.over_limit:
             self.guard.say(
                 "over limit",
-                f"A micro-batch of this rollout holds more than its {self.rollout_settings.limits}: lengths are known "
+                f"A micro-batch of this rollout holds more than its {self.limits}: lengths are known "
                 f"only now, and its update has only {len(update.micro_batches)} micro-batches a rank. "
                 "Raise trainer.accumulate_grad_batches.",
             )
@@ -334,6 +388,7 @@ class GVPOModule(SamplingModule):
             [rollout.micro_batch(rows, self.trainer.strategy.root_device) for rows in update.micro_batches],
             temperature=self.temperature,
             implementation=self.loss_implementation,
+            padding_free=self.padding_free,
         )
         positions, rows, device = update.positions, list(update.rows), self.trainer.strategy.root_device
         coefficients = sequence_coefficients(
@@ -449,6 +504,7 @@ class GVPOModule(SamplingModule):
         """Take up what `on_save_checkpoint` left."""
         if "gvpo" not in checkpoint:
             raise ValueError("This checkpoint is not one of a GVPOModule: it has no 'gvpo' entry.")
+        super().on_load_checkpoint(checkpoint)
         load_gvpo_state(self, checkpoint["gvpo"])
         if self._trainer is not None and self.trainer.state.fn == "fit":
             load_position(self, checkpoint["gvpo"])

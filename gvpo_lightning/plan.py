@@ -8,7 +8,7 @@ anything: updates and micro-batches are as equal as they can be, and remainders 
 import itertools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gvpo_lightning.seeding import seeded_permutation
 
@@ -24,15 +24,27 @@ class GroupShape:
 
 @dataclass(frozen=True)
 class Limits:
-    """What one micro-batch may hold: completions, and tokens as the model sees them, prompt and padding included."""
+    """What one micro-batch may hold: completions, and tokens as the model sees them, prompts included.
+
+    `padding_free`: padding is not among them, with limits or without.
+    """
 
     completions: int | None = None
     tokens: int | None = None
+    padding_free: bool = False
+
+    def seen(self, micro_batch: "Sequence[_Piece]") -> int:
+        """Tokens that the model sees: padded, every completion is as wide as the widest prompt and completion."""
+        if self.padding_free:
+            return sum(piece.tokens for piece in micro_batch)
+        prompt = max((piece.prompt_tokens for piece in micro_batch), default=0)
+        completion = max((piece.completion_tokens for piece in micro_batch), default=0)
+        return sum(len(piece.rows) for piece in micro_batch) * (prompt + completion)
 
     def hold(self, micro_batch: "Sequence[_Piece]") -> bool:
         """Whether these fit."""
         return (self.completions is None or sum(len(piece.rows) for piece in micro_batch) <= self.completions) and (
-            self.tokens is None or padded_tokens(micro_batch) <= self.tokens
+            self.tokens is None or self.seen(micro_batch) <= self.tokens
         )
 
 
@@ -76,6 +88,7 @@ class _Piece:
     rows: tuple[int, ...]
     prompt_tokens: int
     completion_tokens: int  # the longest one's
+    tokens: int  # of all, each with its prompt
 
 
 def plan_updates(
@@ -109,7 +122,7 @@ def plan_updates(
     for start, stop in itertools.pairwise(bounds):
         counting = [(g, groups[g]) for g in order[start:stop] if len(groups[g].rows) >= 2]
         # largest first, as `_bins_of` deals them: a run of shorter completions may be larger than the one before
-        bins = sorted(_micro_batches(counting, accumulate * num_ranks, limits), key=padded_tokens, reverse=True)
+        bins = sorted(_micro_batches(counting, accumulate * num_ranks, limits), key=limits.seen, reverse=True)
         updates.append(
             Update(
                 micro_batches=tuple(
@@ -134,17 +147,29 @@ def _bins_of(rank: int, num_ranks: int, accumulate: int) -> list[int]:
 
 def _micro_batches(groups: Sequence[tuple[int, GroupShape]], num_bins: int, limits: Limits) -> list[list[_Piece]]:
     """Whole groups if they fit, else single completions, in exactly `num_bins` bins."""
-    whole = [_Piece(g, shape.rows, shape.prompt_tokens, max(shape.completion_tokens)) for g, shape in groups]
-    bins = _pack(whole, num_bins, limits.completions)
-    fits = len(whole) >= num_bins or not whole if limits == Limits() else all(limits.hold(pieces) for pieces in bins)
+    whole = [
+        _Piece(
+            g,
+            shape.rows,
+            shape.prompt_tokens,
+            max(shape.completion_tokens),
+            len(shape.rows) * shape.prompt_tokens + sum(shape.completion_tokens),
+        )
+        for g, shape in groups
+    ]
+    bins = _pack(whole, num_bins, limits)
+    if limits.completions is None and limits.tokens is None:
+        fits = len(whole) >= num_bins or not whole
+    else:
+        fits = all(limits.hold(pieces) for pieces in bins)
     if fits:
         return bins
     single = [
-        _Piece(g, (row,), shape.prompt_tokens, tokens)
+        _Piece(g, (row,), shape.prompt_tokens, tokens, shape.prompt_tokens + tokens)
         for g, shape in groups
         for row, tokens in zip(shape.rows, shape.completion_tokens, strict=True)
     ]
-    return _pack(single, num_bins, limits.completions)
+    return _pack(single, num_bins, limits)
 
 
 def _cuts_groups(bins: Sequence[Sequence[_Piece]]) -> bool:
@@ -152,21 +177,15 @@ def _cuts_groups(bins: Sequence[Sequence[_Piece]]) -> bool:
     return any(homes.setdefault(p.group, number) != number for number, pieces in enumerate(bins) for p in pieces)
 
 
-def padded_tokens(pieces: Sequence[_Piece]) -> int:
-    """Tokens that the model sees of a micro-batch: every completion as wide as the widest prompt and completion."""
-    widths = (max((p.prompt_tokens for p in pieces), default=0), max((p.completion_tokens for p in pieces), default=0))
-    return sum(len(piece.rows) for piece in pieces) * sum(widths)
+def _pack(pieces: Sequence[_Piece], num_bins: int, limits: Limits) -> list[list[_Piece]]:
+    """Longest first, into exactly `num_bins` runs of which the largest shows the model as few tokens as can be.
 
-
-def _pack(pieces: Sequence[_Piece], num_bins: int, max_completions: int | None) -> list[list[_Piece]]:
-    """Longest first, into exactly `num_bins` runs of which the largest has as few padded tokens as can be.
-
-    Where `max_completions` a bin cannot be kept, it is as if it had not been given.
+    Where the limit of completions cannot be kept, it is as if it had not been given.
     """
     ordered = sorted(pieces, key=lambda p: (-(p.prompt_tokens + p.completion_tokens), p.group, p.rows))
-    for limit in (max_completions, None):
-        low, high = 0, padded_tokens(ordered)  # the smallest capacity that does lies in (low, high]
-        if limit is not None and len(_fill(ordered, high, limit)) > num_bins:
+    for limit in (limits, replace(limits, completions=None)):
+        low, high = 0, limit.seen(ordered)  # the smallest capacity that does lies in (low, high]
+        if limit.completions is not None and len(_fill(ordered, high, limit)) > num_bins:
             continue
         while high - low > 1:
             middle = (low + high) // 2
@@ -176,18 +195,20 @@ def _pack(pieces: Sequence[_Piece], num_bins: int, max_completions: int | None) 
     return bins + [[] for _ in range(num_bins - len(bins))]
 
 
-def _fill(pieces: Sequence[_Piece], capacity: int, max_completions: int | None) -> list[list[_Piece]]:
-    """Runs of pieces that have at most `capacity` padded tokens each; one piece may be more."""
+def _fill(pieces: Sequence[_Piece], capacity: int, limits: Limits) -> list[list[_Piece]]:
+    """Runs of pieces that show the model at most `capacity` tokens each; one piece may be more."""
     bins: list[list[_Piece]] = []
-    rows = prompt = completion = 0  # of the last run: what `padded_tokens` multiplies, kept up piece by piece
+    rows = prompt = completion = tokens = 0  # of the last run: what `Limits.seen` looks at, kept up piece by piece
     for piece in pieces:
-        rows += len(piece.rows)
+        rows, tokens = rows + len(piece.rows), tokens + piece.tokens
         prompt, completion = max(prompt, piece.prompt_tokens), max(completion, piece.completion_tokens)
-        if bins and rows * (prompt + completion) <= capacity and (max_completions is None or rows <= max_completions):
+        seen = tokens if limits.padding_free else rows * (prompt + completion)
+        if bins and seen <= capacity and (limits.completions is None or rows <= limits.completions):
             bins[-1].append(piece)
         else:
             bins.append([piece])
-            rows, prompt, completion = len(piece.rows), piece.prompt_tokens, piece.completion_tokens
+            rows, tokens = len(piece.rows), piece.tokens
+            prompt, completion = piece.prompt_tokens, piece.completion_tokens
     return bins
 
 

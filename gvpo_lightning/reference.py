@@ -2,15 +2,16 @@
 
 | kind            | in memory beside the policy            | a checkpoint holds            | refreshed                |
 |-----------------|----------------------------------------|-------------------------------|--------------------------|
-| `frozen`        | the trained weights' first values      | their fingerprint (1)         | never                    |
+| `frozen`        | the trained weights' first values (2)  | their fingerprint (1)         | never                    |
 | `previous`      | nothing                                | nothing                       | every rollout            |
 | `every_n_steps` | one copy of the trained weights        | that copy                     | after n updates or more  |
 | `ema`           | one copy of the trained weights        | that copy                     | every rollout, by average|
-| `adapter_off`   | nothing                                | nothing                       | never                    |
+| `adapter_off`   | nothing                                | the fingerprint of the rest   | never                    |
 | `cached`        | nothing                                | the cache's fingerprint       | never                    |
 
-(1) and the values themselves where the policy was a model object, which can't be loaded again. Another `model` is held
-whole beside the policy: in host memory while it is not asked, or under FSDP2 on the device, sharded.
+(1) and the values themselves where the policy was a model object, which can't be loaded again. (2) nothing with an
+adapter from the run's settings (`lora`): without it the policy is what it started as, as in `adapter_off`. Another
+`model` is held whole beside the policy: in host memory while it is not asked, or under FSDP2 on the device, sharded.
 
 Copies hold the weights that are trained and no others, so with LoRA only the adapter's, sharded as the policy is,
 and lie in host memory: their values take the place of the policy's while it is asked as the reference. A reference
@@ -26,12 +27,14 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch.strategies import FSDPStrategy, Strategy
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gvpo_lightning.batch import CompletionBatch, dropped_completion
+from gvpo_lightning.head import completion_logprobs
+from gvpo_lightning.loading import LoadingSettings
 from gvpo_lightning.plan import rank_share
-from gvpo_lightning.policy import completion_logprobs, load_policy
+from gvpo_lightning.policy import load_policy
 from gvpo_lightning.rollout.generation import evaluating
 from gvpo_lightning.sharding import gather_like, is_sharded, local_tensor, shard_like, shard_model
 
@@ -120,13 +123,19 @@ class AdapterOffReference(Reference):
 
     is_fixed = True
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.fingerprint: str | None = None
+
     def identify(self, policy: Any) -> None:
-        """Check that there is an adapter to switch off."""
+        """Check that there is an adapter to switch off, and take the fingerprint of what is beneath."""
         if not hasattr(policy, "disable_adapter") and not getattr(policy, "_hf_peft_config_loaded", False):
             raise ValueError(
                 f"reference: adapter_off needs a policy with an adapter, got a plain {type(policy).__name__}: "
-                "wrap it with peft.get_peft_model, or use reference: frozen."
+                "set model.lora, wrap it with peft.get_peft_model, or use reference: frozen."
             )
+        if self.fingerprint is None:
+            self.fingerprint = fingerprint(p for p in policy.parameters() if not p.requires_grad)
 
     def refresh(self, policy: Any, *, rollout: int, update: int) -> None:
         """It never changes."""
@@ -143,6 +152,15 @@ class AdapterOffReference(Reference):
             yield policy
         finally:
             policy.enable_adapters()
+
+    def state_dict(self, policy: Any) -> dict[str, Any]:
+        """Its fingerprint."""
+        return super().state_dict(policy) | {"fingerprint": self.fingerprint}
+
+    def load_state_dict(self, state: dict[str, Any], policy: Any) -> None:
+        """ValueError where it is not the checkpoint's."""
+        super().load_state_dict(state, policy)
+        check_fingerprint(self.fingerprint, state["fingerprint"])
 
 
 class WeightsReference(Reference):
@@ -235,24 +253,25 @@ class ModelReference(Reference):
 
     is_fixed = True
 
-    def __init__(self, source: str) -> None:
+    def __init__(self, source: str, loading: LoadingSettings) -> None:
         super().__init__()
-        self.source = source
+        self.source, self.loading = source, loading
         self.model: Any = None  # a PreTrainedModel, once there is a policy
         self.stays = False  # on the device
 
     def identify(self, policy: Any) -> None:
         """Load it."""
         if self.model is None:
-            self.model = load_policy(self.source).requires_grad_(False).cpu()
+            self.model = load_policy(self.source, self.loading).requires_grad_(False).cpu()
             self.fingerprint = fingerprint(self.model.parameters())
 
     def prepare(self, policy: Any, strategy: Strategy, precision: str) -> None:
-        """Shard it like the policy; it then stays on the device, where a whole one waits in host memory.
+        """Cast and shard it like the policy; a sharded one stays on the device, a whole one waits in host memory.
 
         Raises:
             ValueError: FSDP1, which shards what Lightning wraps and nothing beside it.
         """
+        strategy.precision_plugin.convert_module(nn.ModuleList([self.model]))  # transformers refuses if it is quantized
         if self.stays or not is_sharded(strategy):
             return
         if isinstance(strategy, FSDPStrategy):
@@ -269,13 +288,12 @@ class ModelReference(Reference):
 
     @contextmanager
     def applied(self, policy: Any) -> Iterator[Any]:
-        """The model, on the policy's device and in its dtype while it is used."""
+        """The model, on the policy's device while it is used."""
         assert self.model is not None
         if self.stays:
             yield self.model
             return
-        like = next(policy.parameters())
-        self.model.to(device=like.device, dtype=like.dtype)
+        self.model.to(next(policy.parameters()).device)
         try:
             yield self.model
         finally:
@@ -307,8 +325,16 @@ class CachedReference(Reference):
         yield  # a generator, as its siblings are
 
 
-def make_reference(settings: ReferenceSettings, *, can_be_reloaded: bool) -> Reference:
-    """The reference of these settings; `can_be_reloaded`: the policy comes from a hub id or a folder."""
+def make_reference(
+    settings: ReferenceSettings, *, can_be_reloaded: bool, is_base: bool, loading: LoadingSettings
+) -> Reference:
+    """The reference of these settings.
+
+    Args:
+        can_be_reloaded: the policy comes from a hub id or a folder.
+        is_base: without its adapter the policy is what it started as, so that "frozen" needs no copy.
+        loading: of a model of its own.
+    """
     if settings.kind == "previous":
         return Reference()
     if settings.kind == "adapter_off":
@@ -316,7 +342,9 @@ def make_reference(settings: ReferenceSettings, *, can_be_reloaded: bool) -> Ref
     if settings.kind == "cached":
         return CachedReference()
     if settings.model is not None:
-        return ModelReference(settings.model)
+        return ModelReference(settings.model, loading)
+    if settings.kind == "frozen" and is_base:
+        return AdapterOffReference()
     return WeightsReference(settings, can_be_reloaded=can_be_reloaded)
 
 
@@ -328,6 +356,7 @@ def score(
     batch_size: int,
     num_parts: int | None = None,
     implementation: str = "auto",
+    padding_free: bool = False,
 ) -> Tensor:
     """(S, T) float32 log-probs of the whole batch under the model, `batch_size` completions at a time.
 
@@ -342,7 +371,11 @@ def score(
             rows = torch.tensor(rank_share(len(batch), number, num_parts), dtype=torch.int64)
             part = batch.select(rows) if len(rows) else dropped_completion()
             values, _ = completion_logprobs(
-                model, part.to(model.device), temperature=temperature, implementation=implementation
+                model,
+                part.to(model.device),
+                temperature=temperature,
+                implementation=implementation,
+                padding_free=padding_free,
             )
             token_logprobs[rows, : values.shape[1]] = values[: len(rows)].to(token_logprobs)
     return token_logprobs

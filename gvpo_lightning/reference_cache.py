@@ -9,9 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from lightning.pytorch import Trainer
 from rich.progress import track
+from torch import nn
 from transformers import PreTrainedTokenizerBase
 
 from gvpo_lightning.batch import collate_completions
+from gvpo_lightning.head_check import check_logprob_head
+from gvpo_lightning.loading import check_attention
 from gvpo_lightning.policy import load_policy, prepare_policy, stop_token_ids
 from gvpo_lightning.reference import fingerprint, score
 from gvpo_lightning.rollout.generation import encode_prompt
@@ -32,8 +35,9 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def cache_identity(module: "GVPOModule", trainer: Trainer, model: Any, name: str) -> dict[str, Any]:
-    """What log-probs of this model under the module's settings are made by; a LoRA policy counts without adapter."""
-    weights = [p for key, p in model.named_parameters() if "lora_" not in key]
+    """What log-probs of this model under the module's settings are made by; a new adapter does not count."""
+    trains_on = isinstance(module.policy_source, str) and module.lora is None  # an adapter that lies in a folder
+    weights = [p for key, p in model.named_parameters() if trains_on or "lora_" not in key]
     return {
         "model": name,
         "weights": fingerprint(weights),
@@ -51,7 +55,7 @@ def check_cache(module: "GVPOModule") -> None:
         source = module.policy_source if isinstance(module.policy_source, str) else type(module.policy).__name__
         expected = cache_identity(module, module.trainer, module.policy, source)
     else:
-        expected = cache_identity(module, module.trainer, load_policy(source).cpu(), source)
+        expected = cache_identity(module, module.trainer, load_policy(source, module.loading_of(source)).cpu(), source)
     found = module.sources.references
     if not found:
         raise ValueError("The file's rows don't say what made their reference_logprobs: run `gvpo reference`.")
@@ -93,15 +97,18 @@ def fill_cache(module: "GVPOModule", trainer: Trainer, output: str | None = None
         raise ValueError(f"gvpo reference runs on one device, got {trainer.world_size}: set trainer.devices=1.")
     file = OfflineFile(settings.path, settings.split, module.tokenizer, module.vocab_size())
     source = module.reference_settings.model or module.policy_source
-    model: Any = load_policy(source) if isinstance(source, str) else source
+    check_attention(module.loading, trainer.strategy.root_device, str(trainer.precision))
+    model: Any = load_policy(source, module.loading_of(source)) if isinstance(source, str) else source
     prepare_policy(model)
     identity = cache_identity(module, trainer, model, source if isinstance(source, str) else type(source).__name__)
-    model = trainer.precision_plugin.convert_module(model).to(trainer.strategy.root_device)
+    trainer.precision_plugin.convert_module(nn.ModuleList([model]))  # transformers refuses if it is quantized
+    model.to(trainer.strategy.root_device)
 
     partial = target.with_name(target.name + ".partial")
     done = finished_rows(partial, identity, file.rows)
     rest = (file.rows[number] for number in range(done, len(file.rows)))
     with partial.open("a", encoding="utf-8") as lines, trainer.precision_plugin.forward_context():
+        check_logprob_head(model, module.loss_implementation, padding_free=module.padding_free)
         for row in track(rest, "reference log-probs", total=len(file.rows) - done):
             columns = _scored(row, module, model) | {"reference": identity, "of": row_hash(row)}
             lines.write(json.dumps(columns) + "\n")
@@ -126,6 +133,7 @@ def _scored(row: dict[str, Any], module: "GVPOModule", model: Any) -> dict[str, 
             temperature=module.temperature,
             batch_size=module.rollout_settings.micro_batch_size or module.generation.batch_size,
             implementation=module.loss_implementation,
+            padding_free=module.padding_free,
         )
         columns["reference_logprobs"] = [v[: len(i)].tolist() for v, i in zip(values, ids, strict=True)]
     return columns

@@ -22,8 +22,13 @@ UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingErro
 
 def policy_name(key: str) -> str | None:
     """The name within the policy of a Lightning module's parameter or buffer; None for what is not the policy's."""
-    first, *rest = [part for part in key.split(".") if part not in WRAPPERS]
-    return ".".join(rest) if first == "policy" and rest else None
+    first, _, rest = unwrapped_name(key).partition(".")
+    return rest if first == "policy" and rest else None
+
+
+def unwrapped_name(key: str) -> str:
+    """A parameter's name without what wrappers have put into it."""
+    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
 
 
 class SavedWeights(ABC):
@@ -31,10 +36,12 @@ class SavedWeights(ABC):
 
     Attributes:
         path: the checkpoint.
+        step: optimizer updates that the run had made.
         tensors: by name, each with the shape and dtype that it was saved with; only `load` gives their values.
     """
 
     path: Path
+    step: int | None
     tensors: dict[str, Tensor]
 
     @abstractmethod
@@ -52,6 +59,7 @@ class FileWeights(SavedWeights):
         except UNREADABLE as error:
             raise ValueError(f"{path} is no checkpoint, or was not written whole: {error}") from error
         state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
+        self.step = checkpoint.get("global_step") if isinstance(checkpoint, dict) else None
         named = {policy_name(key): tensor for key, tensor in (state or {}).items()}
         self.tensors = {name: tensor for name, tensor in named.items() if name is not None}
 
@@ -79,6 +87,7 @@ class FolderWeights(SavedWeights):
         except UNREADABLE as error:
             raise ValueError(f"{path / '.metadata'} can't be read, take an earlier checkpoint: {error}") from error
         _check_shards(path, metadata)
+        self.step = torch.load(path / "meta.pt", map_location="cpu", weights_only=True).get("global_step")
         self._keys: dict[str, str] = {}
         self.tensors = {}
         for key, entry in metadata.state_dict_metadata.items():
@@ -140,6 +149,8 @@ def open_weights(path: str | Path) -> SavedWeights:
 def match_names(model: nn.Module, weights: SavedWeights) -> dict[str, str]:
     """For each tensor of the model, one of those that are tied, the name that the checkpoint has it under.
 
+    A checkpoint of an adapter may leave out what is frozen beneath it.
+
     Raises:
         ValueError: model and checkpoint differ in names or shapes, or tied weights have come apart.
     """
@@ -149,10 +160,11 @@ def match_names(model: nn.Module, weights: SavedWeights) -> dict[str, str]:
         ties.setdefault(id(tensor), []).append(name)
         shapes[name] = tensor.shape
     saved = {name: tensor.shape for name, tensor in weights.tensors.items()}
-    missing = [names[0] for names in ties.values() if not set(names) & saved.keys()]
+    frozen = _frozen_names(model)
+    missing = [names[0] for names in ties.values() if not set(names) & (saved.keys() | frozen)]
     others = sorted(saved.keys() - shapes.keys())
     differing = [name for name in saved.keys() & shapes.keys() if saved[name] != shapes[name]]
-    mend = "Give the policy that this checkpoint was trained from (model.policy)."
+    mend = "Give the policy that this checkpoint was trained from (model.policy, model.lora)."
     if missing:
         raise ValueError(f"{weights.path} has no {missing[0]!r} ({len(missing)} are missing). {mend}")
     if others:
@@ -167,7 +179,14 @@ def match_names(model: nn.Module, weights: SavedWeights) -> dict[str, str]:
             raise ValueError(
                 f"{' and '.join(present)} are one tensor in the policy, but differ in {weights.path}. {mend}"
             )
-    return {names[0]: next(name for name in names if name in saved) for names in ties.values()}
+    return {names[0]: present[0] for names in ties.values() if (present := [n for n in names if n in saved])}
+
+
+def _frozen_names(model: nn.Module) -> set[str]:
+    """Tensors beneath an adapter that a checkpoint may leave out; none of a model without one."""
+    if not hasattr(model, "peft_config"):
+        return set()
+    return model.state_dict().keys() - {name for name, p in model.named_parameters() if p.requires_grad}
 
 
 def load_weights(model: nn.Module, path: str | Path) -> None:

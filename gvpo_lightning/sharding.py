@@ -22,9 +22,10 @@ from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPr
 from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
 
 from gvpo_lightning.distributed import DataRanks
+from gvpo_lightning.loading import LoadingSettings, empty_model
 from gvpo_lightning.tensor_parallel import base_model, split_tensors
 
 
@@ -91,16 +92,15 @@ def root_stays_gathered(policy: Any) -> Iterator[None]:
 
 
 @contextmanager
-def loading_in_turns(strategy: Strategy, config: PretrainedConfig) -> Iterator[None]:
-    """Inside, a rank may load a whole model, float32, before it is sharded: as many ranks at once as memory has room.
+def loading_in_turns(strategy: Strategy, config: PretrainedConfig, loading: LoadingSettings) -> Iterator[None]:
+    """Inside, a rank may load a whole model before it is sharded: as many ranks at once as memory has room.
 
     Every rank must enter, and must not wait for another inside.
     """
     if not isinstance(strategy, ModelParallelStrategy):
         yield
         return
-    with torch.device("meta"):
-        size = 4 * sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    size = loading.torch_dtype.itemsize * sum(p.numel() for p in empty_model(config, loading).parameters())
     room = torch.tensor(max(1, int(0.8 * available_host_memory() // size)), device=strategy.root_device)
     at_once = int(strategy.reduce(room, reduce_op="min"))
     turn, num_turns = strategy.local_rank // at_once, math.ceil(strategy.num_processes / at_once)

@@ -12,19 +12,29 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from gvpo_lightning.batch import CompletionBatch
+from gvpo_lightning.head import completion_logprobs
 from gvpo_lightning.objectives import gvpo_loss
-from gvpo_lightning.policy import completion_logprobs
 
 
 def first_pass(
-    model: PreTrainedModel, parts: Sequence[CompletionBatch], *, temperature: float = 1.0, implementation: str = "auto"
+    model: PreTrainedModel,
+    parts: Sequence[CompletionBatch],
+    *,
+    temperature: float = 1.0,
+    implementation: str = "auto",
+    padding_free: bool = False,
 ) -> tuple[list[Tensor], list[Tensor]]:
     """For each micro-batch its (S,) log-ratios and its (N,) entropies, without gradient."""
     log_ratios, entropies = [], []
     with torch.no_grad():
         for part in parts:
             logprobs, part_entropies = completion_logprobs(
-                model, part, temperature=temperature, return_entropy=True, implementation=implementation
+                model,
+                part,
+                temperature=temperature,
+                return_entropy=True,
+                implementation=implementation,
+                padding_free=padding_free,
             )
             assert part_entropies is not None
             # per token, then the sum: two large sums subtracted would lose what the loss is made of

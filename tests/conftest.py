@@ -26,6 +26,12 @@ def in_empty_folder(tmp_path, monkeypatch):
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
 
 
+@pytest.fixture(autouse=True)
+def rewards_in_process(monkeypatch):
+    """Tests' rewards look at tests' variables; a module that overrides this has the workers that users have."""
+    monkeypatch.setattr("gvpo_lightning.rewards.running.default_num_workers", lambda ranks_here: 0)
+
+
 @pytest.fixture(scope="session")
 def root() -> Path:
     """The repository."""

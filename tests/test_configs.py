@@ -3,19 +3,15 @@
 import pytest
 
 from gvpo_lightning.cli import main
+from tests.test_run_configs import RUNS
 
 DATA = {"gsm8k_tiny.yaml": "gsm8k_folder.yaml"}  # configs whose data come from the hub, and the overlay with a folder
 OVERLAYS = {"arithmetic_replay.yaml", "arithmetic_demonstrations.yaml", "arithmetic_offline.yaml"}  # of arithmetic.yaml
 
 
-def runnable(root):
-    overlays = {*DATA.values(), *OVERLAYS}
-    return sorted(path for path in (root / "configs").glob("*.yaml") if path.name not in overlays)
-
-
 def test_every_config_is_tested(root):
     names = {path.name for path in (root / "configs").glob("*.yaml")}
-    assert names == {"arithmetic.yaml", "gsm8k_tiny.yaml", "gsm8k_folder.yaml"} | OVERLAYS
+    assert names == {"arithmetic.yaml", "gsm8k_tiny.yaml", "gsm8k_folder.yaml"} | OVERLAYS | set(RUNS)
 
 
 @pytest.mark.parametrize("name", ["arithmetic.yaml", "gsm8k_tiny.yaml"])

@@ -10,6 +10,11 @@ from torch.utils.data import DataLoader
 from gvpo_lightning.policy import load_policy
 
 
+@pytest.fixture(autouse=True)
+def rewards_in_process():
+    """As readers have it: in workers."""
+
+
 @pytest.fixture
 def blocks(root, monkeypatch):
     monkeypatch.chdir(root)  # the README's paths are relative to the repository

@@ -16,7 +16,6 @@ from gvpo_lightning.evaluation.records import Record, append_records, by_problem
 from gvpo_lightning.evaluation.report import average, write_report, write_run
 from gvpo_lightning.evaluation.scores import BenchmarkScores, summarise
 from gvpo_lightning.module import GVPOModule
-from gvpo_lightning.rewards import reward_name
 
 PACKAGES = ("gvpo-lightning", "torch", "transformers", "lightning", "math-verify")
 
@@ -44,7 +43,7 @@ class BenchmarkReport(L.Callback):
         self._records = {s.name: [] for s in sets}
         if not sets:
             return
-        if pl_module.reward is None:
+        if pl_module.rewards is None:
             raise ValueError("Benchmarks need a reward: set model.reward, such as gvpo_lightning.rewards.BoxedMath.")
         if trainer.is_global_zero:
             keep_old_results(self._folder(trainer))
@@ -124,11 +123,11 @@ def run_name(module: GVPOModule) -> str:
 def settings(trainer: L.Trainer, module: GVPOModule) -> dict[str, Any]:
     """What the scores depend on."""
     datamodule = trainer.datamodule  # type: ignore[attr-defined]
-    assert module.reward is not None
+    assert module.rewards is not None
     return {
         "policy": run_name(module),
         "ckpt_path": None if trainer.ckpt_path is None else str(trainer.ckpt_path),
-        "reward": reward_name(module.reward),
+        "reward": list(module.rewards.functions),
         "seed": module.seed,
         "generation": asdict(module.generation),
         "prompt_template": datamodule.prompt_template,

@@ -66,8 +66,12 @@ class CompletionsTable(L.Callback):
 
 
 def table_rows(rollout: Rollout, num_completions: int) -> list[dict[str, Any]]:
-    """The first completions of a rollout as dicts with the keys of `COLUMNS`; prompts as text."""
+    """The first completions of a rollout as dicts with the keys of `COLUMNS`; prompts as text.
+
+    Of several rewards, each one's own follows as `reward/<name>`.
+    """
     groups, rewards = rollout.batch.group_ids.tolist(), rollout.batch.rewards.tolist()
+    components = rollout.component_columns()
     rows = []
     for row, completion in enumerate(rollout.completions[:num_completions]):
         prompt = rollout.prompts[groups[row]]
@@ -81,28 +85,31 @@ def table_rows(rollout: Rollout, num_completions: int) -> list[dict[str, Any]]:
                 "source": rollout.sources[row],
                 "reward": reward,
             }
+            | {name: values[row] for name, values in components.items()}
         )
     return rows
 
 
 def render_table(rows: list[dict[str, Any]], title: str) -> Table:
     """For the screen, text as it is (no markup, no emoji codes) but cut; a group's prompt is shown once."""
-    table = Table(*COLUMNS, title=title)
+    table = Table(*(rows[0] if rows else COLUMNS), title=title)
     shown = None
     for row in rows:
         first = row["group"] != shown
         shown = row["group"]
         cells = {name: Text(str(value)[:200]) for name, value in row.items()}
-        prompt = cells["prompt"] if first else Text()
-        table.add_row(cells["group"], prompt, cells["completion"], cells["source"], cells["reward"])
+        if not first:
+            cells["prompt"] = Text()
+        table.add_row(*cells.values())
     return table
 
 
 def markdown_table(rows: list[dict[str, Any]]) -> str:
     """For TensorBoard."""
-    lines = ["| " + " | ".join(COLUMNS) + " |", "|" + " --- |" * len(COLUMNS)]
+    columns = list(rows[0]) if rows else COLUMNS
+    lines = ["| " + " | ".join(columns) + " |", "|" + " --- |" * len(columns)]
     for row in rows:
-        cells = (str(row[column]).replace("|", "\\|").replace("\n", " ") for column in COLUMNS)
+        cells = (str(row[column]).replace("|", "\\|").replace("\n", " ") for column in columns)
         lines.append("| " + " | ".join(cells) + " |")
     return "\n".join(lines)
 

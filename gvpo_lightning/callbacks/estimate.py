@@ -9,8 +9,11 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from lightning.pytorch.utilities import rank_zero_only
 
 from gvpo_lightning.estimate import ModelSizes, RunFacts, Workload, describe, estimate_memory, model_sizes
-from gvpo_lightning.estimate.sizes import count_parameters, with_adapters
+from gvpo_lightning.estimate.sizes import count_parameters, quantized_layer_bytes, with_adapters
+from gvpo_lightning.head_check import attention_of
+from gvpo_lightning.loading import is_quantized
 from gvpo_lightning.module import GVPOModule
+from gvpo_lightning.reference import AdapterOffReference
 from gvpo_lightning.rollout.generation import encode_prompt
 from gvpo_lightning.rollout.loader import RolloutLoader
 
@@ -34,12 +37,16 @@ class MemoryEstimate(L.Callback):
 
 def run_facts(trainer: L.Trainer, module: GVPOModule) -> tuple[ModelSizes, RunFacts]:
     """The policy's sizes, its adapters among them, and the facts of the run that is about to start."""
-    sizes = model_sizes(module.model_config())
-    total, trained = count_parameters(module.policy), count_parameters(module.policy, trained=True)
-    if total > sizes.parameters:
-        sizes = with_adapters(sizes, total - sizes.parameters)
-    parameter = next(module.policy.parameters())
-    weight_bytes = parameter.element_size()
+    policy: Any = module.policy
+    sizes = model_sizes(module.model_config(), module.loading)
+    layer_bytes = quantized_layer_bytes(policy, sizes) if is_quantized(policy) else None
+    shards = trainer.world_size if isinstance(trainer.strategy, FSDPStrategy) else 1  # of which a rank sees its own
+    total, trained = (count_parameters(policy, trained=only) * shards for only in (False, True))
+    if trained != total:
+        sizes = with_adapters(sizes, trained)
+    parameter = next(policy.parameters())
+    weight_bytes, without_adapter = parameter.element_size(), isinstance(module.reference, AdapterOffReference)
+    trained_bytes = next(p for p in policy.parameters() if p.requires_grad).element_size()
     strategy, tensor_parallel = _strategy(trainer)
     mixed = "mixed" in str(trainer.precision)
     reference = getattr(module.reference, "model", None)
@@ -51,11 +58,15 @@ def run_facts(trainer: L.Trainer, module: GVPOModule) -> tuple[ModelSizes, RunFa
         tensor_parallel=tensor_parallel,
         weight_bytes=weight_bytes,
         compute_bytes=min(2, weight_bytes) if mixed else weight_bytes,
-        reduce_bytes=weight_bytes,
-        optimizer_bytes=weight_bytes * _states(trainer),
+        reduce_bytes=trained_bytes,
+        optimizer_bytes=trained_bytes * _states(trainer),
         trained_parameters=None if trained == total else trained,
-        reference=module.reference_settings.kind,
-        checkpointing=any(getattr(part, "gradient_checkpointing", False) for part in module.policy.modules()),
+        trained_bytes=trained_bytes,
+        layer_bytes=layer_bytes,
+        reference="adapter_off" if without_adapter else module.reference_settings.kind,
+        checkpointing=any(getattr(part, "gradient_checkpointing", False) for part in policy.modules()),
+        padding_free=module.padding_free,
+        masks=attention_of(policy) in ("eager", "sdpa"),
         cuda=parameter.is_cuda,
     )
     return sizes, facts if reference is None else replace(facts, reference_parameters=count_parameters(reference))

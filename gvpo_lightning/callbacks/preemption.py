@@ -1,4 +1,4 @@
-"""`Preemption`: a SIGTERM ends a run at the next whole update, with a checkpoint to go on from."""
+"""`Preemption`: a SIGTERM or failed rewards end a run between two updates, with a checkpoint to go on from."""
 
 import os
 import signal
@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from gvpo_lightning.callbacks.checkpoint import RunCheckpoint
 from gvpo_lightning.callbacks.whole import save_whole
+from gvpo_lightning.rewards import RewardError
 
 STATUS = 128 + signal.SIGTERM  # 143: what a shell reports of a process that SIGTERM has ended
 REPEAT = 5.0  # seconds within which another SIGTERM is the same one, by another way
@@ -24,8 +25,11 @@ class Preemption(L.Callback):
 
     What is being done is finished first: the optimizer update, with the rollout that it may need, or the validation.
     Then all ranks agree, save through the run's `RunCheckpoint`, or else any ModelCheckpoint with save_last, or else
-    to `preempted-step=N.ckpt` in the trainer's default_root_dir, and stop. Nothing is evaluated or exported. The
+    to `stopped-step=N.ckpt` in the trainer's default_root_dir, and stop. Nothing is evaluated or exported. The
     resumed run ends as if it had not been stopped. Before the first update there is nothing to save.
+
+    Rewards that stop a run (`RewardError`, which all ranks raise together) do so between two updates: what has been
+    trained is saved in the same way, and the run can go on when the reward is mended.
 
     A scheduler that kills soon after SIGTERM must leave time for one rollout, one update and one checkpoint. A second
     SIGTERM, 5 seconds or more after the first, kills at once.
@@ -76,6 +80,12 @@ class Preemption(L.Callback):
         if trainer.state.fn == "fit" and not trainer.sanity_checking and self._is_due(trainer):
             self._save_and_stop(trainer)
 
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Save what has been trained before rewards failed."""
+        fits = trainer.state.fn == "fit" and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if isinstance(exception, RewardError) and fits and trainer.global_step:
+            exception.add_note(f"Stopped at step {trainer.global_step}: resume with ckpt_path={self._save(trainer)}.")
+
     def _is_due(self, trainer: L.Trainer) -> bool:
         """Whether any rank has received the signal; every rank must call this."""
         return trainer.strategy.reduce_boolean_decision(bool(self._received), all=False)
@@ -93,7 +103,7 @@ class Preemption(L.Callback):
             if callback.save_last:
                 callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
                 return callback.last_model_path
-        path = Path(trainer.default_root_dir) / f"preempted-step={trainer.global_step}.ckpt"
+        path = Path(trainer.default_root_dir) / f"stopped-step={trainer.global_step}.ckpt"
         save_whole(trainer, path)
         return str(path)
 

@@ -22,7 +22,12 @@ class RunSummary(L.Callback):
     """Measures the validation reward before and after training; writes what a run leaves behind.
 
     In the run's folder (the trainer's default_root_dir): `summary.json`, `learning_curve.png`, and `export/`,
-    a Hugging Face folder with the policy, its tokenizer and generation config. The keys of the summary:
+    a Hugging Face folder with the policy, its tokenizer, generation config and model card.
+
+    Args:
+        merge_adapter: export a policy with an adapter merged into one model, instead of the adapter alone.
+
+    The keys of the summary:
 
     * `reward_before`, `reward_after`: mean reward of completions sampled at temperature 1 on the validation
       prompts, whatever the run's own sampler; null without validation prompts.
@@ -32,7 +37,8 @@ class RunSummary(L.Callback):
     * `steps`, `export_dir` (relative to the run's folder), `residual_rms`, `implicit_reward_slope`.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, merge_adapter: bool = False) -> None:
+        self.merge_adapter = merge_adapter
         self.reward_before: float | None = None
         self.history: list[dict[str, float]] = []
         self._started = time.perf_counter()
@@ -91,7 +97,7 @@ class RunSummary(L.Callback):
             "export_dir": "export",
         }
         self._write(folder, summary)
-        pl_module.export(folder / "export")
+        pl_module.export(folder / "export", merge_adapter=self.merge_adapter, summary=summary)
         self._is_written = True
 
     def on_fit_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
@@ -112,7 +118,7 @@ class RunSummary(L.Callback):
 def mean_validation_reward(trainer: L.Trainer, module: GVPOModule) -> float | None:
     """Mean reward of sampled completions of the validation prompts, over all ranks; None without any."""
     rows = validation_rows(trainer)
-    if not rows or module.reward is None:
+    if not rows or module.rewards is None:
         return None
     sampler = replace(module.generation, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
     size, sums = 64, torch.zeros(2, dtype=torch.float64)

@@ -49,13 +49,17 @@ class RunFacts:
         num_gpus, gpus_per_node: one process a GPU.
         strategy: "ddp" (also for one GPU), "fsdp1" or "fsdp2" with one unit a decoder layer and the root.
         tensor_parallel: GPUs that share a decoder layer; embedding and head are whole on each (but sharded by FSDP).
-        weight_bytes: of a parameter as the optimizer sees it; gradients and copies for the reference are like it.
+        weight_bytes: of a parameter as it is held; of trained ones, gradients and copies for the reference are like it.
         compute_bytes: of a parameter in matmuls. Less than weight_bytes: autocast under DDP, gathered so by FSDP2.
         reduce_bytes: of a gradient on its way between GPUs.
         optimizer_bytes: state of one trained parameter: AdamW 8, SGD 0 or with momentum 4.
         trained_parameters: with LoRA the adapters'; None for all of the model.
+        trained_bytes: of an adapter's parameter, float32 whatever the model's dtype; None = weight_bytes.
+        layer_bytes: of a quantized parameter of a decoder layer, with its share of constants; None = weight_bytes.
         reference: its kind; `reference_parameters` of a model of its own, 0 for values that take the policy's place.
         checkpointing: decoder layers are computed again in the backward pass.
+        padding_free: a micro-batch is one row, so that a mask covers all pairs of its tokens.
+        masks: attention is given a mask ("eager" and "sdpa").
         cuda: on GPUs; the loss then runs in Triton, and AdamW works on all tensors at once.
     """
 
@@ -69,9 +73,13 @@ class RunFacts:
     reduce_bytes: int = 4
     optimizer_bytes: int = 8
     trained_parameters: int | None = None
+    trained_bytes: int | None = None
+    layer_bytes: float | None = None
     reference: ReferenceKind = "frozen"
     reference_parameters: int = 0
     checkpointing: bool = True
+    padding_free: bool = False
+    masks: bool = True
     cuda: bool = True
 
     def __post_init__(self) -> None:
@@ -102,6 +110,16 @@ class RunFacts:
         return not self.sharded and self.compute_bytes < self.weight_bytes
 
     @property
+    def bytes_trained(self) -> int:
+        """Of a trained parameter."""
+        return self.weight_bytes if self.trained_bytes is None else self.trained_bytes
+
+    @property
+    def casts_to_adapters(self) -> bool:
+        """Whether each adapter makes a copy of its input, in its own wider precision."""
+        return self.trained_parameters is not None and self.bytes_trained > self.weight_bytes
+
+    @property
     def stream_bytes(self) -> int:
         """Of an element of the residual stream: autocast leaves it in the embedding's precision."""
         return self.weight_bytes if self.autocast else self.compute_bytes
@@ -122,6 +140,14 @@ class RunFacts:
         work = self.workload
         update = math.ceil(min(work.prompts_per_update, work.prompts_per_rollout) / self.data_parallel)
         return math.ceil(update * work.group_size / work.accumulate)
+
+    @property
+    def mask_pairs(self) -> int:
+        """Pairs of tokens that a micro-batch's attention mask covers."""
+        if not self.masks:
+            return 0
+        tokens = self.workload.tokens
+        return (self.micro_batch * tokens) ** 2 if self.padding_free else self.micro_batch * tokens**2
 
     @property
     def two_passes(self) -> bool:

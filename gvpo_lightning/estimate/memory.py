@@ -58,7 +58,7 @@ def estimate_memory(sizes: ModelSizes, facts: RunFacts) -> Memory:
             "key-value cache": cache,
         }
     if facts.reference_parameters:
-        other = facts.reference_parameters * facts.weight_bytes
+        other = int(facts.reference_parameters * _frozen_bytes(sizes, facts))
         phases["reference"] = held | {
             "gradients": _buckets(held, facts),
             "whole weights": other,
@@ -78,13 +78,26 @@ def estimate_memory(sizes: ModelSizes, facts: RunFacts) -> Memory:
 
 def held_bytes(sizes: ModelSizes, facts: RunFacts) -> dict[str, int]:
     """Parameters, gradients and optimizer state on one GPU; DDP's gradients exist twice, once in its buckets."""
-    own = (_layer(sizes, facts) * sizes.num_layers + sizes.root) // facts.shards
-    trained = int(own * _trained_share(sizes, facts))
+    own, trained = _own_parameters(sizes, facts)
     return {
-        "parameters": own * facts.weight_bytes,
-        "gradients": trained * facts.weight_bytes * (2 if _has_buckets(facts) else 1),
+        "parameters": int((own - trained) * _frozen_bytes(sizes, facts)) + trained * facts.bytes_trained,
+        "gradients": trained * facts.bytes_trained * (2 if _has_buckets(facts) else 1),
         "optimizer": trained * facts.optimizer_bytes,
     }
+
+
+def _own_parameters(sizes: ModelSizes, facts: RunFacts) -> tuple[int, int]:
+    """Parameters on one GPU, and how many of them are trained."""
+    own = (_layer(sizes, facts) * sizes.num_layers + sizes.root) // facts.shards
+    return own, int(own * _trained_share(sizes, facts))
+
+
+def _frozen_bytes(sizes: ModelSizes, facts: RunFacts) -> float:
+    """Of one parameter beneath an adapter, the mean over quantized layers and the rest."""
+    if facts.layer_bytes is None:
+        return facts.weight_bytes
+    frozen = sizes.parameters - (facts.trained_parameters or 0)
+    return ((frozen - sizes.root) * facts.layer_bytes + sizes.root * facts.weight_bytes) / frozen
 
 
 def rollout_weights(sizes: ModelSizes, facts: RunFacts) -> int:
@@ -102,10 +115,9 @@ def activation_bytes(sizes: ModelSizes, facts: RunFacts) -> tuple[int, int]:
     stream = tokens * sizes.hidden * facts.stream_bytes
     norm = tokens * sizes.hidden * (4 + (facts.stream_bytes if facts.trained_parameters is None else 0))
     gradients = tokens * 3 * sizes.intermediate * facts.compute_bytes // facts.tensor_parallel + 2 * stream
-    mask = facts.micro_batch * facts.workload.tokens**2
     if facts.checkpointing:
-        return sizes.num_layers * stream + norm + mask, layer + gradients
-    return sizes.num_layers * layer + norm + mask, gradients
+        return sizes.num_layers * stream + norm + facts.mask_pairs, layer + gradients
+    return sizes.num_layers * layer + norm + facts.mask_pairs, gradients
 
 
 def head_bytes(sizes: ModelSizes, facts: RunFacts) -> tuple[int, int]:
@@ -146,11 +158,11 @@ def host_bytes(sizes: ModelSizes, facts: RunFacts) -> dict[str, int]:
     processes = min(facts.num_gpus, facts.gpus_per_node)
     host = {}
     if facts.reference_parameters:
-        host["reference"] = processes * facts.reference_parameters * facts.weight_bytes
+        host["reference"] = int(processes * facts.reference_parameters * _frozen_bytes(sizes, facts))
     elif facts.reference in ("frozen", "every_n_steps", "ema"):
-        trained = held_bytes(sizes, facts)["parameters"] // facts.weight_bytes * _trained_share(sizes, facts)
-        host["reference"] = int(processes * trained * max(facts.weight_bytes, 4 * (facts.reference == "ema")))
-        host["policy while scoring"] = int(processes * trained * facts.weight_bytes)
+        _, trained = _own_parameters(sizes, facts)
+        host["reference"] = processes * trained * max(facts.bytes_trained, 4 * (facts.reference == "ema"))
+        host["policy while scoring"] = processes * trained * facts.bytes_trained
     at_once = 1 if facts.strategy == "fsdp2" else processes
     return host | {"loading": at_once * sizes.parameters * facts.weight_bytes}
 
@@ -193,7 +205,9 @@ def _trained_head(sizes: ModelSizes, facts: RunFacts) -> int:
 
 
 def _cast_weights(sizes: ModelSizes, facts: RunFacts) -> int:
-    """Autocast's copies of the decoder layers' matrices."""
+    """Autocast's copies of the decoder layers' matrices; of quantized ones, the largest at work."""
+    if facts.layer_bytes is not None:
+        return sizes.hidden * sizes.intermediate * facts.compute_bytes
     if not facts.autocast:
         return 0
     # while the policy is trained or scored the head has a cast of its own
@@ -212,10 +226,12 @@ def _layer_activations(sizes: ModelSizes, facts: RunFacts) -> int:
     full = facts.trained_parameters is None
     # a norm saves its input in float32 and, if its weight is trained, its value before that; then what the matrices
     # read, which autocast casts once for each of them
-    readers = (5 if sizes.gated else 4) if facts.autocast else 2
-    norms = hidden * (2 * 4 + (2 * stream if full else 0) + readers * compute)
+    matrices = 5 if sizes.gated else 4
+    read = 4 * matrices if facts.casts_to_adapters else compute * (matrices if facts.autocast else 2)
+    norms = hidden * (2 * 4 + (2 * stream if full else 0) + read)
     # with a mask, keys and values are repeated for all heads; the mask is turned into numbers in each layer
-    attention = sizes.num_heads * (4 * sizes.head_dim * compute + 4)
-    mask = facts.micro_batch * facts.workload.tokens**2 * compute
-    mlp = (4 if sizes.gated else 2) * sizes.intermediate * compute
+    copies = 4 if facts.casts_to_adapters else 0  # of what the attention's and the MLP's last matrix read
+    attention = sizes.num_heads * (sizes.head_dim * (4 * compute + copies) + 4)
+    mask = facts.mask_pairs * compute
+    mlp = sizes.intermediate * ((4 if sizes.gated else 2) * compute + copies)
     return tokens * (norms + (attention + mlp) // facts.tensor_parallel) + mask

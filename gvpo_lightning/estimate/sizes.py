@@ -3,9 +3,10 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import PretrainedConfig
+
+from gvpo_lightning.loading import LoadingSettings, empty_model
 
 
 @dataclass(frozen=True)
@@ -46,14 +47,13 @@ class ModelSizes:
         return self.parameters - self.layers
 
 
-def model_sizes(config: PretrainedConfig) -> ModelSizes:
+def model_sizes(config: PretrainedConfig, loading: LoadingSettings = LoadingSettings()) -> ModelSizes:
     """The sizes of the causal LM that this config describes, whatever its architecture; nothing is allocated.
 
     Raises:
         ValueError: the model has no list of decoder layers.
     """
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
+    model: Any = empty_model(config, loading)
     lists = [part for part in model.modules() if isinstance(part, nn.ModuleList) and len(part)]
     if not lists:
         raise ValueError(f"{type(model).__name__} has no list of decoder layers: its memory can't be estimated.")
@@ -88,6 +88,14 @@ def with_adapters(sizes: ModelSizes, adapters: int) -> ModelSizes:
 def count_parameters(module: Any, *, trained: bool = False) -> int:
     """Elements of a module's parameters, or of those that are trained; of a DTensor, all shards'."""
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
+
+
+def quantized_layer_bytes(model: Any, sizes: ModelSizes) -> float:
+    """Of one frozen parameter of a quantized model's decoder layers, the constants of the quantization included."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    frozen = {v.data_ptr(): v.nbytes for k, v in model.state_dict().items() if k not in trained and v.numel()}
+    root = next(p for p in model.parameters() if p.is_floating_point()).element_size() * sizes.root
+    return (sum(frozen.values()) - root) / sizes.layers
 
 
 def _mlp_matrices(layer: nn.Module, hidden: int, intermediate: int) -> float:

@@ -18,6 +18,8 @@ class ExactAnswer:
             "#### 1,234").
     """
 
+    in_process = True  # it can't hang
+
     def __init__(self, answer_column: str = "answer", compare: Literal["text", "last_number"] = "text") -> None:
         if compare not in ("text", "last_number"):
             raise ValueError(f"ExactAnswer.compare must be 'text' or 'last_number', got {compare!r}.")

@@ -104,7 +104,8 @@ def generate_completions(
     completions: list[list[int]] = []
     truncated: list[bool] = []
     fork_rng = torch.random.fork_rng(devices=[device] if device.type == "cuda" else [])
-    with evaluating(model), without_generation_config(model), fork_rng:
+    # eagerly: compiled layers would be compiled again for caches of all kinds
+    with evaluating(model), without_generation_config(model), fork_rng, torch.compiler.set_stance("force_eager"):
         torch.manual_seed(seed)
         for start in range(0, len(repeated), settings.batch_size):
             part = repeated[start : start + settings.batch_size]

@@ -12,7 +12,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gvpo_kernels import group_statistics
 from gvpo_lightning.batch import Completion, CompletionBatch, collate_completions, dropped_completion
 from gvpo_lightning.plan import GroupShape, Limits
-from gvpo_lightning.rewards import Reward, compute_rewards, reward_columns
+from gvpo_lightning.rewards import reward_columns
+from gvpo_lightning.rewards.protocol import COMPONENT, REASONS
+from gvpo_lightning.rewards.running import FailureTally, Rewards
 from gvpo_lightning.rollout.generation import GenerationSettings, encode_prompt, generate_completions
 from gvpo_lightning.rollout.loader import Row
 
@@ -30,10 +32,10 @@ class RolloutSettings:
             micro-batches. Nothing has to divide anything.
         epochs_per_rollout: times that a rollout is trained on.
         micro_batch_size: the most completions that one micro-batch may hold (checked before training).
-        micro_batch_tokens: the most tokens, prompts and padding included, that one micro-batch should hold; lengths
-            are only known when they have been sampled, so more is warned of, not refused. Where whole groups exceed
-            either limit they are cut, which costs a second forward pass; without limits they are cut only where
-            there are more micro-batches than groups.
+        micro_batch_tokens: the most tokens, prompts included and padding too unless the module is `padding_free`, that
+            one micro-batch should hold; lengths are only known when they have been sampled, so more is warned of, not
+            refused. Where whole groups exceed either limit they are cut, which costs a second forward pass; without
+            limits they are cut only where there are more micro-batches than groups.
         truncated: what becomes of completions without an EOS: "keep" with their reward, or "drop", which
             takes them out of their group. Counted either way.
         max_completion_tokens: longer completions from demonstrations or a file are cut, and are then truncated.
@@ -87,7 +89,9 @@ class Rollout:
         batch: a row a completion, on the CPU; those of one prompt are adjacent, and group ids count the prompts.
         prompts: one entry a group.
         completions, sources, lengths: one entry a row of `batch`; lengths in tokens, of dropped ones too.
+        components: for each of the run's rewards, by name, one entry a row; NaN where it does not apply or has failed.
         dropped: how many completions have left their groups, by reason.
+        failures: how often rewards have failed, where they were asked; not part of checkpoints.
         metrics: what is logged with every update of the rollout.
     """
 
@@ -97,8 +101,10 @@ class Rollout:
     completions: list[str]
     sources: list[str]
     lengths: list[int]
+    components: dict[str, list[float]] = field(default_factory=dict)
     dropped: dict[str, int] = field(default_factory=dict)
     metrics: dict[str, float] = field(default_factory=dict)
+    failures: FailureTally = field(default_factory=FailureTally)
 
     def group_shapes(self) -> list[GroupShape]:
         """The kept completions of each group, for the update plan."""
@@ -121,10 +127,23 @@ class Rollout:
         self.dropped[reason] = int((rows & self.batch.kept).sum())
         self.batch.drop(rows)
 
+    def kept_components(self) -> dict[str, list[float]]:
+        """Of each reward, what it gives the kept completions to which it applies."""
+        kept = self.batch.kept.tolist()
+        return {
+            name: [value for value, is_kept in zip(values, kept, strict=True) if is_kept and value == value]
+            for name, values in self.components.items()
+        }
+
+    def component_columns(self) -> dict[str, list[float | None]]:
+        """`reward/<name>` of several rewards, one entry a row; nothing of a single one, which is `rewards` itself."""
+        components = self.components if len(self.components) > 1 else {}
+        return {f"{COMPONENT}{name}": _nan_as_none(values) for name, values in components.items()}
+
     def rows(self) -> list[dict[str, Any]]:
         """One dict a group, in the offline format; rewards are None where there is none."""
         batch = self.batch
-        rewards = [None if reward != reward else reward for reward in batch.rewards.tolist()]
+        rewards = _nan_as_none(batch.rewards.tolist())
         ids = [row[:n] for row, n in zip(batch.completion_ids.tolist(), self.lengths, strict=True)]
         columns: dict[str, list[Any]] = {
             "completions": self.completions,
@@ -133,6 +152,7 @@ class Rollout:
             "truncated": batch.truncated.tolist(),
             "sources": self.sources,
         }
+        columns |= self.component_columns()
         groups = batch.group_ids.tolist()
         return [
             {"prompt": prompt}
@@ -145,12 +165,18 @@ class Rollout:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers, strings and lists alone, so that checkpoints load with weights_only."""
-        return {**vars(self), "batch": self.batch.state_dict()}
+        state = {**vars(self), "batch": self.batch.state_dict()}
+        del state["failures"]
+        return state
 
     @classmethod
     def from_state_dict(cls, state: dict[str, Any]) -> "Rollout":
         """What `state_dict` gave."""
         return cls(**{**state, "batch": CompletionBatch(**state["batch"])})
+
+
+def _nan_as_none(values: Sequence[float]) -> list[float | None]:
+    return [None if value != value else value for value in values]
 
 
 def sample_groups(
@@ -172,17 +198,23 @@ def sample_groups(
 
 
 def reward_groups(
-    groups: Sequence[Sequence[Completion]], prompts: Sequence[Any], rows: Sequence[Row], reward: Reward
-) -> None:
-    """Ask the reward for the completions that have none yet; NaN where it gives none."""
+    groups: Sequence[Sequence[Completion]], prompts: Sequence[Any], rows: Sequence[Row], rewards: Rewards
+) -> FailureTally:
+    """Ask the rewards for the completions that have none yet; NaN where there is none."""
     asked = [(completion, number) for number, group in enumerate(groups) for completion in group]
     asked = [(completion, number) for completion, number in asked if completion.reward is None]
     if not asked:
-        return
+        return FailureTally()
     columns = {name: [rows[n][name] for _, n in asked] for name in reward_columns(rows[0])}
-    values = compute_rewards(reward, [prompts[n] for _, n in asked], [c.text for c, _ in asked], columns)
-    for (completion, _), value in zip(asked, values, strict=True):
-        completion.reward = value
+    rewarded, tally = rewards(
+        [prompts[n] for _, n in asked],
+        [c.text for c, _ in asked],
+        columns,
+        [c.token_ids.tolist() for c, _ in asked],
+    )
+    for (completion, _), found in zip(asked, rewarded, strict=True):
+        completion.reward, completion.components, completion.failure = found.total, found.components, found.failure
+    return tally
 
 
 def assemble_rollout(
@@ -192,7 +224,11 @@ def assemble_rollout(
     groups: Sequence[Sequence[Completion]],
     source_names: Sequence[str],
 ) -> Rollout:
-    """Tensors of the groups' completions; those that are empty or have no finite reward leave their group."""
+    """Tensors of the groups' completions; those that are empty or have no finite reward leave their group.
+
+    Which one a completion with several such reasons is counted under: the first, of "empty", a failed reward's, and
+    "unrewarded".
+    """
     flat = [(completion, group) for group, completions in enumerate(groups) for completion in completions]
     completions, group_ids = [c for c, _ in flat], [g for _, g in flat]
     batch = collate_completions(
@@ -217,6 +253,10 @@ def assemble_rollout(
         [len(c.token_ids) for c in completions],
     )
     rollout.dropped["empty"] = rollout.lengths.count(0)
+    names = dict.fromkeys(name for c in completions for name in c.components)
+    rollout.components = {name: [c.components.get(name, math.nan) for c in completions] for name in names}
+    for reason in REASONS if names else ():
+        rollout.drop(torch.tensor([c.failure == reason for c in completions]), reason)
     rollout.drop(~torch.isfinite(rollout.batch.rewards), "unrewarded")
     return rollout
 
@@ -227,20 +267,23 @@ def sample_rollout(
     rows: Sequence[Row],
     group_size: int,
     settings: GenerationSettings,
-    reward: Reward | None = None,
+    rewards: Rewards | None = None,
     *,
     seed: int,
     index: int = 0,
 ) -> Rollout:
-    """`group_size` fresh completions for the prompt of each row, with rewards where there is a reward to ask."""
+    """`group_size` fresh completions for the prompt of each row, with rewards where there are some to ask."""
     prompts = [row["prompt"] for row in rows]
     prompt_ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     # evaluation's inference tensors must stay neither in the model's caches nor here: training would fail on them later
     with torch.inference_mode(False):
         groups = sample_groups(model, tokenizer, prompt_ids, group_size, settings, seed)
-        if reward is not None:
-            reward_groups(groups, prompts, rows, reward)
-        return assemble_rollout(index, prompts, prompt_ids, groups, ["policy"])
+        tally = FailureTally()
+        if rewards is not None:
+            tally = reward_groups(groups, prompts, rows, rewards)
+        rollout = assemble_rollout(index, prompts, prompt_ids, groups, ["policy"])
+        rollout.failures = tally
+        return rollout
 
 
 def drop_by_settings(rollout: Rollout, settings: RolloutSettings) -> tuple[int, int]:
@@ -257,6 +300,17 @@ def drop_by_settings(rollout: Rollout, settings: RolloutSettings) -> tuple[int, 
     if settings.zero_variance == "drop":
         rollout.drop(flat[statistics.index], "zero_variance")
     return int(flat.sum()), int((statistics.size >= 1).sum())
+
+
+def component_metrics(rollout: Rollout) -> dict[str, float]:
+    """`reward/<name>/*`: mean and std over the kept completions to which a reward applies (NaN: to none)."""
+    metrics = {}
+    for name, values in rollout.kept_components().items():
+        own = torch.tensor(values)
+        metrics[f"reward/{name}/mean"] = float(own.mean())
+        metrics[f"reward/{name}/std"] = float(own.std(correction=0)) if len(own) else math.nan
+        metrics[f"reward/{name}/failed_fraction"] = rollout.failures.fraction(name)
+    return metrics
 
 
 def rollout_metrics(batch: Any) -> dict[str, float]:

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -228,9 +229,7 @@ class SourceMixture:
 
 def _copy(completion: Completion, source: str, reference_logprobs: torch.Tensor | None) -> Completion:
     """The same completion under another name, with other log-probs."""
-    return Completion(
-        completion.token_ids, completion.text, source, completion.truncated, completion.reward, reference_logprobs
-    )
+    return replace(completion, source=source, reference_logprobs=reference_logprobs, reference_version=0)
 
 
 def _text_of(demonstration: Any, column: str) -> str:

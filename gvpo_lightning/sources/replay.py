@@ -61,6 +61,7 @@ class ReplayBuffer:
             "texts": [c.text for c in completions],
             "truncated": [c.truncated for c in completions],
             "rewards": [c.reward for c in completions],
+            "components": [c.components for c in completions],
         }
 
     def load_state_dict(self, state: dict[str, Any], *, keep_logprobs: bool = True) -> None:
@@ -75,15 +76,23 @@ class ReplayBuffer:
             state["texts"],
             state["truncated"],
             state["rewards"],
+            state["components"],
             state["reference_logprobs"].split(state["lengths"]),
             state["versions"],
             strict=True,
         )
         completions = (
             Completion(
-                ids.clone(), text, "replay", truncated, reward, logprobs.clone(), version if keep_logprobs else -1
+                token_ids=ids.clone(),
+                text=text,
+                source="replay",
+                truncated=truncated,
+                reward=reward,
+                components=components,
+                reference_logprobs=logprobs.clone(),
+                reference_version=version if keep_logprobs else -1,
             )
-            for ids, text, truncated, reward, logprobs, version in columns
+            for ids, text, truncated, reward, components, logprobs, version in columns
         )
         for key, size in zip(state["keys"], state["group_sizes"], strict=True):
             self.add([(key, [next(completions) for _ in range(size)])])

@@ -10,7 +10,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.memory import peak_bytes
 from benchmarks.train_step_paths import make_batch, with_adapters
-from gvpo_lightning.policy import completion_loss, prepare_policy
+from gvpo_lightning.head import completion_loss
+from gvpo_lightning.policy import prepare_policy
 
 CONFIG = Qwen2Config(
     vocab_size=4_000,
@@ -26,7 +27,7 @@ CONFIG = Qwen2Config(
 PROMPT, COMPLETION = 56, 224  # all completions as long, so that nothing is padded
 
 
-MODES = ("all trained", "layers again", "LoRA")
+MODES = ("all trained", "layers again", "LoRA", "LoRA, bfloat16 beneath")
 
 
 def measure(mode: str) -> int:
@@ -34,7 +35,9 @@ def measure(mode: str) -> int:
     prepare_policy(model)
     if mode == "layers again":
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if mode == "LoRA":
+    if mode == "LoRA, bfloat16 beneath":
+        model = model.bfloat16()
+    if mode.startswith("LoRA"):
         model = with_adapters(model)
     warm_up = make_batch(8, (8, 8), CONFIG.vocab_size, "cpu")
     completion_loss(model, warm_up, 0.1).loss.backward()

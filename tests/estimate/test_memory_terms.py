@@ -7,8 +7,10 @@ from lightning.pytorch.strategies import SingleDeviceStrategy
 from benchmarks.train_step_paths import make_batch
 from gvpo_lightning.estimate import RunFacts, Workload, estimate_memory, model_sizes
 from gvpo_lightning.estimate.memory import head_bytes
-from gvpo_lightning.estimate.sizes import count_parameters, with_adapters
-from gvpo_lightning.policy import completion_loss, prepare_policy
+from gvpo_lightning.estimate.sizes import count_parameters, quantized_layer_bytes, with_adapters
+from gvpo_lightning.head import completion_loss
+from gvpo_lightning.loading import LoadingSettings
+from gvpo_lightning.policy import load_policy, prepare_policy
 from gvpo_lightning.reference import ReferenceSettings, WeightsReference
 
 VOCABULARY = 700
@@ -70,6 +72,42 @@ def test_held_bytes_are_those_of_the_real_tensors(build, lora, tied, optimizer):
     assert memory.host["reference"] == sum(w.nbytes for w in reference.weights.values())
 
 
+@pytest.mark.parametrize("quantization", [None, "nf4", "int8"])
+def test_held_bytes_of_a_16_bit_or_quantized_model_beneath_a_float32_adapter(build, tmp_path, quantization):
+    pytest.importorskip("peft")
+    if quantization:
+        pytest.importorskip("bitsandbytes")
+    build(hidden_size=256, intermediate_size=704).save_pretrained(tmp_path)
+    loading = LoadingSettings("bfloat16", quantization=quantization)
+    model = load_policy(str(tmp_path), loading, {"r": 4, "target_modules": "all-linear"})
+    trained = [p for p in model.parameters() if p.requires_grad]
+    update = torch.optim.AdamW(trained, lr=1e-3)
+    completion_loss(model, make_batch(8, (64, 96), VOCABULARY, "cpu"), 0.1).loss.backward()
+    update.step()
+    whole = model_sizes(model.config)
+    sizes = with_adapters(whole, sum(p.numel() for p in trained))
+    facts = RunFacts(
+        Workload(16, 96, prompts_per_rollout=1, prompts_per_update=1, generates=False),
+        weight_bytes=2,
+        compute_bytes=2,
+        trained_parameters=sum(p.numel() for p in trained),
+        trained_bytes=4,
+        # 4 bits and, for 64 of them, a scale of 8 bits, whose own scales are float32 for 256; or a scale a row
+        layer_bytes={None: None, "nf4": 0.5 + 1 / 64 + 4 / (64 * 256), "int8": 1.01}[quantization],
+        reference="adapter_off",
+        cuda=False,
+    )
+    memory = estimate_memory(sizes, facts)
+    states = [s for state in update.state.values() for s in state.values() if torch.is_tensor(s) and s.ndim]
+    assert memory.phases["update"]["gradients"] == sum(p.grad.nbytes for p in trained)
+    assert memory.phases["update"]["optimizer"] == sum(s.nbytes for s in states)
+    tensors = {value.data_ptr(): value.nbytes for value in model.state_dict().values()}
+    assert memory.phases["update"]["parameters"] == pytest.approx(sum(tensors.values()), rel=0.02)
+    if quantization:
+        assert quantized_layer_bytes(model, whole) == pytest.approx(facts.layer_bytes, rel=0.03)
+    assert "reference" not in memory.host
+
+
 def saved_bytes(model, batch, autocast):
     """What autograd keeps of a forward pass beside the parameters: each storage once."""
     parameters = {p.untyped_storage().data_ptr() for p in model.parameters()}
@@ -93,6 +131,10 @@ CASES = {
     "bfloat16": ({"dtype": torch.bfloat16}, {"weight_bytes": 2, "compute_bytes": 2}),
     "autocast": ({}, {"compute_bytes": 2}),
     "LoRA": ({"lora": True}, {}),
+    "LoRA, bfloat16 beneath": (
+        {"lora": True, "dtype": torch.bfloat16},
+        {"weight_bytes": 2, "compute_bytes": 2, "trained_bytes": 4},
+    ),
     "LoRA, checkpointing": ({"lora": True, "checkpointing": True}, {}),
     "all heads of their own": ({"num_key_value_heads": 4, "num_hidden_layers": 6}, {}),
 }

@@ -31,14 +31,17 @@ def test_peak_of_a_micro_batch_is_the_resident_memory(record_property):
     sizes, ratios = model_sizes(CONFIG), {}
     adapters = count_parameters(train_step_paths.with_adapters(Qwen2ForCausalLM(CONFIG)), trained=True)
     for mode in MODES:
+        half = mode == "LoRA, bfloat16 beneath"
         facts = RunFacts(
             Workload(PROMPT, COMPLETION, prompts_per_rollout=1, prompts_per_update=1, generates=False),
-            compute_bytes=4,
-            trained_parameters=adapters if mode == "LoRA" else None,
+            weight_bytes=2 if half else 4,
+            compute_bytes=2 if half else 4,
+            trained_parameters=adapters if mode.startswith("LoRA") else None,
+            trained_bytes=4,
             checkpointing=mode == "layers again",
             cuda=False,
         )
-        memory = estimate_memory(with_adapters(sizes, adapters) if mode == "LoRA" else sizes, facts)
+        memory = estimate_memory(with_adapters(sizes, adapters) if mode.startswith("LoRA") else sizes, facts)
         held = memory.phases["backward"]["parameters"] + memory.phases["backward"]["optimizer"]
         peak = max(memory.total(phase) for phase in ("head", "backward", "last unit")) - held
         ratios[mode] = round(peak / measured[mode], 3)

@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.train_step_paths import make_batch
-from gvpo_lightning.policy import completion_logprobs, completion_loss, prepare_policy
+from gvpo_lightning.head import completion_logprobs, completion_loss
+from gvpo_lightning.policy import prepare_policy
 from gvpo_lightning.sharding import root_stays_gathered, split_parameters
 from gvpo_lightning.tensor_parallel import split_tensors
 
@@ -53,7 +54,6 @@ def data_parallel(model):
 
 
 def measure(case):
-    payload.clear()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**case["model"]))
     prepare_policy(model)
@@ -62,12 +62,15 @@ def measure(case):
     batch = make_batch(4, (8, 16), case["model"]["vocab_size"], "cpu")
     if case["mode"] == "tensor parallel":
         split_tensors(model, init_device_mesh("cpu", (RANKS,)))
+    if case["mode"].startswith("fsdp2"):
+        split_parameters(model, init_device_mesh("cpu", (RANKS,)), mixed=case["mode"] == "fsdp2-mixed")
+    with torch.no_grad():
+        completion_logprobs(model, batch)  # a model's first call finds out what it does to its logits
+    payload.clear()
     if case["mode"] == "ddp":
         wrapped = data_parallel(model)  # kept: without it nothing is reduced
         wrapped(batch).backward()
         return dict(payload)
-    if case["mode"].startswith("fsdp2"):
-        split_parameters(model, init_device_mesh("cpu", (RANKS,)), mixed=case["mode"] == "fsdp2-mixed")
     if case["scored"]:
         with torch.no_grad():
             for _ in range(case["accumulate"]):

@@ -21,6 +21,9 @@ def reward(prompts, completions, **columns):
     return [len(set(text)) / 4 for text in completions]
 
 
+reward.in_process = True  # quicker than to start workers that import this file
+
+
 class FSDPOnCPUForTests(FSDPStrategy):
     """FSDP1, which Lightning offers on GPUs alone."""
 

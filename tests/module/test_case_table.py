@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gvpo_lightning import module as training
-from gvpo_lightning.policy import completion_logprobs
+from gvpo_lightning.head import completion_logprobs
 from gvpo_lightning.reference import score
 from gvpo_lightning.rollout.sampling import Rollout, RolloutSettings
 

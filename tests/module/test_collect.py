@@ -1,5 +1,6 @@
 """Ranks share a rollout's work completion by completion, and have the same rollout afterwards."""
 
+from collections import Counter
 from itertools import chain
 
 import lightning as L
@@ -10,6 +11,8 @@ from gvpo_lightning.batch import Completion
 from gvpo_lightning.collect import reward_shares, row_hash, sample_share
 from gvpo_lightning.distributed import DataRanks
 from gvpo_lightning.module import GVPOModule
+from gvpo_lightning.rewards.protocol import RAISED, RewardError
+from gvpo_lightning.rewards.running import FailureTally
 
 ROWS = [{"prompt": f"{n}+1=", "number": n} for n in range(3)]
 
@@ -71,7 +74,7 @@ def test_every_completion_is_rewarded_once_and_all_ranks_have_all_in_one_order(a
         """What a rank does: it has sampled its completions, and knows all that are recorded."""
         fresh = [[completion(f"1{rank}")], [completion(f"2{rank}")], []]
         recorded = [[completion("13", "replay")], [], [completion("31", "replay"), completion("32", "replay")]]
-        return reward_shares(as_rank(rank, 2, others, reward=reward), ROWS, fresh, recorded)
+        return reward_shares(as_rank(rank, 2, others, reward=reward), ROWS, fresh, recorded)[0]
 
     # what each hands over is seen where it is asked for the other's
     handed = {}
@@ -93,17 +96,29 @@ def test_a_reward_that_fails_on_one_rank_stops_all(as_rank):
     def reward(prompts, completions, **columns):
         raise ConnectionError("no server")
 
+    nothing, of_rows = [[], [], []], row_hash(ROWS)
+    others = {1: (nothing, nothing, of_rows, None, FailureTally(asked=1))}
+    with pytest.raises(RewardError, match=r"(?s)failed on 50.0% of 2 completions.*ConnectionError: no server.*'1'"):
+        reward_shares(as_rank(0, 2, others, reward=reward), ROWS, [[completion("1")], [], []], nothing)
+    first = {"reward": "ConnectionError: no server"}
+    others = {1: (nothing, nothing, of_rows, None, FailureTally(1, Counter({("reward", RAISED): 1}), first))}
+    with pytest.raises(RewardError, match=r"(?s)failed on 50.0% of 2 completions.*ConnectionError: no server"):
+        reward_shares(as_rank(0, 2, others), ROWS, [[completion("1")], [], []], nothing)
+
+
+def test_a_reward_with_a_wrong_answer_on_one_rank_stops_all(as_rank):
+    nothing, of_rows = [[], [], []], row_hash(ROWS)
     fresh = [[completion("1")], [], []]
-    nothing = [[], [], []]
-    with pytest.raises(RuntimeError, match="raised ConnectionError: no server"):
-        reward_shares(as_rank(0, 2, {1: (nothing, nothing, row_hash(ROWS), None)}, reward=reward), ROWS, fresh, nothing)
-    failed = {1: (nothing, nothing, row_hash(ROWS), "no server")}
-    with pytest.raises(RuntimeError, match="The reward failed on rank 1: no server"):
-        reward_shares(as_rank(0, 2, failed), ROWS, fresh, nothing)
+    others = {1: (nothing, nothing, of_rows, None, FailureTally())}
+    with pytest.raises(RewardError, match="one entry a completion, 1, got 2"):
+        reward_shares(as_rank(0, 2, others, reward=lambda prompts, completions, **_: [1, 2]), ROWS, fresh, nothing)
+    others = {1: (nothing, nothing, of_rows, "got 2", FailureTally())}
+    with pytest.raises(RewardError, match="The reward failed on rank 1: got 2"):
+        reward_shares(as_rank(0, 2, others), ROWS, fresh, nothing)
 
 
 def test_ranks_with_other_prompts_are_told_so(as_rank):
     nothing = [[], [], []]
-    other = {1: (nothing, nothing, row_hash(ROWS[::-1]), None)}
+    other = {1: (nothing, nothing, row_hash(ROWS[::-1]), None, FailureTally())}
     with pytest.raises(ValueError, match="Rank 1 was given other prompts than rank 0"):
         reward_shares(as_rank(0, 2, other), ROWS, nothing, nothing)

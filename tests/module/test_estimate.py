@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gvpo_lightning import GenerationSettings, RolloutSettings
+from gvpo_lightning import GenerationSettings, LoadingSettings, RolloutSettings
 from gvpo_lightning.callbacks import MemoryEstimate
 from gvpo_lightning.callbacks.estimate import run_facts
 
@@ -56,6 +56,29 @@ def test_precision_optimizer_adapters_and_checkpointing_are_seen(facts_of, tiny_
     assert (facts.compute_bytes, facts.optimizer_bytes, facts.checkpointing) == (2, 4, True)
 
 
+@pytest.mark.parametrize("quantization", [None, "nf4"])
+def test_an_adapter_from_the_settings_is_seen_and_no_copy_for_its_reference(
+    facts_of, tiny_policy, tokenizer, tmp_path, quantization
+):
+    pytest.importorskip("peft")
+    if quantization:
+        pytest.importorskip("bitsandbytes")
+    policy = tiny_policy(hidden_size=256)
+    policy.save_pretrained(tmp_path / "base")
+    sizes, facts = facts_of(
+        {},
+        policy=str(tmp_path / "base"),
+        tokenizer=tokenizer,
+        loading=LoadingSettings("bfloat16", quantization=quantization),
+        lora={"r": 2, "target_modules": "all-linear"},
+    )
+    whole = sum(p.numel() for p in policy.parameters())
+    assert facts.trained_parameters == sizes.parameters - whole
+    assert (facts.weight_bytes, facts.trained_bytes, facts.optimizer_bytes) == (2, 4, 8)
+    assert (facts.reference, facts.reference_parameters) == ("adapter_off", 0)
+    assert facts.layer_bytes == (None if quantization is None else pytest.approx(0.6, abs=0.1))  # norms are bfloat16
+
+
 def test_it_is_short_and_says_the_peak(make_module, fit, capsys):
     fit(make_module(), callbacks=[MemoryEstimate()], max_steps=2)
     lines = capsys.readouterr().out.splitlines()
@@ -67,7 +90,7 @@ def test_it_is_short_and_says_the_peak(make_module, fit, capsys):
 
 
 def test_an_unknown_kind_of_policy_is_trained_all_the_same(make_module, fit, capsys, monkeypatch):
-    def refuse(config):
+    def refuse(config, loading):
         raise ValueError("no list of decoder layers")
 
     monkeypatch.setattr("gvpo_lightning.callbacks.estimate.model_sizes", refuse)

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from gvpo_lightning import two_passes
 from gvpo_lightning.batch import collate_completions
+from gvpo_lightning.head import completion_logprobs, completion_loss
 from gvpo_lightning.plan import Limits, plan_updates
-from gvpo_lightning.policy import completion_logprobs, completion_loss, prepare_policy
+from gvpo_lightning.policy import prepare_policy
 from gvpo_lightning.rollout.sampling import Rollout, RolloutSettings
 
 BETA = 0.5

@@ -51,7 +51,7 @@ def recorded(tmp_path, make_module, prompts, tokenizer):
         lines = []
         for number, row in enumerate(prompts):
             rollout = sample_rollout(
-                module.policy, tokenizer, [row], 1 + number % 5, module.generation, module.reward, seed=number
+                module.policy, tokenizer, [row], 1 + number % 5, module.generation, module.rewards, seed=number
             )
             (line,) = rollout.rows()
             lines.append(json.dumps(line | {key: value(line) for key, value in columns.items()}))
@@ -110,7 +110,8 @@ def test_demonstrations_stand_in_every_group_and_are_rewarded(make_module, fit):
         assert group[-1][1] == rows[prompt]
     batch = rollouts[0].batch
     shown = torch.tensor([source == "demonstrations" for source in rollouts[0].sources])
-    expected = module.reward(None, [text for text, s in zip(rollouts[0].completions, shown, strict=True) if s])
+    (reward,) = module.rewards.functions.values()
+    expected = reward(None, [text for text, s in zip(rollouts[0].completions, shown, strict=True) if s])
     assert batch.rewards[shown].tolist() == pytest.approx(expected)
     assert all(
         ids[mask][-1] == 1 for ids, mask in zip(batch.completion_ids[shown], batch.completion_mask[shown], strict=True)
@@ -252,9 +253,10 @@ def test_recorded_completions_that_are_too_long_are_cut_and_count_as_truncated(m
     fit(module, max_steps=1)
     batch = rollouts[0].batch
     cut = batch.truncated.tolist()
+    (reward,) = module.rewards.functions.values()
     texts = [text for text, is_cut in zip(rollouts[0].completions, cut, strict=True) if is_cut]
     assert all(len(text) <= 2 for text in texts)  # what is left of them is what is rewarded
-    assert batch.rewards[batch.truncated].tolist() == pytest.approx(module.reward(None, texts))
+    assert batch.rewards[batch.truncated].tolist() == pytest.approx(reward(None, texts))
     assert int(batch.completion_ids.shape[1]) == 2
     assert batch.truncated.any()
     assert not (batch.truncated & batch.kept).any()

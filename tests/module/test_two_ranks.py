@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from gvpo_lightning.batch import CompletionBatch
-from gvpo_lightning.policy import completion_logprobs, load_policy
+from gvpo_lightning.head import completion_logprobs
+from gvpo_lightning.policy import load_policy
 from tests.forked import run_ranks
 from tests.module.two_ranks_script import RUNS, main
 

@@ -37,6 +37,10 @@ def few(prompts, completions, **columns):
     return [reward if n < count else None for n, reward in enumerate(distinct(prompts, completions))]
 
 
+for function in (patchy, distinct, few):  # they look at all of a rank's completions
+    function.in_process = True
+
+
 @dataclass(frozen=True)
 class Run:
     """What is run: on how many ranks, with how many micro-batches and updates."""

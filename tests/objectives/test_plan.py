@@ -121,7 +121,7 @@ def check_plan(group_sizes, num_ranks, num_updates, accumulate, seed=0, limits=p
         big_batch = batch.rows(torch.isin(batch.group_ids, ids))
         assert_same(planned_gradient(batch, update), gradient(naive_loss(big_batch), batch))
         check_cuts_and_limits(batch, groups, update, limits)
-        check_balance(groups, update)
+        check_balance(groups, update, limits)
         trained += rows
     counting = [row for group in groups for row in group.rows if len(group.rows) >= 2]
     assert sorted(trained) == sorted(counting)
@@ -137,7 +137,7 @@ def check_cuts_and_limits(batch, groups, update, limits):
     for number, rows in enumerate(bins_of(update)):
         for group in batch.group_ids[list(rows)].tolist():
             homes.setdefault(group, set()).add(number)
-        shown.append(sizes_of(groups, rows))
+        shown.append(sizes_of(groups, rows, limits.padding_free))
     assert update[0].is_cut == any(len(bins) > 1 for bins in homes.values())
     over = [
         (limits.completions is not None and completions > limits.completions)
@@ -145,23 +145,25 @@ def check_cuts_and_limits(batch, groups, update, limits):
         for completions, tokens in shown
     ]
     assert update[0].over_limit == any(over)
-    if limits == plan.Limits():
+    if limits.completions is None and limits.tokens is None:
         assert update[0].is_cut == (0 < len(homes) < len(shown))
 
 
-def check_balance(groups, update):
+def check_balance(groups, update, limits):
     """What the ranks train at the same time is of one size, and none has more in all than a micro-batch can explain."""
-    loads = [[sizes_of(groups, rows)[1] for rows in part.micro_batches] for part in update]
+    loads = [[sizes_of(groups, rows, limits.padding_free)[1] for rows in part.micro_batches] for part in update]
     by_slot = list(zip(*loads, strict=True))
     assert all(min(now) >= max(later) for now, later in itertools.pairwise(by_slot))
     totals = list(map(sum, loads))
     assert max(totals) - min(totals) <= max(by_slot[0]) - min(by_slot[-1])
 
 
-def sizes_of(groups, rows) -> tuple[int, int]:
-    """Completions of a micro-batch, and its tokens as a padded tensor has them."""
-    prompts = [group.prompt_tokens for group in groups if set(group.rows) & set(rows)]
+def sizes_of(groups, rows, padding_free=False) -> tuple[int, int]:
+    """Completions of a micro-batch, and its tokens: as a padded tensor has them, or each that is there."""
+    prompts = [group.prompt_tokens for group in groups for row in group.rows if row in rows]
     lengths = [n for group in groups for row, n in zip(group.rows, group.completion_tokens, strict=True) if row in rows]
+    if padding_free:
+        return len(rows), sum(prompts) + sum(lengths)
     return len(rows), len(rows) * (max(prompts, default=0) + max(lengths, default=0))
 
 
@@ -169,7 +171,7 @@ def sizes_of(groups, rows) -> tuple[int, int]:
 def cut_rollouts(draw):
     """Groups of any sizes on any number of ranks, any number of updates and micro-batches, with limits or without."""
     group_sizes = draw(st.lists(st.integers(0, 5), min_size=1, max_size=12))
-    limits = plan.Limits(draw(st.none() | st.integers(1, 8)), draw(st.none() | st.integers(1, 60)))
+    limits = plan.Limits(draw(st.none() | st.integers(1, 8)), draw(st.none() | st.integers(1, 60)), draw(st.booleans()))
     numbers = [draw(st.integers(1, largest)) for largest in (5, 5, 6)]  # ranks, updates, micro-batches
     return group_sizes, *numbers, draw(st.integers(0, 10)), limits
 
@@ -180,7 +182,9 @@ def test_any_cut_has_the_gradient_of_one_big_batch(case):
     check_plan(*case)
 
 
-@pytest.mark.parametrize("limits", [plan.Limits(), plan.Limits(completions=2), plan.Limits(tokens=25)], ids=str)
+@pytest.mark.parametrize(
+    "limits", [plan.Limits(), plan.Limits(completions=2), plan.Limits(tokens=25), plan.Limits(None, 25, True)], ids=str
+)
 def test_one_update_has_one_gradient_for_every_accumulation_and_number_of_ranks(limits):
     sizes = [3, 2, 4, 1, 2, 0, 3, 2, 3, 4, 2, 2]
     batch = rollout(sizes)

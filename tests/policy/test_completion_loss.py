@@ -3,10 +3,13 @@
 import pytest
 import torch
 
+from gvpo_lightning.head import completion_loss, padded_inputs
+from gvpo_lightning.head_check import check_logprob_head
 from gvpo_lightning.objectives import gvpo_loss
-from gvpo_lightning.policy import check_logprob_head, completion_logprobs, completion_loss, prepare_policy
+from gvpo_lightning.policy import prepare_policy
+from tests.policy.conftest import CHANGED, FLOAT32_ALONE
 
-PLAIN = ["qwen2", "qwen2-tied", "llama", "phi-head-bias", "gpt2"]
+NAMES = ["qwen2", "qwen2-tied", "llama", "phi-head-bias", "gpt2", *(n for n in CHANGED if n not in FLOAT32_ALONE)]
 
 
 @pytest.fixture
@@ -19,15 +22,23 @@ def batch(ragged):
     return ragged
 
 
+def own_logprobs(model, batch, temperature=1.0):
+    """From the logits that the model gives for padded rows."""
+    inputs, _ = padded_inputs(batch)
+    logits = model(**inputs, use_cache=False).logits[:, batch.prompt_ids.shape[1] - 1 : -1]
+    logprobs = torch.log_softmax(logits / temperature, dim=-1)
+    return logprobs.gather(-1, batch.completion_ids[..., None]).squeeze(-1) * batch.completion_mask
+
+
 def eager_loss(model, batch, **options):
-    logprobs, _ = completion_logprobs(model, batch, implementation="reference")
+    logprobs = own_logprobs(model, batch)
     return gvpo_loss(
         logprobs, batch.reference_logprobs, batch.completion_mask, batch.rewards, batch.group_ids, 0.3, **options
     )
 
 
 @pytest.mark.parametrize("implementation", ["torch", "reference"])
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", NAMES)
 def test_loss_and_gradients_are_eagers_in_float64(build_model, batch, name, implementation):
     model = build_model(name).double()
     prepare_policy(model)
@@ -45,10 +56,26 @@ def test_loss_and_gradients_are_eagers_in_float64(build_model, batch, name, impl
             torch.testing.assert_close(mine, truth, atol=1e-11, rtol=1e-9)
 
 
+@pytest.mark.parametrize("name", ["gemma3-softcap", "cohere-scaled", "granite-tied"])
+def test_known_coefficients_at_a_temperature(build_model, batch, name):
+    """The second pass of a cut update: the gradient of sum c_i log pi(y_i|x), formed as the tokens are met."""
+    model = build_model(name).double()
+    prepare_policy(model)
+    coefficients = torch.tensor([0.3, -1.0, 0.7, 0.0], dtype=torch.float64)
+    record = completion_loss(model, batch, 0.3, sequence_coefficients=coefficients, temperature=0.6)
+    log_ratios = (own_logprobs(model, batch, 0.6) - batch.reference_logprobs) * batch.completion_mask
+    expected = (coefficients * log_ratios.sum(dim=1)).sum()
+    torch.testing.assert_close(record.loss, expected, atol=1e-12, rtol=1e-12)
+    parameters = list(model.parameters())
+    for ours, theirs in zip(*(torch.autograd.grad(loss, parameters) for loss in (record.loss, expected)), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["qwen2", "gemma3-softcap", "granite-scaled"])
 @pytest.mark.parametrize("implementation", ["torch", "triton"])
-def test_float32_is_no_worse_than_eager_float32(build_model, batch, implementation):
+def test_float32_is_no_worse_than_eager_float32(build_model, batch, implementation, name):
     def gradient(dtype, loss):
-        model = build_model("qwen2").to(dtype)
+        model = build_model(name).to(dtype)
         prepare_policy(model)
         return torch.cat([g.flatten().double() for g in torch.autograd.grad(loss(model), list(model.parameters()))])
 

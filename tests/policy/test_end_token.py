@@ -4,7 +4,8 @@ import pytest
 import torch
 
 import gvpo_lightning.rollout.generation as generation
-from gvpo_lightning.policy import completion_logprobs, prepare_policy
+from gvpo_lightning.head import completion_logprobs
+from gvpo_lightning.policy import prepare_policy
 from gvpo_lightning.rollout.generation import GenerationSettings, generate_completions
 
 

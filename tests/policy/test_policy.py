@@ -6,22 +6,19 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-import gvpo_lightning.policy as policy_module
+import gvpo_lightning.head as head_module
 from gvpo_lightning.batch import collate_completions
-from gvpo_lightning.policy import (
-    check_logprob_head,
-    completion_logprobs,
-    install_logprob_head,
-    load_policy,
-    load_tokenizer,
-    prepare_policy,
-    stop_token_ids,
-)
+from gvpo_lightning.head import completion_logprobs, install_logprob_head
+from gvpo_lightning.head_check import check_logprob_head
+from gvpo_lightning.loading import LoadingSettings
+from gvpo_lightning.policy import load_policy, load_tokenizer, prepare_policy, stop_token_ids
 from gvpo_lightning.reference import score
 from gvpo_lightning.rollout.generation import generate_completions
 from gvpo_lightning.rollout.sampling import GenerationSettings
+from tests.policy.conftest import ARCHITECTURES, FLOAT32_ALONE
 
-PLAIN = ["qwen2", "qwen2-tied", "llama", "mistral-window", "qwen3", "phi3", "phi-head-bias", "gpt2", "falcon"]
+ATTENTION_DROPOUT = ["llama", "mistral-window", "qwen3", "gemma2-softcap", "gemma3", "granite-scaled", "cohere-scaled"]
+FLOAT32_INSIDE = ["gemma3", "gemma3-softcap", "cohere-scaled", "cohere2-scaled"]  # their norms
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5}
 
 
@@ -49,8 +46,10 @@ def gradients(model, logprobs):
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("name", PLAIN)
+@pytest.mark.parametrize("name", ARCHITECTURES)
 def test_logprobs_and_gradients_are_those_of_the_models_own_logits(build_model, ragged, name, dtype):
+    if dtype == torch.float64 and name in FLOAT32_ALONE:
+        pytest.skip("its attention is not one in float64")
     model = build_model(name).to(dtype)
     prepare_policy(model)
     logprobs, _ = completion_logprobs(model, ragged)
@@ -62,9 +61,10 @@ def test_logprobs_and_gradients_are_those_of_the_models_own_logits(build_model, 
 
     ours, theirs = gradients(model, logprobs), gradients(model, expected)
     assert ours.keys() == theirs.keys()
+    largest = max(gradient.norm() for gradient in theirs.values())
     for parameter, gradient in theirs.items():
-        error = (ours[parameter] - gradient).norm() / (gradient.norm() + tolerance)
-        assert error < 10 * tolerance, (parameter, float(error))
+        error = (ours[parameter] - gradient).norm() / (gradient.norm() + 1e-3 * largest)  # some are 0 but for rounding
+        assert error < (1e-6 if name in FLOAT32_INSIDE and dtype == torch.float64 else 10 * tolerance), parameter
 
 
 def test_a_head_bias_is_used_and_trained(build_model, ragged):
@@ -106,16 +106,17 @@ def test_a_ragged_batch_equals_one_completion_at_a_time(build_model, ragged):
         torch.testing.assert_close(scored, together.float())
 
 
+@pytest.mark.parametrize("name", ["qwen2", "gemma3-softcap", "granite-scaled"])
 @pytest.mark.parametrize("temperature", [0.5, 1.7])
-def test_temperature_and_entropy(build_model, ragged, temperature):
-    model = build_model("qwen2").double()
+def test_temperature_and_entropy(build_model, ragged, temperature, name):
+    model = build_model(name).double()
     prepare_policy(model)
     logprobs, entropies = completion_logprobs(model, ragged, temperature=temperature, return_entropy=True)
     expected, expected_entropies = eager(model, ragged, temperature)
     torch.testing.assert_close(logprobs, expected)
     torch.testing.assert_close(entropies, expected_entropies)
     assert not entropies.requires_grad
-    assert (logprobs - eager(model, ragged)[0]).abs().max() > 0.1
+    assert (logprobs - eager(model, ragged)[0]).abs().max() > 0.05
     ours, theirs = gradients(model, logprobs), gradients(model, expected)
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient)
@@ -126,13 +127,13 @@ def test_only_positions_that_predict_completion_tokens_reach_the_head(build_mode
     model = build_model("qwen2")
     prepare_policy(model)
     rows = []
-    head_function = policy_module.linear_logprob
+    head_function = head_module.linear_logprob
 
     def recording(hidden, *args, **kwargs):
         rows.append(len(hidden))
         return head_function(hidden, *args, **kwargs)
 
-    monkeypatch.setattr(policy_module, "linear_logprob", recording)
+    monkeypatch.setattr(head_module, "linear_logprob", recording)
     completion_logprobs(model, ragged)
     assert rows == [int(ragged.completion_mask.sum())] == [10]
 
@@ -193,6 +194,9 @@ def test_a_copy_answers_with_its_own_weights(build_model, ragged, name, duplicat
         ("qwen2", {"attention_dropout": 0.5}),
         ("gpt2", {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}),
         ("phi3", {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attention_dropout": 0.5}),
+        ("phi-head-bias", {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attention_dropout": 0.5}),
+        ("opt", {"dropout": 0.5, "attention_dropout": 0.5, "layerdrop": 0.5}),
+        *((name, {"attention_dropout": 0.5}) for name in ATTENTION_DROPOUT),
         ("falcon", {"attention_dropout": 0.5, "hidden_dropout": 0.5}),  # read from the config in every forward pass
     ],
 )
@@ -229,21 +233,11 @@ def test_gradient_checkpointing_gives_the_same_gradients(build_model, ragged, na
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("name", PLAIN)
-def test_a_plain_head_passes_the_check(build_model, name, dtype):
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_every_head_passes_the_check(build_model, name, dtype):
     model = build_model(name).to(dtype)
     prepare_policy(model)
     check_logprob_head(model)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-@pytest.mark.parametrize("initializer_range", [0.3, 0.01])
-@pytest.mark.parametrize("name", ["gemma2-softcap", "cohere-scaled", "granite-scaled"])
-def test_logits_changed_after_the_head_are_refused(build_model, name, initializer_range, dtype):
-    model = build_model(name, initializer_range=initializer_range).to(dtype)
-    prepare_policy(model)
-    with pytest.raises(ValueError, match="scales or caps its logits"):
-        check_logprob_head(model)
 
 
 def test_lora_on_attention(build_model, ragged):
@@ -286,7 +280,8 @@ def test_load_policy_takes_its_own_dtype_not_the_files(build_model, tmp_path, ra
     assert {p.dtype for p in model.parameters()} == {torch.float32}
     assert model.training
     assert completion_logprobs(model, ragged)[0].dtype == torch.float32
-    assert {p.dtype for p in load_policy(str(tmp_path / "half"), torch.bfloat16).parameters()} == {torch.bfloat16}
+    half = load_policy(str(tmp_path / "half"), LoadingSettings("bfloat16"))
+    assert {p.dtype for p in half.parameters()} == {torch.bfloat16}
 
 
 @pytest.mark.parametrize("content", [None, "{}", "not json"])

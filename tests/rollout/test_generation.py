@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from gvpo_lightning.policy import completion_logprobs, load_policy, load_tokenizer, prepare_policy
+from gvpo_lightning.head import completion_logprobs
+from gvpo_lightning.policy import load_policy, load_tokenizer, prepare_policy
 from gvpo_lightning.rollout.generation import (
     GenerationSettings,
     cut_after_stop,

@@ -32,7 +32,7 @@ def make_module(tiny_policy, tokenizer):
 
         module = Module(
             tiny_policy(),
-            reward,
+            settings.pop("reward", reward),
             settings.pop("tokenizer", tokenizer),
             rollout=RolloutSettings(2, prompts_per_rollout, prompts_per_update),
             generation=GenerationSettings(max_new_tokens=4),
@@ -271,8 +271,7 @@ def test_unusable_prompts_are_refused_before_anything_is_sampled(make_module, pr
 
 
 def test_a_reward_that_needs_a_missing_column_is_refused(make_module):
-    module = make_module()
-    module.reward = lambda prompts, completions, answer, **columns: [0.0] * len(completions)
+    module = make_module(reward=lambda prompts, completions, answer, **columns: [0.0] * len(completions))
     with pytest.raises(ValueError, match=r"needs the columns \['answer'\]"):
         RolloutLoader(rows(3), module)
 

@@ -5,6 +5,8 @@ import torch
 
 from gvpo_lightning.batch import collate_completions
 from gvpo_lightning.policy import prepare_policy
+from gvpo_lightning.rewards import Rewards
+from gvpo_lightning.rewards.protocol import REASONS
 from gvpo_lightning.rollout.generation import GenerationSettings
 from gvpo_lightning.rollout.sampling import (
     Rollout,
@@ -27,7 +29,8 @@ def sample(tiny_policy, tokenizer):
 
     def draw(reward=None) -> Rollout:
         settings = GenerationSettings(max_new_tokens=4)
-        return sample_rollout(policy, tokenizer, ROWS, 3, settings, reward, seed=0, index=5)
+        rewards = None if reward is None else Rewards(reward)
+        return sample_rollout(policy, tokenizer, ROWS, 3, settings, rewards, seed=0, index=5)
 
     return draw
 
@@ -64,7 +67,8 @@ def test_the_reward_sees_prompts_and_columns_once_a_completion(sample):
     }
     assert rollout.batch.rewards.tolist() == [0, 1, 2, 3, 4, 5]
     assert rollout.batch.kept.all()
-    assert rollout.dropped == {"empty": 0, "unrewarded": 0}
+    assert rollout.dropped == {"empty": 0, **dict.fromkeys(REASONS, 0), "unrewarded": 0}
+    assert rollout.components == {"reward": [0, 1, 2, 3, 4, 5]}
 
 
 def test_without_a_reward_completions_are_sampled_and_none_counts(sample):
@@ -76,11 +80,16 @@ def test_without_a_reward_completions_are_sampled_and_none_counts(sample):
 
 def test_completions_without_a_usable_reward_leave_their_group(sample):
     values = [None, math.nan, math.inf, -math.inf, 0.0, -2.5]
-    rollout = sample(lambda prompts, completions, **columns: values)
+
+    def reward(prompts, completions, **columns):
+        return values
+
+    rollout = sample(reward)
     assert rollout.batch.kept.tolist() == [False] * 4 + [True] * 2
     assert rollout.batch.rewards[:4].isnan().all()
     assert rollout.batch.rewards[4:].tolist() == [0.0, -2.5]
-    assert rollout.dropped == {"empty": 0, "unrewarded": 4}
+    assert rollout.dropped == {"empty": 0, **dict.fromkeys(REASONS, 0), "reward_not_finite": 3, "unrewarded": 1}
+    assert rollout.failures.fraction("reward") == 0.5
     metrics = rollout_metrics(rollout.batch)
     assert metrics["reward/mean"] == -1.25
     assert metrics["completion/dropped_fraction"] == pytest.approx(4 / 6)

@@ -18,7 +18,7 @@ from tests.forked import run_ranks
 from tests.strategies.train_script import STRATEGIES, gpu_strategies, main, make_policy
 
 SHARDED = ("fsdp1", "fsdp2", "tp", "fsdp2_tp")
-MORE_VARIANTS = ("qwen3", "llama", "mistral", "checkpointing", "ema", "other", "bf16")
+MORE_VARIANTS = ("qwen3", "llama", "mistral", "checkpointing", "ema", "other", "bf16", "compiled")
 
 
 @pytest.fixture(scope="module")
@@ -75,12 +75,14 @@ def vocab_size(arithmetic) -> int:
 @pytest.mark.parametrize("name", [name for name in STRATEGIES if name != "single"])
 @pytest.mark.parametrize(
     "variants",
-    [("full", "tied", "lora"), pytest.param(MORE_VARIANTS, marks=pytest.mark.slow)],
-    ids=["full tied lora", " ".join(MORE_VARIANTS)],
+    [("full", "tied", "lora", "packed"), pytest.param(MORE_VARIANTS, marks=pytest.mark.slow)],
+    ids=["full tied lora packed", " ".join(MORE_VARIANTS)],
 )
 def test_ten_updates_end_with_the_weights_of_one_device(run, vocab_size, name, variants):
     if name == "fsdp1":  # whose mixed precision casts by autocast("cuda"), and which can't shard a second model
         variants = [variant for variant in variants if variant not in ("bf16", "other")]
+    if name in ("fsdp1", "tp", "fsdp2_tp"):
+        variants = [variant for variant in variants if variant != "compiled"]
     for variant, ranks, one in zip(variants, run(name, *variants), run("single", *variants), strict=True):
         (one,) = one
         assert distance_trained(one, variant, vocab_size) > 1e-2  # or nothing would be compared
@@ -176,6 +178,12 @@ def test_ranks_load_a_model_one_after_the_other_where_there_is_no_room_for_two(r
     assert largest_difference(ranks[0]["weights"], one["weights"]) <= 1e-5
     (first_start, _, first_end), (second_start, _, second_end) = (rank["loading"] for rank in ranks)
     assert first_start < first_end < second_start < second_end
+
+
+@pytest.mark.parametrize(("name", "reason"), [("fsdp1", "FSDPStrategy"), ("tp", "tensor parallelism")])
+def test_layers_that_would_not_train_compiled_are_refused(run, name, reason):
+    (ranks,) = run(name, "uncompiled")
+    assert all(f"not with {reason}: set torch_compile=False" in rank["refusal"] for rank in ranks)
 
 
 @pytest.mark.gpu

@@ -63,6 +63,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "checkpointing": {"gradient_checkpointing": True},
     "ema": {"reference": ReferenceSettings("ema", decay=0.5)},
     "bf16": {},
+    "packed": {"padding_free": True},
+    "compiled": {"torch_compile": True, "gradient_checkpointing": True},
     "turns": {},
     "other": {},
 }
@@ -207,9 +209,22 @@ def train_recorded(model: str, folder: Path, name: str, variant: str) -> dict[st
     return {"weights": whole_weights(module), "metrics": metrics, "fourth": recorder.seen, "loading": loading}
 
 
+def try_to_compile(model: str, name: str) -> dict[str, Any]:
+    """What is said where it can't be done."""
+    try:
+        module = make_module(model, "full", reward=reward, torch_compile=True)
+        make_trainer(name, Path.cwd()).fit(module, RolloutLoader(ROWS, module))
+    except ValueError as error:
+        return {"refusal": str(error)}
+    return {"weights": whole_weights(module)}
+
+
 def reward(prompts, completions, **columns):
     """Varied; some completions have none."""
     return [None if text.startswith("1") else len(set(text)) / 4 for text in completions]
+
+
+reward.in_process = True  # quicker than to start workers that import this file
 
 
 def train_sampled(model: str, name: str, path: Path | None = None, **trainer_arguments: Any) -> dict[str, Any]:
@@ -242,6 +257,7 @@ def try_others(model: str, name: str) -> dict[str, Any]:
     def judge(prompts, completions, **columns):
         return [None if module.trainer.validating and module.global_rank == 0 else asked.random() for _ in completions]
 
+    judge.in_process = True
     module = make_module(
         model,
         "sampled",
@@ -320,11 +336,14 @@ def main(model: str, folder: Path, name: str, variants: list[str]) -> None:
         L.seed_everything(0, verbose=False)
         if variant == "sampled":
             result = train_and_resume(model, folder, name)
+        elif variant == "uncompiled":
+            result = try_to_compile(model, name)
         elif variant == "others":
             result = try_others(model, name)
         elif variant.startswith("from:"):
             result = resume_from(model, folder, name, variant.removeprefix("from:"))
         else:
+            torch.compiler.set_default_backend("aot_eager")  # "compiled", without waiting for a C++ compiler
             result = train_recorded(model, folder, name, variant)
         rank = torch.distributed.get_rank() if torch.distributed.is_initialized() else 0
         on_cpu = tree_map(lambda leaf: leaf.cpu() if isinstance(leaf, Tensor) else leaf, result)

@@ -107,7 +107,7 @@ def train(
     max_steps: int = 10,
     **trainer_arguments,
 ) -> None:
-    """Train; `sleep` is a rank and the seconds its second reward takes, `fail` a rank whose second reward raises."""
+    """Train; `sleep`: a rank and the seconds its second reward takes; `fail`: one whose rewards raise from then on."""
     import lightning as L
     import torch
 
@@ -137,10 +137,12 @@ def train(
         num_rewards += 1
         enter("reward")
         time.sleep(sleep[1] if sleep[0] == rank and num_rewards == 2 else 0.02)
-        if fail == rank and num_rewards == 2:
+        if fail == rank and num_rewards >= 2:
             raise KeyError("no such answer")
         enter("rollout")
         return [float(text == a) + 0.01 * len(text) for text, a in zip(completions, answer, strict=True)]
+
+    reward.in_process = True
 
     class Checkpoint(RunCheckpoint):
         def _save_checkpoint(self, trainer, filepath):

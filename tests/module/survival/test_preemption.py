@@ -94,9 +94,9 @@ def test_own_handlers_are_called_and_put_back_and_the_update_is_finished(make_mo
         assert stopped.value.code == 143
         assert called == ["own"]
         assert signal.getsignal(signal.SIGTERM) is own
-        assert (tmp_path / "preempted-step=1.ckpt").exists()
+        assert (tmp_path / "stopped-step=1.ckpt").exists()
         resumed = make_module(rollout=rollout)
-        trainer = fit(resumed, accumulate_grad_batches=2, ckpt_path=tmp_path / "preempted-step=1.ckpt")
+        trainer = fit(resumed, accumulate_grad_batches=2, ckpt_path=tmp_path / "stopped-step=1.ckpt")
         assert trainer.global_step == 8
     finally:
         signal.signal(signal.SIGTERM, before)

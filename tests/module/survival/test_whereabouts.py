@@ -23,8 +23,8 @@ def test_a_reward_that_fails_ends_every_rank_at_once_and_each_says_whose_it_was(
     run = crew("ddp", fail=1)
     assert set(run.end()) == {1}
     assert "This was on rank 1 of 2, in rollout 1, update 2, micro-batch 0 of 3 (phase: reward)." in run.errors(1)
-    assert "The reward failed on rank 1: " in run.errors(0)
     for rank in (0, 1):
+        assert "The reward reward has failed on 47.6% of 42 completions (reward_raised 20)" in run.errors(rank)
         assert "KeyError: 'no such answer'" in run.errors(rank)
         assert "Another rank is late" not in run.errors(rank)
 
@@ -34,14 +34,14 @@ def test_an_error_in_one_process_names_its_place_once(make_module, fit):
 
     def reward(prompts, completions, **columns):
         calls.append(len(completions))
-        if len(calls) == 3:
+        if len(calls) >= 3:
             raise RuntimeError("the judge timed out")
         return [float(len(text)) for text in completions]
 
     with pytest.raises(RuntimeError, match="the judge timed out") as failed:
         fit(make_module(reward=reward))
     place = "on rank 0 of 1, in rollout 2, update 4, micro-batch 0 of 1 (phase: reward)"
-    assert failed.value.__notes__ == [f"This was {place}."]
+    assert f"This was {place}." in failed.value.__notes__
 
 
 def test_mistakes_before_training_have_no_place(make_module, fit):

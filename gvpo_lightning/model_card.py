@@ -1,0 +1,187 @@
+"""The model card of an exported policy: what it was made from, how, and with which results."""
+
+import json
+import platform
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, is_dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import yaml
+from huggingface_hub import ModelCard, ModelCardData
+from lightning.pytorch.cli import SaveConfigCallback
+
+from gvpo_lightning.loading import is_installed
+
+if TYPE_CHECKING:
+    from gvpo_lightning.sampling_module import SamplingModule
+
+Kind = Literal["model", "adapter", "merged"]
+CONFIG, SUMMARY = "config.yaml", "summary.json"
+PACKAGES = ("gvpo-lightning", "torch", "lightning", "transformers", "peft", "bitsandbytes")
+HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
+SECRET = re.compile(r"(api_?key|secret|password|token)$", re.IGNORECASE)
+HYPERPARAMETERS = ("beta", "temperature", "loading", "lora", "reference_settings", "rollout_settings", "generation")
+
+TEMPLATE = """---
+{{ card_data }}
+---
+
+# {{ title }}
+
+{{ origin }} trained with **GVPO**, Group Variance Policy Optimization
+([arXiv 2504.19599](https://arxiv.org/abs/2504.19599)). For every prompt a group of completions is sampled and rewarded;
+the policy is trained such that its implicit rewards, `beta * log(policy / reference)`, differ within the group as the
+rewards do. The one optimum of that loss is the reference, reweighted by `exp(reward / beta)`: the solution of
+KL-constrained reward maximisation.
+
+## How to load it
+
+```python
+{{ code }}
+```
+{% if results %}
+## Results
+
+| | |
+|---|---|
+{{ results }}
+{% endif %}
+## How it was trained
+
+```yaml
+{{ config }}```
+
+Versions: {{ versions }}.
+
+## Citation
+
+```bibtex
+@inproceedings{zhang2025gvpo,
+  title     = {{ '{{' }}GVPO}: Group Variance Policy Optimization for Large Language Model Post-Training},
+  author    = {Zhang, Kaichen and Hong, Yuzhong and Bao, Junwei and Jiang, Hongfei and Song, Yang and Hong, Dingqian and
+               Xiong, Hui},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2025},
+  url       = {https://arxiv.org/abs/2504.19599}
+}
+```
+"""
+
+
+def write_card(
+    folder: str | Path,
+    module: "SamplingModule",
+    kind: Kind,
+    config: Mapping[str, Any] | None,
+    summary: Mapping[str, Any] | None,
+) -> None:
+    """Write README.md into an exported folder.
+
+    Args:
+        kind: what lies there: a whole model, an adapter, or a model that an adapter was merged into.
+        config: the run's, as LightningCLI saves it; None = the module's hyperparameters.
+        summary: the run's results, as `RunSummary` writes them.
+    """
+    policy: Any = module.policy_source
+    source: str = policy if isinstance(policy, str) else policy.name_or_path
+    dataset: Any = ((config or {}).get("data") or {}).get("path")
+    data = ModelCardData(
+        base_model=source if _is_hub_id(source) else None,
+        datasets=[dataset] if _is_hub_id(dataset) else None,
+        library_name="peft" if kind == "adapter" else "transformers",
+        pipeline_tag="text-generation",
+        tags=["gvpo", "reinforcement-learning"] + (["lora"] if kind != "model" else []),
+    )
+    name = Path(source).name or type(module.policy_source).__name__
+    origin = {
+        "model": name,
+        "adapter": f"A LoRA adapter for {name},",
+        "merged": f"{name}, with a LoRA adapter merged in,",
+    }
+    card = ModelCard.from_template(
+        data,
+        template_str=TEMPLATE,
+        title=f"{name}-gvpo",
+        origin=origin[kind],
+        code=_loading_code(source if _is_hub_id(source) else name, kind),
+        results="\n".join(f"| {key} | {value} |" for key, value in _numbers(summary or {})),
+        config=yaml.safe_dump(publishable(config or hyperparameters(module)), sort_keys=False, allow_unicode=True),
+        versions=", ".join(
+            [f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in PACKAGES if is_installed(p))]
+        ),
+    )
+    Path(folder, "README.md").write_text(str(card), encoding="utf-8")
+
+
+def hyperparameters(module: "SamplingModule") -> dict[str, Any]:
+    """What the module was built with, where no config says it."""
+    source = module.policy_source
+    found: dict[str, Any] = {"policy": source if isinstance(source, str) else type(source).__name__}
+    for name in HYPERPARAMETERS:
+        value: Any = getattr(module, name, None)
+        if value is not None:
+            found[name.removesuffix("_settings")] = asdict(value) if is_dataclass(value) else value  # type: ignore[arg-type]
+    return found
+
+
+def publishable(value: Any, key: str = "") -> Any:
+    """A config without what is not set or is secret; absolute paths, which are of one machine, by their last part."""
+    if isinstance(value, Mapping):
+        shown = {str(publishable(name)): publishable(part, str(name)) for name, part in value.items()}
+        return {name: part for name, part in shown.items() if part is not None}
+    if isinstance(value, (list, tuple)):
+        return [publishable(part, key) for part in value]
+    if isinstance(value, str) and SECRET.search(key):
+        return "(left out)"
+    if isinstance(value, Path) or (isinstance(value, str) and re.match(r"(/|~|[A-Za-z]:[\\/])[^\n]*$", value)):
+        return re.split(r"[\\/]", str(value).rstrip("\\/"))[-1]
+    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+
+
+def run_config(trainer: Any) -> dict[str, Any] | None:
+    """The config that LightningCLI runs with, None where a script has built all."""
+    savers = [part for part in getattr(trainer, "callbacks", []) if isinstance(part, SaveConfigCallback)]
+    if not savers:
+        return None
+    return yaml.safe_load(savers[0].parser.dump(savers[0].config, skip_none=False))
+
+
+def files_of_run(checkpoint: Path, step: int | None) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
+    """Config and summary that a run has left beside a checkpoint or its folder; a summary of that step alone."""
+    config = summary = None
+    for folder in (checkpoint.resolve().parent, checkpoint.resolve().parent.parent):
+        if config is None and (folder / CONFIG).is_file():
+            config = yaml.safe_load((folder / CONFIG).read_text(encoding="utf-8"))
+        if summary is None and (folder / SUMMARY).is_file():
+            summary = json.loads((folder / SUMMARY).read_text(encoding="utf-8"))
+    return config, summary if summary and summary.get("steps") == step else None
+
+
+def _numbers(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Every number of a summary, nested ones with the path to them."""
+    found: list[tuple[str, str]] = []
+    for key, value in values.items():
+        name = f"{prefix}{key}"
+        if isinstance(value, Mapping):
+            found += _numbers(value, f"{name} / ")
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):
+            found.append((name.replace("_", " "), f"{value:.4g}" if isinstance(value, float) else str(value)))
+    return found
+
+
+def _is_hub_id(name: Any) -> bool:
+    return isinstance(name, str) and HUB_ID.fullmatch(name) is not None and "/" in name and not Path(name).exists()
+
+
+def _loading_code(source: str, kind: Kind) -> str:
+    lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
+    if kind == "adapter":
+        lines = ["from peft import PeftModel", *lines]
+        lines.append(f'base = AutoModelForCausalLM.from_pretrained("{source}")')
+        lines.append('model = PeftModel.from_pretrained(base, "FOLDER")  # this one')
+    else:
+        lines.append('model = AutoModelForCausalLM.from_pretrained("FOLDER")  # this one')
+    return "\n".join([*lines, 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'])

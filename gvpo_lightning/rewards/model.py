@@ -1,0 +1,96 @@
+"""Rewards from a model: a Hugging Face sequence classifier with one output."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from gvpo_lightning.rewards.progress import advance
+
+
+class RewardModel:
+    """The output of an `AutoModelForSequenceClassification` with `num_labels=1` on prompt and completion.
+
+    Conversations are put into the model's own chat template, with the completion as the assistant's message; a text
+    is followed by its completion. No special tokens are added to either. A completion that is too long for the
+    model's context is not cut: the reward fails on it.
+
+    Each rank loads its own when it is first asked. It stays on the policy's device.
+
+    Args:
+        path: a hub id or a folder.
+        batch_size: completions at a time.
+        dtype: of the weights, such as "bfloat16"; "auto": as they are saved.
+        name: in metrics.
+
+    Raises:
+        ValueError: the model has not one output.
+    """
+
+    in_process = True  # batches, on the policy's device
+
+    def __init__(self, path: str, batch_size: int = 16, dtype: str = "auto", name: str = "RewardModel") -> None:
+        from transformers import AutoConfig
+
+        if batch_size < 1:
+            raise ValueError(f"RewardModel.batch_size must be at least 1, got {batch_size}.")
+        num_labels = AutoConfig.from_pretrained(path).num_labels
+        if num_labels != 1:
+            raise ValueError(f"A reward model has one output (num_labels=1), but {path} has {num_labels}.")
+        self.path, self.batch_size, self.dtype = path, batch_size, dtype
+        self.name = name
+        self.device: Any = "cpu"
+        self._model: Any = None
+        self._tokenizer: Any = None
+
+    def to(self, device: Any) -> None:
+        """Be there from now on."""
+        self.device = device
+        if self._model is not None:
+            self._model.to(device)
+
+    def __call__(
+        self, prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]
+    ) -> list[float | Exception]:
+        """One reward a completion; an exception for each that is too long."""
+        self._load()
+        ids = [self._token_ids(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
+        limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        fits = [row for row, tokens in enumerate(ids) if limit is None or len(tokens) <= limit]
+        rewards: list[float | Exception] = [
+            ValueError(f"its {len(tokens)} tokens with the prompt exceed the reward model's context of {limit}")
+            for tokens in ids
+        ]
+        for start in range(0, len(fits), self.batch_size):
+            rows = fits[start : start + self.batch_size]
+            for row, reward in zip(rows, self._outputs([ids[row] for row in rows]), strict=True):
+                rewards[row] = reward
+            advance(len(rows))
+        return rewards
+
+    def _load(self) -> None:
+        if self._model is not None:
+            return
+        from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+        self._tokenizer = AutoTokenizer.from_pretrained(self.path)
+        if self._tokenizer.pad_token_id is None:
+            self._tokenizer.pad_token = self._tokenizer.eos_token
+        model = AutoModelForSequenceClassification.from_pretrained(self.path, dtype=self.dtype)
+        model.config.pad_token_id = self._tokenizer.pad_token_id  # by which it finds a row's last token
+        self._model = model.eval().requires_grad_(False).to(self.device)
+
+    def _token_ids(self, prompt: Any, completion: str) -> list[int]:
+        if isinstance(prompt, str):
+            text = prompt + completion
+        else:
+            chat = [*prompt, {"role": "assistant", "content": completion}]
+            text = self._tokenizer.apply_chat_template(chat, tokenize=False)
+        return self._tokenizer(text, add_special_tokens=False)["input_ids"]
+
+    def _outputs(self, ids: list[list[int]]) -> list[float]:
+        import torch
+
+        batch = self._tokenizer.pad({"input_ids": ids}, padding_side="right", return_tensors="pt").to(self.device)
+        # outside of the run's precision: a step of the Trainer would cast it
+        with torch.no_grad(), torch.autocast(torch.device(self.device).type, enabled=False):
+            logits = self._model(**batch).logits
+        return logits[:, 0].float().tolist()

@@ -1,0 +1,154 @@
+"""What a reward is, and how one is called and its answer checked.
+
+Reward workers import this: it must not import torch.
+"""
+
+import inspect
+import math
+import numbers
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+Reward = Callable[..., Any]  # (prompts, completions, **columns) -> list of float or None, or a coroutine of one
+
+RAISED, TIMEOUT, DIED, NOT_FINITE = "reward_raised", "reward_timeout", "reward_died", "reward_not_finite"
+REASONS = (RAISED, TIMEOUT, DIED, NOT_FINITE)
+COMPONENT = "reward/"  # begins the columns that `predict` writes of each reward
+TOKEN_IDS = "completion_ids"  # the column that only rewards that name it are given
+
+
+class RewardContractError(ValueError):
+    """An answer that is no list of rewards, whatever the completions are: a mistake in the reward's code."""
+
+
+class RewardError(RuntimeError):
+    """Rewards that stop the run. It is raised on all ranks together, so that they can save what has been trained."""
+
+
+class SharedContractError(RewardError, RewardContractError):
+    """A `RewardContractError` of which all ranks know."""
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A reward that has failed on one completion: one of `REASONS`, and the traceback or what else is known."""
+
+    reason: str
+    text: str
+
+
+Value = float | None | Failure  # of one reward for one completion
+
+
+def call_reward(reward: Reward, prompts: Sequence[Any], completions: Sequence[str], columns: dict[str, Any]) -> Any:
+    """What the reward returns: asked by name where it names its `completions`, in whatever order; else by position."""
+    parameters = inspect.signature(reward).parameters
+    if "completions" not in parameters:
+        return reward(prompts, completions, **columns)
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    if "prompts" in parameters or takes_any:
+        columns = {"prompts": prompts} | columns
+    return reward(completions=completions, **columns)
+
+
+def checked_values(name: str, values: Any, completions: Sequence[str]) -> list[Value]:
+    """A reward's answer, one entry a completion; an exception in it is a failure on that completion.
+
+    Raises:
+        RewardContractError: not one entry a completion, or one that is neither a number nor None.
+    """
+    if not hasattr(values, "__len__") or len(values) != len(completions):
+        got = len(values) if hasattr(values, "__len__") else type(values).__name__
+        raise RewardContractError(
+            f"The reward {name} must return one entry a completion, {len(completions)}, got {got}."
+        )
+    return [_checked(name, value, completion) for value, completion in zip(values, completions, strict=True)]
+
+
+def _checked(name: str, value: Any, completion: str) -> Value:
+    if value is None:
+        return None
+    if isinstance(value, Exception):
+        return Failure(RAISED, f"{type(value).__name__}: {value}")
+    is_number = isinstance(value, numbers.Real) or getattr(value, "ndim", None) == 0
+    if not is_number or isinstance(value, str):  # numpy's strings have 0 dimensions
+        raise RewardContractError(
+            f"The reward {name} must return numbers or None, got {value!r} for the completion {completion[:80]!r}."
+        )
+    number = float(value)
+    return number if math.isfinite(number) else Failure(NOT_FINITE, f"it returned {number}")
+
+
+def reward_all_at_once(
+    name: str, reward: Reward, prompts: Sequence[Any], completions: Sequence[str], columns: dict[str, Any]
+) -> list[Value]:
+    """Rewards from one call; where that raises, each completion is asked for alone, and those that raise have failed.
+
+    Raises:
+        RewardContractError: as `checked_values` does.
+    """
+    try:
+        values = call_reward(reward, prompts, completions, columns)
+    except Exception:
+        if len(completions) == 1:
+            return [Failure(RAISED, traceback.format_exc())]
+        return [
+            reward_all_at_once(name, reward, [prompts[i]], [completions[i]], {k: [v[i]] for k, v in columns.items()})[0]
+            for i in range(len(completions))
+        ]
+    return checked_values(name, values, completions)
+
+
+def reward_name(reward: Reward) -> str:
+    """Its `name`, or else the function's or the class's."""
+    named = getattr(reward, "name", None)
+    return named if isinstance(named, str) else getattr(reward, "__name__", type(reward).__name__)
+
+
+def is_async(reward: Reward) -> bool:
+    """Whether calling it gives a coroutine."""
+    return inspect.iscoroutinefunction(reward) or inspect.iscoroutinefunction(getattr(reward, "__call__", None))  # noqa: B004
+
+
+def wants_token_ids(reward: Reward) -> bool:
+    """Whether it names `completion_ids` among its arguments."""
+    return TOKEN_IDS in inspect.signature(reward).parameters
+
+
+def reward_columns(row: Mapping[str, Any]) -> list[str]:
+    """The columns that reach a reward: all but the prompt and what is recorded of completions."""
+    from gvpo_lightning.batch import COMPLETION_COLUMNS  # and with it torch
+
+    if "completions" not in row:
+        return [name for name in row if name != "prompt"]
+    hidden = {"prompt", *COMPLETION_COLUMNS}
+    return [name for name in row if name not in hidden and not name.startswith(COMPONENT)]
+
+
+def check_reward_columns(reward: Reward, columns: set[str]) -> None:
+    """Raise ValueError where the reward's arguments and the dataset's columns do not fit."""
+    needed = getattr(reward, "required_columns", None)
+    parameters = list(inspect.signature(reward).parameters.values())
+    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+    if any(p.name == "completions" for p in parameters):
+        parameters = [p for p in parameters if p.name not in ("prompts", "completions")]
+    else:  # prompts and completions by position, be it into *args
+        named = [p for p in parameters if p.kind is not inspect.Parameter.VAR_POSITIONAL]
+        parameters = named if len(named) < len(parameters) else parameters[2:]
+    if needed is None:
+        needed = [p.name for p in parameters if p.kind in plain and p.default is inspect.Parameter.empty]
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
+    unexpected = columns - {p.name for p in parameters if p.kind in plain}
+    if unexpected and not takes_any:
+        raise ValueError(
+            f"The reward {reward_name(reward)} gets every column of the dataset by name, also {sorted(unexpected)}: "
+            "let it take **columns."
+        )
+    missing = [column for column in needed if column not in columns and column != TOKEN_IDS]
+    if missing:
+        raise ValueError(
+            f"The reward {reward_name(reward)} needs the columns {missing}, but besides the prompt the dataset has "
+            f"{sorted(columns)}."
+        )

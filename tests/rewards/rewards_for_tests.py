@@ -1,0 +1,66 @@
+"""Rewards that worker processes import."""
+
+import asyncio
+import ctypes
+import math
+import os
+import re
+import subprocess
+import sys
+import time
+
+
+def by_text(prompts, completions, answer, **columns):
+    """What a completion says is what becomes of it."""
+    return [_meet(completion, a) for completion, a in zip(completions, answer, strict=True)]
+
+
+def _meet(completion, answer):
+    if completion == "raise":
+        raise KeyError("no such answer")
+    if completion == "hang":
+        while True:
+            pass
+    if completion == "hang in C":  # and hold the interpreter's lock
+        re.match(r"(a+)+$", "a" * 40 + "b")
+    if completion == "hang with a child":
+        subprocess.run(["sleep", "1234.5"], check=True)
+    if completion == "die":
+        os._exit(3)
+    if completion == "crash":
+        ctypes.string_at(0)
+    if completion == "exit":
+        sys.exit(1)
+    special = {"nan": math.nan, "infinite": -math.inf, "none": None}
+    return special[completion] if completion in special else float(completion == answer)
+
+
+async def patient(prompts, completions, answer, **columns):
+    """As `by_text`, but it sleeps where the other hangs."""
+    if completions[0].startswith("hang"):
+        await asyncio.sleep(1000)
+    await asyncio.sleep(0.01 * (len(completions[0]) % 3))
+    return by_text(prompts, completions, answer)
+
+
+def process_id(prompts, completions, **columns):
+    """Where it runs."""
+    time.sleep(0.01)
+    return [float(os.getpid()) for _ in completions]
+
+
+def modules(prompts, completions, **columns):
+    """How many of these heavy modules the process has imported."""
+    return [float(sum(name in sys.modules for name in ("torch", "transformers", "lightning"))) for _ in completions]
+
+
+def batch_size(prompts, completions, **columns):
+    """How many completions it is asked for at once."""
+    return [float(len(completions))] * len(completions)
+
+
+def hangs_where_told(prompts, completions, **columns):
+    """The environment says on which text."""
+    while completions[0] == os.environ["HANGS"]:
+        pass
+    return [float(len(completions[0]))]
