@@ -233,7 +233,8 @@ def main(args: ArgsType = None) -> None:
             save_config_kwargs={"overwrite": True},
             trainer_defaults={"callbacks": [MemoryEstimate(), PredictionWriter(), BenchmarkReport()]},
             # without the pages of usage that jsonargparse prints in front of its own errors
-            parser_kwargs={"exit_on_error": False} | {name: {"exit_on_error": False} for name in SUBCOMMANDS},
+            parser_kwargs={"exit_on_error": False, "description": "And `gvpo regrade`, which has a --help of its own."}
+            | {name: {"exit_on_error": False} for name in SUBCOMMANDS},
         )
     except (ValueError, FileNotFoundError, argparse.ArgumentError, MisconfigurationException, CheckpointError) as error:
         message = " ".join([str(error), *getattr(error, "__notes__", ())])
