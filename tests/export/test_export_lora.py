@@ -160,7 +160,7 @@ def test_names_on_the_hub_are_in_the_cards_front_matter(run, base, tmp_path, mon
     assert yaml.safe_load(text.split("```yaml")[1].split("```")[0])["lora"] == LORA  # of the module, without a config
 
 
-@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("quantization", ["nf4", pytest.param("int8", marks=pytest.mark.slow)])
 def test_an_adapter_of_quantized_weights_is_merged_into_the_files_own(run, base, tmp_path, quantization):
     pytest.importorskip("bitsandbytes")
     folder = run(f"--model.loading.quantization={quantization}")

@@ -55,6 +55,7 @@ def test_tensor_parallelism_trains_the_adapter_that_one_device_trains(run):
     assert largest_difference(run("tp"), run("single")) <= 1e-3
 
 
+@pytest.mark.slow
 def test_a_quantized_policy_is_trained_by_ddp(run):
     pytest.importorskip("bitsandbytes")
     run("ddp", quantization="nf4")
