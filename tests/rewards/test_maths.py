@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from gvpo_lightning.rewards import BoxedMath, compute_rewards
+from gvpo_lightning.rewards import BoxedMath, Rewards, RewardSettings
 from gvpo_lightning.rewards.maths import extract_answer, gold_answers, last_boxed, same_answer
 
 
@@ -147,14 +147,21 @@ def test_a_row_without_an_answer_is_named(gold):
         BoxedMath()([""] * 2, ["\\boxed{5}"] * 2, answer=["5", gold])
 
 
-def test_it_is_a_reward_and_can_be_sent_to_workers():
-    grade = pickle.loads(pickle.dumps(BoxedMath()))
-    assert compute_rewards(grade, ["p", "q"], ["\\boxed{5}", "5"], {"answer": ["5", "5"], "level": [1, 2]}) == [
-        1.0,
-        0.0,
-    ]
-    with pytest.raises(ValueError, match=r"BoxedMath needs the columns \['answer'\]"):
-        compute_rewards(grade, ["p"], ["c"], {"level": [1]})
+def test_an_answer_that_hangs_costs_itself_alone():
+    rewards = Rewards(BoxedMath(), RewardSettings(num_workers=1, timeout=5.0))
+    completions = ["\\boxed{5}", "5", "\\boxed{\\sum_{n=1}^{99999} n^{99999}}", "\\boxed{\\frac{10}{2}}"]
+    try:
+        found, _ = rewards([""] * 4, completions, {"answer": ["5"] * 4, "level": [1] * 4})
+    finally:
+        rewards.close()
+    assert [rewarded.total for rewarded in found] == pytest.approx([1.0, 0.0, float("nan"), 1.0], nan_ok=True)
+
+
+def test_it_can_be_sent_to_workers_and_names_its_column():
+    grade = pickle.loads(pickle.dumps(BoxedMath("gold")))
+    assert grade([""], ["\\boxed{5}"], gold=["5"]) == [1.0]
+    with pytest.raises(ValueError, match=r"BoxedMath needs the columns \['gold'\]"):
+        Rewards(grade)(["p"], ["c"], {"level": [1]})
 
 
 def test_no_main_thread_is_needed():
