@@ -51,7 +51,10 @@ def settings():
     }
 
 
-def test_gradients_are_eagers_and_no_length_is_compiled_again(tiny_policy, backend):
+@pytest.mark.parametrize("name", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_gradients_are_eagers_and_no_length_is_compiled_again(tiny_policy, backend, name):
+    if name == "inductor" and shutil.which("g++") is None and shutil.which("clang++") is None:
+        pytest.skip("needs a C++ compiler")
     draw = random.Random(0)
 
     def ragged_batch(size):
@@ -67,7 +70,7 @@ def test_gradients_are_eagers_and_no_length_is_compiled_again(tiny_policy, backe
         completion_loss(policy, batch, 0.3).loss.backward()
         return torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
 
-    backend("aot_eager")
+    backend(name)
     eager, compiled = tiny_policy(num_hidden_layers=3), tiny_policy(num_hidden_layers=3)
     prepare_policy(eager)
     prepare_policy(compiled)
@@ -75,7 +78,7 @@ def test_gradients_are_eagers_and_no_length_is_compiled_again(tiny_policy, backe
     compile_layers(compiled)  # does nothing
     for size in (4, 2, 3, 8, 5, 2, 6, 7):
         batch = ragged_batch(size)
-        torch.testing.assert_close(gradient(compiled, batch), gradient(eager, batch), rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(gradient(compiled, batch), gradient(eager, batch), rtol=1e-4, atol=1e-6)
     assert graphs() == 1  # for all layers and sizes
     assert list(compiled.state_dict()) == list(eager.state_dict())
     assert not counters["graph_break"]
@@ -126,17 +129,3 @@ def test_a_model_without_decoder_layers_is_refused(tiny_policy, make_module, fit
     policy._no_split_modules = None
     with pytest.raises(ValueError, match=r"Qwen2ForCausalLM does not say which .*: set torch_compile=False"):
         fit(make_module(policy=policy, torch_compile=True))
-
-
-@pytest.mark.slow
-def test_generated_code_trains_to_the_same_weights(make_module, fit, weights, backend, settings):
-    if shutil.which("g++") is None and shutil.which("clang++") is None:
-        pytest.skip("needs a C++ compiler")
-    ends = []
-    backend("inductor")
-    for torch_compile in (False, True):
-        module = make_module(torch_compile=torch_compile, **settings)
-        fit(module, accumulate_grad_batches=6, max_steps=6)
-        ends.append(weights(module))
-    assert (ends[1] - ends[0]).abs().max() <= 1e-5
-    assert graphs() >= 2
