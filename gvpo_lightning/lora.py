@@ -7,11 +7,30 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from gvpo_lightning.loading import LoadingSettings, is_quantized
+from gvpo_lightning.loading import LoadingSettings, adapter_base, is_quantized
 from gvpo_lightning.saved_weights import policy_name
 
 # with the first two the policy starts as the model beneath it; with others peft changes that model
 INITIALIZATIONS = (True, "gaussian", False)
+
+
+def check_policy_settings(policy: str | PreTrainedModel, loading: LoadingSettings, lora: dict[str, Any] | None) -> None:
+    """Raise ValueError for settings of loading and adapter that contradict each other or the policy."""
+    if not isinstance(policy, str):
+        for name, given in (("loading", loading != LoadingSettings()), ("lora", lora is not None)):
+            if given:
+                raise ValueError(
+                    f"{name} is for a policy given by name, got a {type(policy).__name__}: leave it out and build the "
+                    "model so, or give its folder or hub id."
+                )
+        return
+    if lora is not None:
+        lora_config(lora)
+    elif loading.quantization is not None and adapter_base(policy, loading) is None:
+        raise ValueError(
+            f"loading.quantization={loading.quantization!r} needs an adapter, quantized weights can't be trained: set "
+            "model.lora, for example {r: 16, lora_alpha: 32, target_modules: all-linear}."
+        )
 
 
 def lora_config(lora: Mapping[str, Any]) -> Any:

@@ -18,12 +18,12 @@ from gvpo_lightning.evaluation.loader import ProblemBatch
 from gvpo_lightning.export import sample_at_a_temperature, save_model, write_beside
 from gvpo_lightning.export_adapter import merged_policy, write_adapter
 from gvpo_lightning.guards import Guard
-from gvpo_lightning.loading import LoadingSettings, adapter_base, check_attention, load_config
+from gvpo_lightning.loading import LoadingSettings, check_attention, load_config
 from gvpo_lightning.lora import (
     check_adapter,
+    check_policy_settings,
     is_adapted,
     leave_frozen_out,
-    lora_config,
     saves_adapter_alone,
     trained_names,
 )
@@ -46,25 +46,6 @@ EVALUATION_METRICS: tuple[tuple[str, str, Literal["mean", "min", "max"]], ...] =
     ("completion/truncated_fraction", "all", "mean"),
     ("completion/dropped_fraction", "all", "mean"),
 )
-
-
-def check_policy_settings(policy: str | PreTrainedModel, loading: LoadingSettings, lora: dict[str, Any] | None) -> None:
-    """Raise ValueError for settings of loading and adapter that contradict each other or the policy."""
-    if not isinstance(policy, str):
-        for name, given in (("loading", loading != LoadingSettings()), ("lora", lora is not None)):
-            if given:
-                raise ValueError(
-                    f"{name} is for a policy given by name, got a {type(policy).__name__}: leave it out and build the "
-                    "model so, or give its folder or hub id."
-                )
-        return
-    if lora is not None:
-        lora_config(lora)
-    elif loading.quantization is not None and adapter_base(policy, loading) is None:
-        raise ValueError(
-            f"loading.quantization={loading.quantization!r} needs an adapter, quantized weights can't be trained: set "
-            "model.lora, for example {r: 16, lora_alpha: 32, target_modules: all-linear}."
-        )
 
 
 class SamplingModule(L.LightningModule):
