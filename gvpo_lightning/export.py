@@ -26,13 +26,13 @@ from gvpo_lightning.model_card import Kind, files_of_run, write_card
 from gvpo_lightning.saved_weights import SavedWeights, as_written, match_names, open_weights
 
 if TYPE_CHECKING:
-    from gvpo_lightning.sampling_module import SamplingModule
+    from gvpo_lightning.policy_module import PolicyModule
 
 Tensors = dict[str, Tensor]
 
 
 def export_checkpoint(
-    module: "SamplingModule",
+    module: "PolicyModule",
     ckpt_path: str | Path,
     output: str | Path,
     *,
@@ -113,7 +113,7 @@ def _refuse_adapters(weights: SavedWeights, merge_adapter: bool) -> None:
         raise ValueError("There is no adapter to merge: the policy's own weights were trained. Leave --merge out.")
 
 
-def _without_storage(module: "SamplingModule") -> PreTrainedModel:
+def _without_storage(module: "PolicyModule") -> PreTrainedModel:
     return empty_model(module.model_config(), module.loading)
 
 
@@ -184,7 +184,7 @@ def save_model(model: PreTrainedModel, folder: Path, max_shard_size: str | int =
 
 
 def write_beside(
-    module: "SamplingModule",
+    module: "PolicyModule",
     generation_config: GenerationConfig,
     folder: Path,
     kind: Kind,
@@ -198,7 +198,7 @@ def write_beside(
     write_card(folder, module, kind, config, summary)
 
 
-def _generation_config(module: "SamplingModule", model: PreTrainedModel) -> GenerationConfig:
+def _generation_config(module: "PolicyModule", model: PreTrainedModel) -> GenerationConfig:
     source = module.policy_source
     if not isinstance(source, str):
         return copy.deepcopy(source.generation_config)

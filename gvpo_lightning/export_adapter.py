@@ -15,10 +15,10 @@ from gvpo_lightning.lora import add_lora, import_peft, trained_names
 from gvpo_lightning.saved_weights import unwrapped_name
 
 if TYPE_CHECKING:
-    from gvpo_lightning.sampling_module import SamplingModule
+    from gvpo_lightning.policy_module import PolicyModule
 
 
-def adapted_model(module: "SamplingModule", *, with_weights: bool) -> Any:
+def adapted_model(module: "PolicyModule", *, with_weights: bool) -> Any:
     """The policy beneath an adapter of the run's shape, not quantized; without weights, no memory is taken.
 
     None where the policy, given by name, has no adapter.
@@ -70,7 +70,7 @@ def merge(model: Any, tensors: Mapping[str, Tensor]) -> Any:
     return model.merge_and_unload(safe_merge=True)
 
 
-def merged_policy(module: "SamplingModule", state: Mapping[str, Tensor] | None) -> Any:
+def merged_policy(module: "PolicyModule", state: Mapping[str, Tensor] | None) -> Any:
     """The module's policy with its adapter merged in; `state` is the whole of its weights where it is sharded.
 
     Raises:
@@ -88,7 +88,7 @@ def merged_policy(module: "SamplingModule", state: Mapping[str, Tensor] | None) 
     return copy.deepcopy(policy).merge_and_unload(safe_merge=True)
 
 
-def say_dequantized(module: "SamplingModule") -> None:
+def say_dequantized(module: "PolicyModule") -> None:
     """Tell what of a quantized policy is merged into."""
     if module.loading.quantization is not None:
         rank_zero_info(

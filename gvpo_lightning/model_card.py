@@ -16,7 +16,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from gvpo_lightning.loading import adapter_base, is_installed
 
 if TYPE_CHECKING:
-    from gvpo_lightning.sampling_module import SamplingModule
+    from gvpo_lightning.policy_module import PolicyModule
 
 Kind = Literal["model", "adapter", "merged"]
 CONFIG, SUMMARY = "config.yaml", "summary.json"
@@ -73,7 +73,7 @@ Versions: {{ versions }}.
 
 def write_card(
     folder: str | Path,
-    module: "SamplingModule",
+    module: "PolicyModule",
     kind: Kind,
     config: Mapping[str, Any] | None,
     summary: Mapping[str, Any] | None,
@@ -118,7 +118,7 @@ def write_card(
     Path(folder, "README.md").write_text(str(card), encoding="utf-8")
 
 
-def hyperparameters(module: "SamplingModule") -> dict[str, Any]:
+def hyperparameters(module: "PolicyModule") -> dict[str, Any]:
     """What the module was built with, where no config says it."""
     source = module.policy_source
     found: dict[str, Any] = {"policy": source if isinstance(source, str) else type(source).__name__}

@@ -17,17 +17,15 @@ import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from lightning.pytorch.strategies import FSDPStrategy
-from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gvpo_kernels.inputs import choose_implementation
 from gvpo_lightning.checkpoint import gvpo_state, load_gvpo_state, load_position
 from gvpo_lightning.checks import check_trainer, check_training_batches
 from gvpo_lightning.collect import collect_rollout
 from gvpo_lightning.compiled import check_strategy, compile_layers
+from gvpo_lightning.gradients import clip_gradients, drop_gradients, gradients_are_finite
 from gvpo_lightning.head import completion_loss
-from gvpo_lightning.head_check import attention_of, check_logprob_head
 from gvpo_lightning.loading import LoadingSettings
 from gvpo_lightning.lora import starts_at_base
 from gvpo_lightning.meters import UpdateMeter, measure_update
@@ -36,7 +34,6 @@ from gvpo_lightning.plan import Limits, Update, plan_updates
 from gvpo_lightning.policy import stop_token_ids
 from gvpo_lightning.reference import (
     CachedReference,
-    ModelReference,
     ReferenceKind,
     ReferenceSettings,
     make_reference,
@@ -50,16 +47,14 @@ from gvpo_lightning.rollout.sampling import Rollout, RolloutSettings
 from gvpo_lightning.sampling_module import SamplingModule
 from gvpo_lightning.seeding import derive_seed
 from gvpo_lightning.sharding import (
-    callable_outside_steps,
-    clip_by_norm,
     is_sharded,
     loading_in_turns,
-    local_tensor,
     root_stays_gathered,
     shard_model,
 )
 from gvpo_lightning.sources.mixture import SourceMixture
 from gvpo_lightning.sources.settings import SourceSettings
+from gvpo_lightning.start_up import check_start
 from gvpo_lightning.two_passes import first_pass, scatter, sequence_coefficients
 
 
@@ -265,41 +260,7 @@ class GVPOModule(SamplingModule):
 
     def on_fit_start(self) -> None:
         """Hold the fused loss against eager on a few tokens, where the training will run it; wait for the rewards."""
-        if self.rewards is not None:
-            self.rewards.wait_until_loaded()
-        with (
-            self.trainer.precision_plugin.forward_context(),
-            callable_outside_steps(self),
-            torch.set_grad_enabled(not is_sharded(self.trainer.strategy)),  # gradients are elsewhere then
-        ):
-            error = check_logprob_head(self.policy, self.loss_implementation, padding_free=self.padding_free)
-            if isinstance(self.reference, ModelReference):
-                with self.reference.applied(self.policy) as model:
-                    check_logprob_head(model, self.loss_implementation, padding_free=self.padding_free)
-            name = choose_implementation(self.loss_implementation, next(self.policy.parameters()))
-        rank_zero_info(
-            f"GVPO's loss runs in the '{name}' implementation (loss_implementation={self.loss_implementation!r}), "
-            f"{error:.1g} from eager."
-        )
-        if self.padding_free and (attention := attention_of(self.policy)) in ("eager", "sdpa"):
-            rank_zero_info(
-                f"padding_free=True under '{attention}' attention makes a mask of all pairs of a micro-batch's tokens, "
-                "which grows with the square of their number: use flash_attention_2, or keep micro-batches small "
-                "(rollout.micro_batch_tokens)."
-            )
-        if self.sources.settings.generates:
-            self.guard.sampler(self.generation)
-        if self.lora is not None and str(self.trainer.precision) in ("bf16-true", "16-true"):
-            self.guard.say(
-                "adapter precision",
-                f"trainer.precision={self.trainer.precision} has cast the adapter to 16 bits, in which small steps are "
-                "lost: set model.loading.dtype=bfloat16 and trainer.precision=32-true.",
-            )
-        if self.rollout_settings.zero_variance == "drop":
-            rank_zero_info(
-                "rollout.zero_variance='drop' changes the objective: groups with equal rewards would pull the policy "
-                "towards the reference."
-            )
+        check_start(self)
 
     # -- training -----------------------------------------------------------------------------------------
 
@@ -316,7 +277,7 @@ class GVPOModule(SamplingModule):
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Roll out at the first micro-batch of a rollout."""
         if batch["slot"] == 0:
-            self._drop_gradients()  # which Lightning would keep until the next backward pass
+            drop_gradients(self)  # which Lightning would keep until the next backward pass
             self.rollout = self._roll_out(batch["rows"], batch["rollout"])
         assert self.rollout is not None
         assert self.rollout.index == batch["rollout"]
@@ -414,11 +375,11 @@ class GVPOModule(SamplingModule):
         index = (self.microstep - 1) % self.micro_batches_per_rollout // self.trainer.accumulate_grad_batches
         update = self.updates[index]
         # the update's only wait for the device
-        log_ratios, entropy, gradients_are_finite = self._meter.collect(
-            update.positions, len(update.rows), self._gradients_are_finite(), self.data_ranks
+        log_ratios, entropy, are_finite = self._meter.collect(
+            update.positions, len(update.rows), gradients_are_finite(self), self.data_ranks
         )
         self.num_updates += 1
-        usable = gradients_are_finite and bool((log_ratios.abs() <= self.max_log_ratio).all())
+        usable = are_finite and bool((log_ratios.abs() <= self.max_log_ratio).all())
         if not usable:
             self.skipped_updates += 1
         self._log_update(update, log_ratios, entropy, is_first=index == 0)
@@ -427,7 +388,7 @@ class GVPOModule(SamplingModule):
             return
         stops = not usable and self.consecutive_skips >= self.max_skipped_updates
         saved = save_update_of(self, update, self._token_logprobs) if stops else ""
-        self._drop_gradients()  # an optimizer passes over parameters without gradient: no momentum, no decay
+        drop_gradients(self)
         if usable:
             return
         self.consecutive_skips += 1
@@ -446,26 +407,7 @@ class GVPOModule(SamplingModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """As Lightning does; by norm also where the gradients are sharded."""
-        strategy: Any = self.trainer.strategy
-        if not gradient_clip_val or gradient_clip_algorithm == "value" or not is_sharded(strategy):
-            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif isinstance(strategy, FSDPStrategy):
-            wrapped: Any = strategy.model
-            wrapped.clip_grad_norm_(gradient_clip_val)
-        else:
-            clip_by_norm(self.parameters(), gradient_clip_val)
-
-    def _drop_gradients(self) -> None:
-        for parameter in self.parameters():
-            parameter.grad = None
-
-    def _gradients_are_finite(self) -> Tensor:
-        """Whether this rank's part of them is, a bool scalar on the device."""
-        yes = torch.ones((), dtype=torch.bool, device=self.trainer.strategy.root_device)
-        if getattr(self.trainer.precision_plugin, "scaler", None) is not None:
-            return yes  # infinite float16 gradients are the loss scaler's own affair
-        checks = [torch.isfinite(local_tensor(p.grad)).all() for p in self.parameters() if p.grad is not None]
-        return torch.stack([yes, *checks]).all()
+        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
         """Count the time."""
