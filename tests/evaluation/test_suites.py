@@ -150,7 +150,7 @@ def test_policy_is_tested_and_graded_again(arguments, tmp_path):
     assert len({line["completion"] for line in records["aime24"] if line["number"] == 0}) > 1  # sampled
     run = json.loads((folder / "evaluation.json").read_text())
     assert run["settings"]["generation"]["max_new_tokens"] == 12
-    assert run["settings"]["reward"] == "BoxedMath"
+    assert run["settings"]["reward"] == ["BoxedMath"]
     table = (folder / "evaluation.md").read_text()
     assert table.splitlines()[0].startswith("|  | aime24 (avg@4) | amc (pass@1) |")
     assert (folder / "evaluation.png").stat().st_size > 10_000
