@@ -5,6 +5,7 @@ from typing import Any
 
 import lightning as L
 from datasets import Dataset, DatasetDict
+from lightning.pytorch.strategies import FSDPStrategy
 from torch.utils.data import DataLoader
 
 from gvpo_lightning.evaluation.benchmarks import Benchmark, ProblemSet, load_problems
@@ -138,7 +139,19 @@ class PromptDataModule(L.LightningDataModule):
         return self._evaluation_loader("validation")
 
     def test_dataloader(self) -> Any:
-        """The problems of the benchmarks, or the test prompts, in the dataset's order; none twice, on any rank."""
+        """The problems of the benchmarks, or the test prompts, in the dataset's order; none twice, on any rank.
+
+        Raises:
+            ValueError: benchmarks under FSDP1, whose ranks must have equally many batches.
+        """
+        assert self.trainer is not None
+        if isinstance(self.trainer.strategy, FSDPStrategy):
+            if self.problem_sets:
+                raise ValueError(
+                    "Ranks have different numbers of a benchmark's problems, and FSDPStrategy needs all ranks for each "
+                    "token: use one device, DDP or FSDP2 (ModelParallelStrategy)."
+                )
+            return self._evaluation_loader("test")  # with Lightning's sampler, which repeats some prompts
         sets = self.problem_sets or [ProblemSet("test", self._rows["test"], None)]
         return ProblemLoader(sets, self.batch_size, self._module)
 

@@ -182,11 +182,8 @@ class SamplingModule(PolicyModule):
         """As validation, on the test prompts; a benchmark says how many completions its problems get."""
         if not isinstance(batch, ProblemBatch):
             self._sampled = self.sample(batch, "test", batch_idx)
-        elif batch.rows:
+        else:
             self._sampled = self.sample(batch, "test", batch.name, batch.first, num_completions=batch.num_samples)
-        else:  # other ranks have problems left, and gather with this one
-            with self._gathered_for_batch():
-                pass
 
     def on_test_epoch_start(self) -> None:
         """Gather the policy once."""
@@ -217,11 +214,9 @@ class SamplingModule(PolicyModule):
         """Count what was sampled."""
         self._evaluate("validation")
 
-    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Any] | None:
-        """As validation, on the test prompts; what was sampled, for callbacks, where the rank had any."""
+    def test_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """As validation, on the test prompts; gives callbacks what was sampled."""
         sampled = self._sampled
-        if sampled is None:
-            return None
         self._evaluate("test")
         return {"rollout": sampled}
 

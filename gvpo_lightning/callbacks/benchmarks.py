@@ -62,7 +62,7 @@ class BenchmarkReport(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, *args: Any
     ) -> None:
         """Save and count one batch."""
-        if not isinstance(batch, ProblemBatch) or not batch.rows or batch.name not in self._scores:
+        if not isinstance(batch, ProblemBatch) or batch.name not in self._scores:
             return
         assert isinstance(pl_module, GVPOModule)
         records = completion_records(batch, outputs["rollout"])

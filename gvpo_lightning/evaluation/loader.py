@@ -16,7 +16,7 @@ class ProblemBatch:
     Attributes:
         name: the set's.
         first: the number of the first of them in the set.
-        rows: with `prompt` and the columns for the reward; none where this rank has no more of the set.
+        rows: with `prompt` and the columns for the reward.
         num_samples: completions of each; None = the module's group size.
     """
 
@@ -30,11 +30,10 @@ class ProblemBatch:
 
 
 class ProblemLoader:
-    """Batches of problems, set by set; ranks have different problems and the same number of batches.
+    """Batches of problems, set by set; ranks have different problems, and may have different numbers of batches.
 
     Lightning's sampler would give ranks equally many problems by giving some twice, and means would count them twice.
-    It leaves this loader alone, since it is no torch DataLoader. Equally many batches are for FSDP1, which gathers the
-    policy for each.
+    It leaves this loader alone, since it is no torch DataLoader.
 
     Args:
         sets: what is evaluated.
@@ -45,16 +44,14 @@ class ProblemLoader:
     def __init__(self, sets: Sequence[ProblemSet], batch_size: int, module: Any) -> None:
         self.sets, self.batch_size, self.module = sets, batch_size, module
 
-    def _num_batches(self, problems: ProblemSet) -> int:
-        return math.ceil(math.ceil(len(problems.rows) / self.module.data_ranks.size) / self.batch_size)
-
     def __len__(self) -> int:
-        return sum(self._num_batches(problems) for problems in self.sets)
+        shares = (self.module.data_ranks.share(len(problems.rows)) for problems in self.sets)
+        return sum(math.ceil(len(share) / self.batch_size) for share in shares)
 
     def __iter__(self) -> Iterator[ProblemBatch]:
         for problems in self.sets:
             mine = self.module.data_ranks.share(len(problems.rows))
-            for batch in range(self._num_batches(problems)):
-                numbers = mine[batch * self.batch_size : (batch + 1) * self.batch_size]
+            for start in range(0, len(mine), self.batch_size):
+                numbers = mine[start : start + self.batch_size]
                 rows = [dict(problems.rows[number]) for number in numbers]
                 yield ProblemBatch(problems.name, numbers.start, rows, problems.num_samples)

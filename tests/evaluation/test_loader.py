@@ -1,4 +1,4 @@
-"""Every problem is on one rank, once, and ranks have as many batches as each other."""
+"""Every problem is on one rank, once."""
 
 from types import SimpleNamespace
 
@@ -19,21 +19,19 @@ def test_problems_are_shared_without_repeats(counts, size, batch_size):
     sets = [
         ProblemSet(f"set{n}", [{"prompt": f"{n}:{i}"} for i in range(count)], n + 1) for n, count in enumerate(counts)
     ]
-    found, lengths = [], set()
+    found = []
     for rank in range(size):
         module = SimpleNamespace(data_ranks=DataRanks(rank, size))
         loader = ProblemLoader(sets, batch_size, module)
         batches = list(loader)
         assert len(batches) == len(loader)
-        lengths.add(len(batches))
         for batch in batches:
-            assert len(batch.rows) <= batch_size
+            assert 1 <= len(batch.rows) <= batch_size
             rows = rows_of(batch)
             number = int(batch.name[3:])
             assert batch.num_samples == number + 1
             assert [row["prompt"] for row in rows] == [f"{number}:{batch.first + i}" for i in range(len(rows))]
             found += [row["prompt"] for row in rows]
-    assert len(lengths) == 1
     assert sorted(found) == sorted(row["prompt"] for problems in sets for row in problems.rows)
 
 
