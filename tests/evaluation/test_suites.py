@@ -47,7 +47,7 @@ def test_shipped_configs_have_the_same_suites(root):
 
 def test_every_local_suite_loads_whole(root, shared_data):
     for name, suite in local_suites(root).items():
-        suite["path"] = suite["path"].replace("../shared/data", str(shared_data))
+        suite["path"] = suite["path"].replace("data", str(shared_data), 1)
         rows = load_problems(name, Benchmark(**suite))
         assert len(rows) == COUNTS[name]
         assert all(isinstance(row["problem"], str) and set(row) == {"problem", "answer"} for row in rows)
@@ -101,7 +101,7 @@ def arguments(root, shared_data, monkeypatch, tmp_path):
     suites = local_suites(root)
     for name, suite in suites.items():
         column = {"aime24": "aime[1:5]", "gsm8k": "train[7473:7477]"}.get(name, f"{suite['split']}[:4]")
-        suite |= {"path": suite["path"].replace("../shared/data", str(shared_data)), "split": column, "count": 4}
+        suite |= {"path": suite["path"].replace("data", str(shared_data), 1), "split": column, "count": 4}
     suites["aime24"] |= {"num_samples": 4}
     suites["olympiad_bench"] |= {"split": "olympiad_bench[300:304]"}
     suites["minerva"] |= {"split": "minerva[55:59]"}
