@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._flat_param import HandleShardingStrategy
 from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -133,7 +134,8 @@ def gathered(module: L.LightningModule) -> Iterator[None]:
 def _gathered(module: L.LightningModule) -> Iterator[None]:
     strategy: Any = module.trainer.strategy
     if isinstance(strategy, FSDPStrategy):
-        with FullyShardedDataParallel.summon_full_params(cast(nn.Module, strategy.model), writeback=False):
+        model = cast(nn.Module, strategy.model)
+        with FullyShardedDataParallel.summon_full_params(model, writeback=False), _kept_after_forward(model):
             yield
         return
     units = [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
@@ -148,6 +150,23 @@ def _gathered(module: L.LightningModule) -> Iterator[None]:
         for unit in units:
             unit.reshard()
             unit.set_reshard_after_forward(True, recurse=False)
+
+
+@contextmanager
+def _kept_after_forward(model: nn.Module) -> Iterator[None]:
+    """Inside, FSDP1's units stay gathered after a forward pass, or each pass would gather them anew on all ranks."""
+    handles = [u._handle for u in model.modules() if isinstance(u, FullyShardedDataParallel) and u._handle is not None]
+    before = [handle._sharding_strategy for handle in handles]
+    for handle in handles:
+        handle._sharding_strategy = {
+            HandleShardingStrategy.FULL_SHARD: HandleShardingStrategy.SHARD_GRAD_OP,
+            HandleShardingStrategy.HYBRID_SHARD: HandleShardingStrategy._HYBRID_SHARD_ZERO2,
+        }.get(handle._sharding_strategy, handle._sharding_strategy)
+    try:
+        yield
+    finally:
+        for handle, strategy in zip(handles, before, strict=True):
+            handle._sharding_strategy = strategy
 
 
 def reshard(module: L.LightningModule) -> None:

@@ -141,6 +141,16 @@ def test_a_resumed_run_is_bitwise_the_uninterrupted_one(run, name):
         assert resumed["prompts"] == result["whole"]["prompts"]
 
 
+@pytest.mark.parametrize("name", ["ddp", "fsdp1", "fsdp2"])
+def test_ranks_may_call_the_gathered_policy_different_numbers_of_times(run, name):
+    ((single,),) = run("single", "uneven")
+    (results,) = run(name, "uneven")
+    for result in results:
+        assert result["equal"]
+        torch.testing.assert_close(result["first"], single["first"], rtol=0, atol=1e-5)
+    torch.testing.assert_close(results[0]["last"], results[1]["last"], rtol=0, atol=0)
+
+
 @pytest.mark.parametrize("name", ["ddp", "fsdp2", "tp", "fsdp2_tp"])
 def test_ranks_stay_of_one_mind(run, name):
     """Rewards that are never the same twice, validation without rewards, uneven batches, a gradient broken on one."""

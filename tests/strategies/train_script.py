@@ -37,7 +37,7 @@ from gvpo_lightning import (
     sharding,
 )
 from gvpo_lightning.policy import load_tokenizer
-from gvpo_lightning.sharding import full_state_dict, local_tensor
+from gvpo_lightning.sharding import full_state_dict, gathered, local_tensor
 
 TIMEOUT = timedelta(seconds=120)
 SIZES: dict[str, Any] = {
@@ -310,6 +310,21 @@ def try_others(model: str, name: str) -> dict[str, Any]:
     }
 
 
+def call_unevenly(model: str, name: str) -> dict[str, Any]:
+    """Each rank calls the gathered policy as often as it likes, as for completions that are longer on one of them."""
+    seen: list[Tensor] = []
+
+    class Calls(L.Callback):
+        def on_train_batch_start(self, trainer, module, batch, batch_idx):
+            ids = torch.arange(6)[None] + 3
+            with gathered(module):
+                seen.extend(module.policy(ids).logits for _ in range(2 + 5 * trainer.global_rank))
+
+    module = make_module(model, "sampled", reward=reward)
+    make_trainer(name, Path.cwd(), max_steps=2, callbacks=[Calls()]).fit(module, RolloutLoader(ROWS, module))
+    return {"first": seen[0], "equal": torch.equal(seen[0], seen[1]), "last": seen[-1]}
+
+
 def train_and_resume(model: str, folder: Path, name: str) -> dict[str, Any]:
     """A whole run that saves after each update; the same from the third, fifth and sixth update on."""
     saver = ModelCheckpoint(folder / f"sampled-{name}", filename="{step}", every_n_train_steps=1, save_top_k=-1)
@@ -338,6 +353,8 @@ def main(model: str, folder: Path, name: str, variants: list[str]) -> None:
             result = train_and_resume(model, folder, name)
         elif variant == "uncompiled":
             result = try_to_compile(model, name)
+        elif variant == "uneven":
+            result = call_unevenly(model, name)
         elif variant == "others":
             result = try_others(model, name)
         elif variant.startswith("from:"):
