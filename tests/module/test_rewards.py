@@ -132,7 +132,7 @@ class TestInWorkers:
         assert not any(os.path.exists(f"/proc/{int(pid)}") for pid in pids[0] | pids[1])
 
     def test_a_config_names_several_rewards(self, tmp_path, arithmetic, monkeypatch):
-        (tmp_path / "my_rewards.py").write_text(
+        (tmp_path / "own_rewards.py").write_text(
             "def evenness(prompts, completions, **columns):\n"
             "    return [float(len(text) % 2 == 0) for text in completions]\n\n"
             "async def judge(prompts, completions, answer, **columns):\n"
@@ -145,8 +145,8 @@ class TestInWorkers:
                 {"class_path": "gvpo_lightning.rewards.ExactAnswer"},
                 {"class_path": "gvpo_lightning.rewards.Format", "init_args": {"pattern": "[0-9]+", "name": "number"}},
                 {"class_path": "gvpo_lightning.rewards.Format", "init_args": {"pattern": ".*", "name": "anything"}},
-                "my_rewards.evenness",
-                "my_rewards.judge",
+                "own_rewards.evenness",
+                "own_rewards.judge",
             ],
             "reward_settings": {"weights": [1.0, 0.25, 0.5, 0.125, 2.0], "num_workers": 2, "timeout": 20.0},
             "rollout": {"group_size": 2, "prompts_per_rollout": 2, "prompts_per_update": 2},

@@ -196,6 +196,7 @@ def test_an_idle_worker_that_has_been_killed_is_replaced_without_blame(make):
 
 
 def test_an_interrupt_ends_the_workers(make):
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     rewards = make(by_text, timeout=100.0)
     rewards.start()
     rewards.wait_until_loaded()
@@ -203,6 +204,7 @@ def test_an_interrupt_ends_the_workers(make):
     threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
     with pytest.raises(KeyboardInterrupt):
         ask(rewards, ["hang"] * 4)
+    signal.signal(signal.SIGINT, before)
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
     assert ask(rewards, ["7"])[0][0].total == 1.0
 
