@@ -22,7 +22,7 @@ SOURCE := PYTHONPATH=kernels:. timeout --kill-after=5
 gpu: gpu-test
 
 gpu-test:
-	$(SOURCE) 470 $(PYTHON) -m pytest tests/kernels -m gpu
+	$(SOURCE) 470 $(PYTHON) -m pytest tests/kernels tests/policy -m gpu
 
 gpu-strategies:
 	$(SOURCE) 570 $(PYTHON) -m pytest tests/strategies tests/module -m gpu
