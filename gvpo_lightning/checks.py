@@ -1,9 +1,11 @@
 """What must hold of prompts and of the Trainer's settings before anything is trained."""
 
+import math
 from collections.abc import Iterable, Mapping
 
 from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import ModelParallelStrategy
 from torch.utils.data import DataLoader
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
@@ -23,12 +25,16 @@ def check_prompts(
     config: PretrainedConfig,
     rewards: Rewards | None,
     max_new_tokens: int,
-) -> None:
+) -> int:
     """Raise ValueError, naming the row, for prompts that a policy with this config can't be given.
 
     That is: no `prompt`, a prompt that is neither text nor messages, no room for max_new_tokens in the
     model's context, or rows without the columns that the rewards need.
+
+    Returns:
+        the longest prompt's tokens.
     """
+    longest = 0
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
@@ -50,6 +56,22 @@ def check_prompts(
                 f"Row {number}: the prompt's {length} tokens and generation.max_new_tokens={max_new_tokens} exceed the "
                 f"model's context of {context}: shorten the prompt or max_new_tokens, or leave the row out."
             )
+        longest = max(longest, length)
+    return longest
+
+
+def check_devices(trainer: Trainer) -> None:
+    """Raise ValueError where a strategy with given sizes gets another number of devices."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    sizes, devices = (strategy._data_parallel_size, strategy._tensor_parallel_size), trainer.world_size
+    if "auto" not in sizes and math.prod(map(int, sizes)) != devices:
+        raise ValueError(
+            f"data_parallel_size={sizes[0]} times tensor_parallel_size={sizes[1]} of trainer.strategy must be the "
+            f"number of devices, {devices}: set trainer.strategy.init_args.data_parallel_size, or trainer.devices and "
+            "trainer.num_nodes."
+        )
 
 
 def check_trainer(

@@ -34,6 +34,7 @@ from gvpo_lightning.callbacks import (
     RunSummary,
 )
 from gvpo_lightning.callbacks.whole import CheckpointError
+from gvpo_lightning.checks import check_devices
 from gvpo_lightning.data import PromptDataModule
 from gvpo_lightning.debug_batch import debug_batch
 from gvpo_lightning.evaluation import regrade
@@ -195,7 +196,9 @@ class GVPOCLI(LightningCLI):
         has_own = any(isinstance(callback, ModelCheckpoint) for callback in config.get("callbacks") or [])
         if config.get("enable_checkpointing") is not False and not has_own:
             self.trainer_defaults["callbacks"].append(RunCheckpoint())
-        return super().instantiate_trainer(**kwargs)
+        trainer = super().instantiate_trainer(**kwargs)
+        check_devices(trainer)
+        return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:
         """As Lightning does; what fails within training is a defect to be traced, not a setting to be mended."""

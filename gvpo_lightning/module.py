@@ -162,7 +162,7 @@ class GVPOModule(SamplingModule):
         self.updates: list[Update] = []
         self.skipped_updates = self.consecutive_skips = 0
         self.seconds = dict.fromkeys(("rollout", "reward", "reference", "train"), 0.0)
-        self.num_completion_tokens = 0
+        self.num_completion_tokens = self.longest_prompt = 0
         self.phase = "train"  # or what `timed` is timing
         self._meter = UpdateMeter()
         self._coefficients: list[Tensor] | None = None  # of a cut update's micro-batches
@@ -206,7 +206,7 @@ class GVPOModule(SamplingModule):
 
     def check_training_prompts(self, rows: Sequence[Row]) -> None:
         """Raise ValueError for prompts that this module can't be trained on, or can't be given completions."""
-        self.check_prompts(rows, sampled=self.sources.settings.generates)
+        self.longest_prompt = self.check_prompts(rows, sampled=self.sources.settings.generates)
         self.sources.open(self.tokenizer, self.vocab_size())
         context = getattr(self.model_config().get_text_config(), "max_position_embeddings", None)
         self.sources.check(rows, context)

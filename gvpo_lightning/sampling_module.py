@@ -72,9 +72,9 @@ class SamplingModule(PolicyModule):
         if self.rewards is not None:
             self.rewards.close()
 
-    def check_prompts(self, rows: Iterable[Row], *, sampled: bool = True) -> None:
-        """Raise ValueError, naming the row, for prompts that this module can't be trained or evaluated on."""
-        check_prompts(
+    def check_prompts(self, rows: Iterable[Row], *, sampled: bool = True) -> int:
+        """Raise ValueError, naming the row, for prompts that can't be used here; returns the longest one's tokens."""
+        return check_prompts(
             rows,
             tokenizer=self.tokenizer,
             config=self.model_config(),

@@ -14,10 +14,6 @@ from gvpo_lightning.head_check import attention_of
 from gvpo_lightning.loading import is_quantized
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.reference import AdapterOffReference
-from gvpo_lightning.rollout.generation import encode_prompt
-from gvpo_lightning.rollout.loader import RolloutLoader
-
-NUM_PROMPTS = 64  # looked at for the longest
 
 
 class MemoryEstimate(L.Callback):
@@ -50,6 +46,7 @@ def run_facts(trainer: L.Trainer, module: GVPOModule) -> tuple[ModelSizes, RunFa
     strategy, tensor_parallel = _strategy(trainer)
     mixed = "mixed" in str(trainer.precision)
     reference = getattr(module.reference, "model", None)
+    models: list[Any] = [] if module.rewards is None else list(module.rewards.functions.values())
     facts = RunFacts(
         workload=_workload(trainer, module),
         num_gpus=trainer.world_size,
@@ -67,6 +64,7 @@ def run_facts(trainer: L.Trainer, module: GVPOModule) -> tuple[ModelSizes, RunFa
         checkpointing=any(getattr(part, "gradient_checkpointing", False) for part in policy.modules()),
         padding_free=module.padding_free,
         masks=attention_of(policy) in ("eager", "sdpa"),
+        reward_bytes=sum(reward.weight_bytes() for reward in models if callable(getattr(reward, "weight_bytes", None))),
         cuda=parameter.is_cuda,
     )
     return sizes, facts if reference is None else replace(facts, reference_parameters=count_parameters(reference))
@@ -89,12 +87,8 @@ def _states(trainer: L.Trainer) -> int:
 
 def _workload(trainer: L.Trainer, module: GVPOModule) -> Workload:
     settings, generation = module.rollout_settings, module.generation
-    loader: Any = trainer.train_dataloader
-    assert isinstance(loader, RolloutLoader)
-    prompts: Any = getattr(loader.prompts, "dataset", loader.prompts)  # of a DataLoader, its dataset
-    rows = [prompts[index] for index in range(min(NUM_PROMPTS, len(prompts)))]
     return Workload(
-        prompt_tokens=max(len(encode_prompt(row["prompt"], module.tokenizer)) for row in rows),
+        prompt_tokens=module.longest_prompt,
         completion_tokens=settings.max_completion_tokens or generation.max_new_tokens,
         group_size=settings.group_size,
         prompts_per_rollout=settings.prompts_per_rollout,

@@ -60,6 +60,7 @@ class RunFacts:
         checkpointing: decoder layers are computed again in the backward pass.
         padding_free: a micro-batch is one row, so that a mask covers all pairs of its tokens.
         masks: attention is given a mask ("eager" and "sdpa").
+        reward_bytes: of reward models' weights, which stay beside the policy.
         cuda: on GPUs; the loss then runs in Triton, and AdamW works on all tensors at once.
     """
 
@@ -80,6 +81,7 @@ class RunFacts:
     checkpointing: bool = True
     padding_free: bool = False
     masks: bool = True
+    reward_bytes: int = 0
     cuda: bool = True
 
     def __post_init__(self) -> None:

@@ -20,7 +20,16 @@ from gvpo_kernels.triton_head import SLICE_BYTES, TILE_BYTES
 from gvpo_lightning.estimate.facts import RunFacts
 from gvpo_lightning.estimate.sizes import ModelSizes
 
-TERMS = ("parameters", "gradients", "optimizer", "whole weights", "activations", "head", "key-value cache")
+TERMS = (
+    "parameters",
+    "gradients",
+    "optimizer",
+    "reward models",
+    "whole weights",
+    "activations",
+    "head",
+    "key-value cache",
+)
 
 
 @dataclass(frozen=True)
@@ -83,7 +92,7 @@ def held_bytes(sizes: ModelSizes, facts: RunFacts) -> dict[str, int]:
         "parameters": int((own - trained) * _frozen_bytes(sizes, facts)) + trained * facts.bytes_trained,
         "gradients": trained * facts.bytes_trained * (2 if _has_buckets(facts) else 1),
         "optimizer": trained * facts.optimizer_bytes,
-    }
+    } | ({"reward models": facts.reward_bytes} if facts.reward_bytes else {})
 
 
 def _own_parameters(sizes: ModelSizes, facts: RunFacts) -> tuple[int, int]:

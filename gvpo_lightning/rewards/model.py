@@ -41,6 +41,17 @@ class RewardModel:
         self._model: Any = None
         self._tokenizer: Any = None
 
+    def weight_bytes(self) -> int:
+        """What its weights take on the device, for an estimate."""
+        import torch
+        from transformers import AutoConfig, AutoModelForSequenceClassification
+
+        config = AutoConfig.from_pretrained(self.path)
+        dtype = config.dtype or torch.float32 if self.dtype == "auto" else getattr(torch, self.dtype)
+        with torch.device("meta"):
+            model = AutoModelForSequenceClassification.from_config(config)
+        return model.num_parameters() * dtype.itemsize
+
     def to(self, device: Any) -> None:
         """Be there from now on."""
         self.device = device

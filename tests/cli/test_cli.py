@@ -174,6 +174,13 @@ def terminates_at_the_second_rollout(prompts, completions, calls=[], **columns):
     return [0.5 + 0.01 * len(text) for text in completions]
 
 
+def test_sizes_of_a_strategy_that_are_not_the_devices_are_one_line(config, root, capsys):
+    strategy = str(root / "configs" / "strategy" / "fsdp2.yaml")
+    with pytest.raises(SystemExit):
+        main(quiet("fit", "--config", config(), "--config", strategy, "--trainer.devices=2"))
+    assert "data_parallel_size=8 times tensor_parallel_size=1 of trainer.strategy must be" in capsys.readouterr().err
+
+
 def test_a_checkpoint_that_does_not_fit_is_one_line_by_rlimit_fsize(config, tmp_path, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     path = config(model__reward="tests.cli.test_cli.limits_files_at_the_second_rollout")

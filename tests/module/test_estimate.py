@@ -1,11 +1,16 @@
 """The estimate that a run prints is of its own settings."""
 
+from dataclasses import replace
+
 import pytest
 import torch
+from transformers import Qwen2ForSequenceClassification
 
 from gvpo_lightning import GenerationSettings, LoadingSettings, RolloutSettings
 from gvpo_lightning.callbacks import MemoryEstimate
 from gvpo_lightning.callbacks.estimate import run_facts
+from gvpo_lightning.estimate import estimate_memory
+from gvpo_lightning.rewards import RewardModel
 
 GENERATION = GenerationSettings(max_new_tokens=4, batch_size=16)
 
@@ -77,6 +82,25 @@ def test_an_adapter_from_the_settings_is_seen_and_no_copy_for_its_reference(
     assert (facts.weight_bytes, facts.trained_bytes, facts.optimizer_bytes) == (2, 4, 8)
     assert (facts.reference, facts.reference_parameters) == ("adapter_off", 0)
     assert facts.layer_bytes == (None if quantization is None else pytest.approx(0.6, abs=0.1))  # norms are bfloat16
+
+
+def test_a_reward_model_beside_the_policy_is_counted(facts_of, tmp_path, tiny_policy, tokenizer):
+    config = tiny_policy().config
+    config.num_labels = 1
+    Qwen2ForSequenceClassification(config).bfloat16().save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    reward = RewardModel(str(tmp_path))
+    sizes, facts = facts_of(reward=reward)
+    assert facts.reward_bytes == 2 * sum(p.numel() for p in reward._model.parameters())
+    without = estimate_memory(sizes, replace(facts, reward_bytes=0))
+    assert estimate_memory(sizes, facts).peak == without.peak + facts.reward_bytes
+
+
+def test_the_longest_prompt_is_of_them_all(make_module, fit):
+    prompts = [{"prompt": "1+1="}] * 200 + [{"prompt": "1+1+1+1+1+1="}]
+    module = make_module(generation=GENERATION)
+    trainer = fit(module, rows=prompts, max_steps=2)
+    assert run_facts(trainer, module)[1].workload.prompt_tokens == 12
 
 
 def test_it_is_short_and_says_the_peak(make_module, fit, capsys):
