@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from gvpo_lightning.evaluation.benchmarks import Benchmark, ProblemSet, load_problems
 from gvpo_lightning.evaluation.loader import ProblemLoader
+from gvpo_lightning.plan import rank_share
 from gvpo_lightning.rollout.loader import RolloutLoader, Row
 from gvpo_lightning.splits import cut_split, load_splits
 from gvpo_lightning.templates import TEMPLATES
@@ -146,7 +147,7 @@ class PromptDataModule(L.LightningDataModule):
         """The problems of the benchmarks, or the test prompts, in the dataset's order; none twice, on any rank.
 
         Raises:
-            ValueError: benchmarks under FSDP1, whose ranks must have equally many batches.
+            ValueError: benchmarks under FSDP1, whose ranks must have equally many batches; a rank without a problem.
         """
         assert self.trainer is not None
         if isinstance(self.trainer.strategy, FSDPStrategy):
@@ -157,6 +158,11 @@ class PromptDataModule(L.LightningDataModule):
                 )
             return self._evaluation_loader("test")  # with Lightning's sampler, which repeats some prompts
         sets = self.problem_sets or [ProblemSet("test", self._rows["test"], None)]
+        size = self._module.data_ranks.size
+        for rank in range(size):
+            if not any(rank_share(len(problems.rows), rank, size) for problems in sets):
+                counts = {problems.name: len(problems.rows) for problems in sets}
+                raise ValueError(f"{size} ranks can't share {counts}: rank {rank} would have none. Use fewer devices.")
         return ProblemLoader(sets, self.batch_size, self._module)
 
     def predict_dataloader(self) -> Any:
