@@ -1,6 +1,7 @@
 """`PromptDataModule`: prompts from a Hugging Face dataset, wherever it lies."""
 
 from functools import partial
+from string import Formatter
 from typing import Any
 
 import lightning as L
@@ -10,6 +11,7 @@ from torch.utils.data import DataLoader
 
 from gvpo_lightning.evaluation.benchmarks import Benchmark, ProblemSet, load_problems
 from gvpo_lightning.evaluation.loader import ProblemLoader
+from gvpo_lightning.plan import rank_share
 from gvpo_lightning.rollout.loader import RolloutLoader, Row
 from gvpo_lightning.splits import cut_split, load_splits
 from gvpo_lightning.templates import TEMPLATES
@@ -24,8 +26,8 @@ class PromptDataModule(L.LightningDataModule):
         name: the hub dataset's configuration, such as gsm8k's "main".
         prompt_column: the column with the prompt: text, or a list of {"role", "content"} messages.
         prompt_template: a format string over the row's columns, such as "Question: {question}"; replaces the
-            text of the prompt column. Or the name of a template around that text: "qwen_math" or "r1"
-            (`gvpo_lightning.templates`).
+            text of the prompt column; literal braces are doubled. Or the name of a template around that text:
+            "qwen_math" or "r1" (`gvpo_lightning.templates`), which no chat template goes around.
         conversational: turn text prompts into one user message, for the tokenizer's chat template.
         system_prompt: a system message in front of it (implies `conversational`).
         train_split, validation_split, test_split: split expressions in the datasets library's notation, such
@@ -37,8 +39,9 @@ class PromptDataModule(L.LightningDataModule):
     All other columns reach the reward as keyword arguments, by name.
 
     Raises:
-        ValueError: at setup, before anything is trained: no such data, split or column, an empty split, a row
-            whose prompt is missing or unusable, or a prompt longer than the model's context allows.
+        ValueError: a `prompt_template` without a column, or a named one within a conversation; at setup, before
+            anything is trained: no such data, split or column, an empty split, a row whose prompt is missing or
+            unusable, or a prompt longer than the model's context allows.
     """
 
     def __init__(
@@ -59,6 +62,8 @@ class PromptDataModule(L.LightningDataModule):
         self.path, self.name = path, name
         self.prompt_column, self.prompt_template = prompt_column, prompt_template
         self.conversational, self.system_prompt = conversational or system_prompt is not None, system_prompt
+        if prompt_template is not None:
+            check_template(prompt_template, self.conversational)
         self.splits = {"train": train_split, "validation": validation_split, "test": test_split}
         self.batch_size = batch_size
         self.benchmarks = {name: suite for name, suite in (benchmarks or {}).items() if suite is not None}
@@ -142,7 +147,7 @@ class PromptDataModule(L.LightningDataModule):
         """The problems of the benchmarks, or the test prompts, in the dataset's order; none twice, on any rank.
 
         Raises:
-            ValueError: benchmarks under FSDP1, whose ranks must have equally many batches.
+            ValueError: benchmarks under FSDP1, whose ranks must have equally many batches; a rank without a problem.
         """
         assert self.trainer is not None
         if isinstance(self.trainer.strategy, FSDPStrategy):
@@ -153,6 +158,11 @@ class PromptDataModule(L.LightningDataModule):
                 )
             return self._evaluation_loader("test")  # with Lightning's sampler, which repeats some prompts
         sets = self.problem_sets or [ProblemSet("test", self._rows["test"], None)]
+        size = self._module.data_ranks.size
+        for rank in range(size):
+            if not any(rank_share(len(problems.rows), rank, size) for problems in sets):
+                counts = {problems.name: len(problems.rows) for problems in sets}
+                raise ValueError(f"{size} ranks can't share {counts}: rank {rank} would have none. Use fewer devices.")
         return ProblemLoader(sets, self.batch_size, self._module)
 
     def predict_dataloader(self) -> Any:
@@ -162,6 +172,23 @@ class PromptDataModule(L.LightningDataModule):
     def _evaluation_loader(self, role: str) -> Any:
         rows = self._rows.get(role)
         return [] if rows is None else DataLoader(rows, batch_size=self.batch_size, collate_fn=list)
+
+
+def check_template(template: str, conversational: bool) -> None:
+    """Raise ValueError for a template that makes all prompts alike, or that would be put inside another one."""
+    if template in TEMPLATES:
+        if conversational:
+            raise ValueError(
+                f"data.prompt_template={template!r} is a whole prompt already, and data.conversational or "
+                "data.system_prompt would put it inside a user message: set conversational: false and "
+                "system_prompt: null, or prompt_template: null."
+            )
+        return
+    if all(field is None for _, field, _, _ in Formatter().parse(template)):
+        raise ValueError(
+            f"data.prompt_template={template!r} names no column, so all prompts would be the same: put one in, such "
+            f"as 'Question: {{question}}', or give the name of a template, one of {sorted(TEMPLATES)}."
+        )
 
 
 def with_prompt(
@@ -176,10 +203,15 @@ def with_prompt(
     try:
         prompt: Any = row[column] if template is None or around is not None else template.format(**row)
     except (KeyError, IndexError, AttributeError) as error:
-        raise ValueError(f"prompt_template={template!r} asks for {error}, the rows have {sorted(row)}.") from error
+        raise ValueError(
+            f"prompt_template={template!r} asks for {error}, the rows have {sorted(row)}. Braces that are meant "
+            r"literally are doubled: \boxed{{}}."
+        ) from error
     if not prompt:
         raise ValueError(f"row {number} has an empty prompt.")
     if around is not None:
+        if not isinstance(prompt, str):
+            raise ValueError(f"row {number}: prompt_template={template!r} goes around text, got {str(prompt)[:80]!r}.")
         prompt = around(prompt)
     if conversational and isinstance(prompt, str):
         system = [{"role": "system", "content": system_prompt}] if system_prompt else []

@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from gvpo_lightning.evaluation.records import write_whole
+
 Run = dict[str, Any]  # what evaluation.json holds: name, benchmarks, average, settings, versions
 
 # what the paper's Table 1 reports of Qwen2.5-Math-7B: right completions, of 32 for each AIME24 problem
@@ -24,26 +26,32 @@ def reported_runs() -> list[Run]:
             suite: {"score": count / total, "right": count, "completions": total, "metric": "reported"}
             for (suite, total), count in zip(REPORTED_TOTALS.items(), right, strict=True)
         }
-        runs.append({"name": f"{name} (reported)", "benchmarks": benchmarks, "average": average(benchmarks)})
+        runs.append({"name": f"{name} (reported)", "benchmarks": benchmarks, "average": mean_score(benchmarks)})
     return runs
 
 
-def average(benchmarks: dict[str, dict[str, Any]]) -> float:
+def mean_score(benchmarks: dict[str, dict[str, Any]]) -> float:
     """The mean of the benchmarks' scores, each counting once."""
     return sum(entry["score"] for entry in benchmarks.values()) / len(benchmarks)
+
+
+def average(benchmarks: dict[str, dict[str, Any]], problems: dict[str, int]) -> float | None:
+    """The mean of the scores; None unless all the problems that each benchmark has are there."""
+    found = {name: entry["problems"] for name, entry in benchmarks.items()}
+    return mean_score(benchmarks) if found == problems else None
 
 
 def write_report(folder: Path, runs: list[Run], *, reported: bool = False) -> None:
     """evaluation.md and evaluation.png of some runs, after the paper's own rows where `reported` asks for them."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [*reported_runs(), *runs] if reported else runs
-    (folder / "evaluation.md").write_text(markdown(rows), encoding="utf-8")
+    write_whole(folder / "evaluation.md", markdown(rows))
     plot(folder / "evaluation.png", rows)
 
 
 def write_run(folder: Path, run: Run) -> None:
     """evaluation.json of one run."""
-    (folder / "evaluation.json").write_text(json.dumps(run, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(folder / "evaluation.json", json.dumps(run, indent=2, ensure_ascii=False) + "\n")
 
 
 def suites(runs: list[Run]) -> list[str]:
@@ -52,19 +60,26 @@ def suites(runs: list[Run]) -> list[str]:
 
 
 def markdown(runs: list[Run]) -> str:
-    """Percentages with 95% intervals, and how many completions are right."""
+    """Percentages with 95% intervals, and how many completions are right.
+
+    A benchmark's metric is in its column's head, or where runs have different ones in the cells.
+    """
     names = suites(runs)
-    metrics = {name: next(m for run in reversed(runs) if (m := _entry(run, name).get("metric"))) for name in names}
-    header = ["", *(f"{name} ({metrics[name]})" for name in names), "average"]
+    metrics = {name: {run["benchmarks"][name]["metric"] for run in runs if name in run["benchmarks"]} for name in names}
+    metrics = {name: found - {"reported"} or found for name, found in metrics.items()}
+    heads = [f"{name} ({next(iter(found))})" if len(found) == 1 else name for name, found in metrics.items()]
+    header = ["", *heads, "average"]
     scores, counts = [header, ["---", *["---:"] * (len(names) + 1)]], []
     for run in runs:
-        cells = [_score_cell(_entry(run, name)) for name in names]
+        cells = [_score_cell(_entry(run, name), with_metric=len(metrics[name]) > 1) for name in names]
         # an average over fewer benchmarks would not compare
-        mean = f"{100 * run['average']:.2f}" if all(name in run["benchmarks"] for name in names) else ""
+        is_whole = run["average"] is not None and all(name in run["benchmarks"] for name in names)
+        mean = f"{100 * run['average']:.2f}" if is_whole else ""
         scores.append([run["name"], *cells, mean])
         for name in names:
             if "tokens_mean" in (entry := _entry(run, name)):  # not of what is only reported
-                numbers = [f"{entry[key]:,}" for key in ("ungraded", "without_answer", "truncated")]
+                counted = [entry[key] for key in ("ungraded", "without_answer", "truncated")]
+                numbers = ["" if number is None else f"{number:,}" for number in counted]
                 right = f"{entry['right']:,} of {entry['completions']:,}"
                 counts.append([run["name"], name, right, *numbers, f"{entry['tokens_mean']:,.0f}"])
     details = ["run", "benchmark", "right", "ungraded", "without an answer", "truncated", "tokens, mean"]
@@ -76,13 +91,17 @@ def _entry(run: Run, name: str) -> dict[str, Any]:
     return run["benchmarks"].get(name, {})
 
 
-def _score_cell(entry: dict[str, Any]) -> str:
+def _score_cell(entry: dict[str, Any], *, with_metric: bool) -> str:
     if not entry:
         return ""
     text = f"{100 * entry['score']:.2f}"
     if "interval" in entry:
         low, high = entry["interval"]
         text += f" ({100 * low:.1f}–{100 * high:.1f})"
+    if with_metric:
+        text += f", {entry['metric']}"
+    if "problems" in entry and entry["problems"] != entry["all_problems"]:
+        text += f", {entry['problems']} of {entry['all_problems'] or '?'} problems"
     return text
 
 
@@ -120,7 +139,9 @@ def plot(path: Path, runs: list[Run]) -> None:
         panels[1].set_xscale("log", base=2)
         panels[1].set_xlabel("k")
         panels[1].legend(fontsize="small")
-    figure.savefig(path, dpi=120)
+    new = path.with_name(path.name + ".new")
+    figure.savefig(new, dpi=120, format="png")
+    new.replace(path)
 
 
 def _curve(entry: dict[str, Any], kind: str) -> list[tuple[int, float]]:

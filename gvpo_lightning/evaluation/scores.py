@@ -1,5 +1,6 @@
 """What a benchmark's graded completions are worth."""
 
+import math
 from collections.abc import Hashable, Iterable
 from typing import Any
 
@@ -15,15 +16,18 @@ class BenchmarkScores:
 
     Args:
         num_samples: completions of every problem.
+        has_answers: whether the completions' answers are known; without them there is no maj@k.
         kwargs: torchmetrics' own.
     """
 
-    def __init__(self, num_samples: int, **kwargs: Any) -> None:
+    def __init__(self, num_samples: int, has_answers: bool = True, **kwargs: Any) -> None:
         powers = sorted({1 << power for power in range(num_samples.bit_length())} | {num_samples})
+        self.has_answers = has_answers
         self.headline = f"avg@{num_samples}" if num_samples > 1 else "pass@1"
         self.metrics: dict[str, MeanOverProblems] = {f"pass@{k}": PassAtK(k, **kwargs) for k in powers}
         if num_samples > 1:
             self.metrics = {self.headline: AverageAtK(num_samples, **kwargs)} | self.metrics
+        if num_samples > 1 and has_answers:
             self.metrics |= {f"maj@{k}": MajorityAtK(k, **kwargs) for k in powers[1:]}
 
     def update(self, samples: list[Record]) -> None:
@@ -51,18 +55,23 @@ def is_right(record: Record) -> bool:
 
 
 def vote(answer: str | None) -> Hashable | None:
-    """What an answer is counted as in a majority: its text, a number by value."""
-    if answer is None:
+    """What an answer is counted as in a majority: its text, a number by value; None where it is empty."""
+    if not answer or not (text := plain(answer)):
         return None
-    text = plain(answer)
     try:
-        return float(text)
+        number = float(text)
     except ValueError:
         return text
+    return text if math.isnan(number) else number  # which would equal nothing, not even itself
 
 
-def summarise(records: Iterable[Record], scores: BenchmarkScores, values: dict[str, dict[str, float]]) -> dict:
-    """A benchmark's entry in evaluation.json, from the completions of all ranks and `scores.compute()`."""
+def summarise(
+    records: Iterable[Record], scores: BenchmarkScores, values: dict[str, dict[str, float]], all_problems: int | None
+) -> dict[str, Any]:
+    """A benchmark's entry in evaluation.json, from the completions of all ranks and `scores.compute()`.
+
+    `all_problems` are those that the benchmark has, None where that is not known.
+    """
     records = list(records)
     headline = values[scores.headline]
     return {
@@ -70,10 +79,11 @@ def summarise(records: Iterable[Record], scores: BenchmarkScores, values: dict[s
         "score": headline["value"],
         "interval": [headline["low"], headline["high"]],
         "problems": len({record["number"] for record in records}),
+        "all_problems": all_problems,
         "completions": len(records),
         "right": sum(map(is_right, records)),
         "ungraded": sum(record["reward"] is None for record in records),
-        "without_answer": sum(record["answer"] is None for record in records),
+        "without_answer": sum(vote(r["answer"]) is None for r in records) if scores.has_answers else None,
         "truncated": sum(record["truncated"] for record in records),
         "tokens_mean": sum(record["num_tokens"] for record in records) / len(records),
         "metrics": values,

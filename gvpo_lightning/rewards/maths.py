@@ -49,6 +49,7 @@ class BoxedMath:
     def __init__(self, answer_column: str = "answer", require_box: bool = True) -> None:
         self.answer_column = answer_column
         self.require_box = require_box
+        self.extract_answer = extract_answer if require_box else None  # for maj@k; math-verify's search could hang
         self.required_columns = [answer_column]
 
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]) -> list[float]:

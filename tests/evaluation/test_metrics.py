@@ -78,15 +78,19 @@ def test_interval_is_between_that_of_the_problems_and_that_of_the_draws():
     wide, narrow = wilson_interval(15, 15, 30, 30), wilson_interval(480, 480, 960, 960)
     low, high = wilson_interval(15, 9, 30, 960)
     assert wide[0] < low < narrow[0] < narrow[1] < high < wide[1]
-    assert wilson_interval(15, 7.5, 30, 60) == wilson_interval(30, 30, 60, 60)  # never more than the draws are worth
+    assert wilson_interval(15, 7.5, 30, 45) == wilson_interval(22.5, 22.5, 45, 45)  # at most the draws
+    assert wilson_interval(15, 7.5, 30, 960) == wilson_interval(30, 30, 60, 60)  # and twice the problems
 
 
-@pytest.mark.parametrize(("alpha", "beta"), [(0.3, 1.5), (1.0, 1.0), (20.0, 20.0), (0.1, 5.0), (5.0, 0.2)])
-@pytest.mark.parametrize(("problems", "samples"), [(30, 32), (83, 1), (200, 4)])
+@pytest.mark.parametrize(
+    ("alpha", "beta"),
+    [(0.3, 1.5), (1.0, 1.0), (20.0, 20.0), (0.1, 5.0), (5.0, 0.2), (0.02, 0.5), (0.1, 1.0), (0.05, 5.0)],
+)
+@pytest.mark.parametrize(("problems", "samples"), [(30, 32), (83, 1), (83, 32), (200, 4)])
 def test_intervals_cover_the_truth(alpha, beta, problems, samples):
     """Problems whose chances are drawn from a beta distribution, with the mean alpha / (alpha + beta)."""
     generator = torch.Generator().manual_seed(0)
-    runs = 4000
+    runs = 3000
     gamma = [
         torch._standard_gamma(torch.full((runs, problems), a, dtype=torch.float64), generator) for a in (alpha, beta)
     ]

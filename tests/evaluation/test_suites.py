@@ -150,7 +150,11 @@ def test_policy_is_tested_and_graded_again(arguments, tmp_path):
     assert len({line["completion"] for line in records["aime24"] if line["number"] == 0}) > 1  # sampled
     run = json.loads((folder / "evaluation.json").read_text())
     assert run["settings"]["generation"]["max_new_tokens"] == 12
-    assert run["settings"]["reward"] == ["BoxedMath"]
+    assert run["settings"]["reward"]["BoxedMath"]["require_box"] is True
+    assert run["settings"]["reward_settings"]["weights"] is None
+    assert run["settings"]["problems"] == dict.fromkeys(COUNTS, 4)
+    assert run["average"] == pytest.approx(sum(entry["score"] for entry in scores.values()) / 6)
+    assert all(len(line["token_ids"]) == line["num_tokens"] for lines in records.values() for line in lines)
     table = (folder / "evaluation.md").read_text()
     assert table.splitlines()[0].startswith("|  | aime24 (avg@4) | amc (pass@1) |")
     assert (folder / "evaluation.png").stat().st_size > 10_000
@@ -161,6 +165,69 @@ def test_policy_is_tested_and_graded_again(arguments, tmp_path):
     main(arguments)  # the same seed; what was there is kept
     assert {path.name: path.read_bytes() for path in folder.glob("*.jsonl")}.items() <= before.items()
     assert {path.name: path.read_bytes() for path in (tmp_path / "evaluation.1").glob("*.json*")} == before
+
+
+@pytest.mark.parametrize(
+    "reward",
+    [
+        ["gvpo_lightning.rewards.BoxedMath", "gvpo_lightning.rewards.ExactAnswer"],  # with weights
+        {"class_path": "gvpo_lightning.rewards.BoxedMath", "init_args": {"answer_column": "solution"}},
+    ],
+)
+def test_training_configs_change_no_score(arguments, tmp_path, reward):
+    """`math.yaml` after the config of a run that differs from it wherever scores would show it."""
+    weights = [0.1] * len(reward) if isinstance(reward, list) else [0.1]
+    generation = {"top_k": 5, "top_p": 0.5, "min_p": 0.2, "temperature": 0.1, "stop_strings": ["a", "e"]}
+    model = {"reward": reward, "reward_settings": {"weights": weights}, "generation": generation}
+    data = {"path": "nowhere", "system_prompt": "Think.", "conversational": True, "prompt_template": "{problem}!"}
+    run, few = tmp_path / "run.yaml", tmp_path / "few.yaml"
+    run.write_text(yaml.safe_dump({"model": model | {"policy": "configs/gsm8k_tiny/model"}, "data": data}))
+    overlay = yaml.safe_load(few.read_text())
+    overlay["data"]["benchmarks"] |= dict.fromkeys([name for name in COUNTS if name != "amc"])
+    overlay["data"]["benchmarks"]["amc"]["count"] = 1
+    overlay["data"]["benchmarks"]["amc"]["split"] = "amc[:1]"
+    del overlay["data"]["prompt_template"]
+    few.write_text(yaml.safe_dump(overlay))
+    arguments = [a for a in arguments if not a.startswith(("--model.policy", "--model.generation"))]
+    main(["test", "--config", str(run), *arguments[1:], "--model.generation.max_new_tokens=2"])
+    (record,) = read_records(tmp_path / "evaluation")["amc"]
+    assert record["prompt"].startswith("<|im_start|>system\nPlease reason step by step")
+    found = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())["settings"]
+    assert list(found["reward"]) == ["BoxedMath"]
+    assert found["reward"]["BoxedMath"]["answer_column"] == "answer"
+    assert found["reward_settings"]["weights"] is None
+    assert (found["conversational"], found["system_prompt"]) == (False, None)
+    expected = {"temperature": 1.0, "top_k": 0, "top_p": 1.0, "min_p": 0.0, "stop_strings": []}
+    assert expected.items() <= found["generation"].items()
+    assert found["policy"] == "configs/gsm8k_tiny/model"
+
+
+def test_a_part_of_the_problems_is_called_that(arguments, tmp_path):
+    main([*arguments, "--trainer.limit_test_batches=1"])
+    run = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert list(run["benchmarks"]) == ["aime24"]
+    assert (run["benchmarks"]["aime24"]["problems"], run["benchmarks"]["aime24"]["all_problems"]) == (3, 4)
+    assert run["average"] is None
+    row = (tmp_path / "evaluation" / "evaluation.md").read_text().splitlines()[2]
+    assert row.endswith("3 of 4 problems |  |")
+    reward = "--reward=tests.evaluation.test_suites.as_long_as_can_be"  # asked for the tokens that were sampled
+    main(["regrade", str(tmp_path / "evaluation"), reward])
+    records = read_records(tmp_path / "evaluation")["aime24"]
+    assert [bool(r["reward"]) for r in records] == [r["truncated"] for r in records]
+    again = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
+    assert again["average"] is None
+    assert again["benchmarks"]["aime24"]["all_problems"] == 4
+
+
+def as_long_as_can_be(prompts, completions, completion_ids, **columns):
+    return [float(len(ids) == 12) for ids in completion_ids]
+
+
+def test_several_rewards_are_refused_before_the_model_is_loaded(arguments, capsys):
+    rewards = "[gvpo_lightning.rewards.BoxedMath,gvpo_lightning.rewards.ExactAnswer]"
+    with pytest.raises(SystemExit):
+        main([*arguments, f"--model.reward={rewards}"])
+    assert "exactly one reward, which is beyond 0.5 for right completions, got ['BoxedMath'" in capsys.readouterr().err
 
 
 def test_two_ranks_test_every_problem_once(arguments, root, tmp_path):
@@ -218,13 +285,79 @@ def test_a_run_that_ended_early_is_graded_as_far_as_it_got(recorded):
     assert not (recorded / "own.rank1.jsonl").exists()
 
 
+def test_a_run_that_ended_while_ranks_were_put_together_counts_nothing_twice(recorded):
+    main(["regrade", str(recorded)])
+    expected = scores_of(recorded)
+    lines = (recorded / "own.jsonl").read_text().splitlines(keepends=True)
+    (recorded / "own.rank1.jsonl").write_text("".join(lines[4:]))
+    main(["regrade", str(recorded)])
+    assert scores_of(recorded) == expected
+    assert (recorded / "own.jsonl").read_text() == "".join(lines)
+
+
+def test_a_run_that_ended_early_knows_what_it_was_to_do(recorded):
+    settings = {"benchmarks": {"own": {"num_samples": 4}}, "problems": {"own": 2, "more": 7}}
+    (recorded / "evaluation.json").write_text(json.dumps({"name": "run", "settings": settings}))
+    lines = (recorded / "own.jsonl").read_text().splitlines(keepends=True)
+    (recorded / "own.jsonl").write_text("".join(lines[:6]))
+    main(["regrade", str(recorded)])
+    run = json.loads((recorded / "evaluation.json").read_text())
+    assert run["benchmarks"]["own"]["score"] == 0.75
+    assert run["average"] is None
+    assert "1 of 2 problems" in (recorded / "evaluation.md").read_text()
+    (recorded / "own.jsonl").write_text("".join(lines[:3]))
+    with pytest.raises(SystemExit):  # none has all four
+        main(["regrade", str(recorded)])
+    assert len(read_records(recorded)["own"]) == 3
+
+
+def test_weights_do_not_change_what_is_right(recorded):
+    main(["regrade", str(recorded), "--reward_settings.weights=[0.2]"])
+    assert scores_of(recorded)["own"]["right"] == 4
+    assert {record["reward"] for record in read_records(recorded)["own"]} == {0.0, 1.0}
+
+
+def test_completions_without_tokens_are_refused_to_rewards_that_want_them(recorded, capsys):
+    before = (recorded / "own.jsonl").read_text()
+    with pytest.raises(SystemExit):
+        main(["regrade", str(recorded), "--reward=tests.evaluation.test_suites.as_long_as_can_be"])
+    assert "as_long_as_can_be wants completion_ids, but the completions in" in capsys.readouterr().err
+    assert (recorded / "own.jsonl").read_text() == before
+
+
+@pytest.mark.parametrize(("answer", "counted"), [("", None), ("\\text{ }", None), ("0.50", 0.5), ("nan", "nan")])
+def test_votes(answer, counted):
+    assert vote(answer) == counted
+
+
+def test_rows_are_named_by_the_policy_and_its_checkpoint_or_as_wanted(recorded, tmp_path):
+    other = tmp_path / "other" / "evaluation"
+    shutil.copytree(recorded, other)
+    lines = (other / "own.jsonl").read_text().splitlines(keepends=True)
+    (other / "own.jsonl").write_text(lines[0] + lines[4])  # one sample a problem
+    for folder, name in ((recorded, "policy"), (other, "policy, last.ckpt")):
+        (folder / "evaluation.json").write_text(json.dumps({"name": name, "settings": {"problems": {"own": 2}}}))
+    for names in (["policy", "policy, last.ckpt"], ["base", "trained"]):
+        main(["regrade", str(recorded), str(other), *(["--names", *names] if "base" in names else [])])
+        header, _, *rows = (recorded / "evaluation.md").read_text().split("\n\n")[0].splitlines()
+        assert header == "|  | own | average |"  # the metric differs
+        assert [row.split("|")[1].strip() for row in rows] == names
+        assert [row.split("|")[2].strip().rpartition(", ")[2] for row in rows] == ["avg@4", "pass@1"]
+    with pytest.raises(SystemExit):
+        main(["regrade", str(recorded), "--names", "a", "b"])
+
+
 def test_another_reward_and_several_runs_in_one_table(recorded, tmp_path):
     other = tmp_path / "other" / "evaluation"
     shutil.copytree(recorded, other)
     reward = "--reward={class_path: gvpo_lightning.rewards.ExactAnswer, init_args: {compare: last_number}}"
     main(["regrade", str(recorded), str(other), "--report", str(tmp_path / "both"), "--reported=true", reward])
     # the last number of the first answer is 2, of the second 7
-    assert [r["answer"] for r in read_records(recorded)["own"] if is_right(r)] == ["1/2", "2", "7"]
+    right = [r["completion"] for r in read_records(recorded)["own"] if is_right(r)]
+    assert right == [f"It is \\boxed{{{answer}}}." for answer in ("1/2", "2", "7")]
+    own = scores_of(recorded)["own"]
+    assert own["without_answer"] is None  # what the answer is, this reward does not say
+    assert not any(name.startswith("maj") for name in own["metrics"])
     table = (tmp_path / "both" / "evaluation.md").read_text()
     names = [line.split("|")[1].strip() for line in table.split("\n\n")[0].splitlines()[2:]]
     assert names == ["base (reported)", "GRPO (reported)", "Dr.GRPO (reported)", "GVPO (reported)", "run", "other"]
