@@ -51,6 +51,10 @@ class BoxedMath:
         self.require_box = require_box
         self.required_columns = [answer_column]
 
+    def warm_up(self) -> None:
+        """Import what is needed: seconds that are no completion's."""
+        same_answer("1/2", "0.5")
+
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]) -> list[float]:
         """One reward a completion."""
         rewards = []

@@ -29,6 +29,9 @@ def main(connection: Connection, trace: int, parent: int) -> None:
         from gvpo_lightning.rewards.protocol import RAISED, Failure, RewardContractError, reward_all_at_once
 
         functions = {name: pickle.loads(reward) for name, reward in rewards.items()}
+        for function in functions.values():
+            if hasattr(function, "warm_up"):
+                function.warm_up()
     except BaseException:
         connection.send((0, traceback.format_exc()))
         return
