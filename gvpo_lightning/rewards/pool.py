@@ -24,6 +24,7 @@ import cloudpickle
 
 from gvpo_lightning.rewards.progress import advance
 from gvpo_lightning.rewards.protocol import DIED, TIMEOUT, Failure, Reward, RewardContractError, Value
+from gvpo_lightning.rewards.starting import start_process
 
 START_TIMEOUT = 600.0  # seconds to import what the rewards need
 LOADING = -1
@@ -46,14 +47,15 @@ class Worker:
         self.connection, theirs = Pipe()
         self.trace = tempfile.TemporaryFile()  # noqa: SIM115  # where it writes its stack when it is asked to, or crashes
         inherited = (theirs.fileno(), self.trace.fileno())
-        self.process = subprocess.Popen(
+        self.process = start_process(
             [sys.executable, str(Path(__file__).with_name("worker.py")), *map(str, inherited), str(os.getpid())],
             stdin=subprocess.DEVNULL,
             pass_fds=inherited,
             env={"OMP_NUM_THREADS": "1"} | os.environ,
-            start_new_session=True,  # so that what a reward has started ends with it
+            start_new_session=True,  # so that what a reward has started, and what stays in its session, ends with it
         )
         theirs.close()
+        self.asked = 0
         self.task: int | None = LOADING
         self.deadline = time.monotonic() + START_TIMEOUT
         with contextlib.suppress(OSError):  # its end is noticed when it should answer
@@ -64,9 +66,10 @@ class Worker:
         try:
             if self.connection.poll():
                 return False
-            self.connection.send((task.reward, task.prompt, task.completion, task.columns))
+            self.connection.send((self.asked + 1, task.reward, task.prompt, task.completion, task.columns))
         except OSError:
             return False
+        self.asked += 1
         self.task, self.deadline = number, time.monotonic() + timeout
         return True
 
@@ -82,7 +85,7 @@ class Worker:
         return self.trace.read().decode(errors="replace").strip()
 
     def kill(self) -> int:
-        """End it, and what it has started; returns its status."""
+        """End it, and what it has started that stays in its session's process group; returns its status."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.connection.close()
@@ -192,12 +195,15 @@ class RewardPool:
 
     def _receive(self, worker: Worker) -> Any:
         try:
-            answer = worker.connection.recv()
+            number, answer = worker.connection.recv()
         except (EOFError, OSError):
             with contextlib.suppress(subprocess.TimeoutExpired):  # the connection ends just before the process
                 worker.process.wait(1.0)
             stack = worker.stack()
             return Failure(DIED, f"its process ended with status {self._remove(worker)}. {stack}".strip())
+        if number != worker.asked:  # a process that the reward has forked answers too
+            self._remove(worker)
+            return Failure(DIED, f"its process gave answer {number} to question {worker.asked}.")
         if isinstance(answer, RewardContractError):
             raise answer
         worker.task = None

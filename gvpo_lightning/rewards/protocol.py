@@ -77,7 +77,10 @@ def _checked(name: str, value: Any, completion: str) -> Value:
         raise RewardContractError(
             f"The reward {name} must return numbers or None, got {value!r} for the completion {completion[:80]!r}."
         )
-    number = float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int or a fraction
+        return Failure(NOT_FINITE, "it returned a number beyond those that a float can hold")
     return number if math.isfinite(number) else Failure(NOT_FINITE, f"it returned {number}")
 
 
@@ -129,6 +132,11 @@ def reward_columns(row: Mapping[str, Any]) -> list[str]:
 
 def check_reward_columns(reward: Reward, columns: set[str]) -> None:
     """Raise ValueError where the reward's arguments and the dataset's columns do not fit."""
+    if taken := columns & {"prompts", "completions"}:
+        raise ValueError(
+            f"Rewards are given their prompts and completions by the names of the dataset's columns {sorted(taken)}: "
+            "give these columns other names."
+        )
     needed = getattr(reward, "required_columns", None)
     parameters = list(inspect.signature(reward).parameters.values())
     plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)

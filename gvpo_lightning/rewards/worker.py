@@ -19,8 +19,8 @@ PR_SET_PDEATHSIG = 1
 def main(connection: Connection, trace: int, parent: int) -> None:
     """Load the rewards, say so, and answer one completion after the other until the connection ends."""
     _end_with(parent)
-    for ignored in (signal.SIGINT, signal.SIGTERM):  # the training process decides; it closes the connection
-        signal.signal(ignored, signal.SIG_IGN)
+    own = os.getpid()
+    _pass_over_signals()
     faulthandler.enable(file=trace)
     faulthandler.register(signal.SIGUSR1, file=trace, all_threads=False)
     try:
@@ -29,28 +29,59 @@ def main(connection: Connection, trace: int, parent: int) -> None:
         from gvpo_lightning.rewards.protocol import RAISED, Failure, RewardContractError, reward_all_at_once
 
         functions = {name: pickle.loads(reward) for name, reward in rewards.items()}
+        for function in functions.values():
+            if hasattr(function, "warm_up"):
+                function.warm_up()
     except BaseException:
-        connection.send(traceback.format_exc())
+        connection.send((0, traceback.format_exc()))
         return
-    connection.send(None)
+    connection.send((0, None))
     while True:
         try:
-            name, prompt, completion, columns = connection.recv()
+            number, name, prompt, completion, columns = connection.recv()
         except EOFError:
             return
         answer: object
+        status: object = 1
         try:
             columns = {column: [value] for column, value in columns.items()}
             answer = reward_all_at_once(name, functions[name], [prompt], [completion], columns)[0]
         except RewardContractError as error:
             answer = error
-        except BaseException:  # sys.exit, or Python's own way out of a generator
-            answer = Failure(RAISED, traceback.format_exc())
-        connection.send(answer)
+        except BaseException as error:  # sys.exit, or Python's own way out of a generator
+            answer, status = Failure(RAISED, traceback.format_exc()), getattr(error, "code", 1)
+        else:
+            status = int(isinstance(answer, Failure))
+        if os.getpid() != own:  # a process that the reward has forked comes back; the worker is who answers
+            os._exit(status if isinstance(status, int) else int(status is not None))
+        connection.send((number, answer))
+
+
+def _pass_over_signals() -> None:
+    """The training process decides, by closing the connection; what a reward starts meets signals as ever."""
+    passed_over = (signal.SIGINT, signal.SIGTERM)
+    for number in passed_over:
+        signal.signal(number, lambda *_: None)  # unlike SIG_IGN, it ends with exec
+
+    def as_ever() -> None:
+        for number in passed_over:
+            signal.signal(number, signal.SIG_DFL)
+        wake()
+
+    def wake() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, passed_over)
+
+    def wait() -> None:  # or a forked child would pass over what comes before it is as ever
+        signal.pthread_sigmask(signal.SIG_BLOCK, passed_over)
+
+    os.register_at_fork(before=wait, after_in_parent=wake, after_in_child=as_ever)
 
 
 def _end_with(parent: int) -> None:
-    """Have the system kill this process when the training process ends, however it ends and whatever is done here."""
+    """Have the system kill this process when the training process ends, however it ends and whatever is done here.
+
+    On Linux it is the thread that has started this process whose end counts.
+    """
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent:  # it has ended already

@@ -3,8 +3,10 @@
 import asyncio
 import ctypes
 import math
+import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import time
@@ -64,3 +66,31 @@ def hangs_where_told(prompts, completions, **columns):
     while completions[0] == os.environ["HANGS"]:
         pass
     return [float(len(completions[0]))]
+
+
+def ends_a_child(prompts, completions, **columns):
+    """How a child ends that is told to, by the way that the completion names: minus the signal's number."""
+    if completions[0] == "pool":
+        with multiprocessing.get_context("fork").Pool(1) as pool:
+            return [float(pool.apply(len, ["four"]))]
+    if completions[0] == "popen":
+        process = subprocess.Popen(["sleep", "100"])
+        process.send_signal(signal.SIGINT)
+        return [float(process.wait())]
+    child = multiprocessing.get_context("fork").Process(target=time.sleep, args=(100,))
+    child.start()
+    child.terminate()
+    child.join()
+    return [float(child.exitcode)]
+
+
+def forks(prompts, completions, **columns):
+    """The status of a child that goes on where its parent does, in the way that the completion names."""
+    pid = os.fork()
+    if pid:
+        return [float(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))]
+    if completions[0] == "exit":
+        sys.exit(3)
+    if completions[0] == "raise":
+        raise KeyError
+    return [99.0]

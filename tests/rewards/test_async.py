@@ -1,7 +1,13 @@
 """Async rewards: many completions at once, each with its own time limit."""
 
 import asyncio
+import contextlib
 import functools
+import math
+import os
+import signal
+import sys
+import threading
 import time
 
 import pytest
@@ -79,3 +85,102 @@ def test_within_a_running_loop_as_in_a_notebook():
 
     with pytest.raises(RewardContractError, match="got 'high'"):
         asyncio.run(other_cell())
+
+
+async def misbehaving(prompts, completions, **columns):
+    """What a completion says is what it does."""
+    (text,) = completions
+    if text == "block":
+        time.sleep(0.6)
+    elif text == "cancelled":
+        raise asyncio.CancelledError
+    elif text == "exit":
+        sys.exit(3)
+    elif text == "huge":
+        return [10**400]
+    while text == "swallow":
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0.1)
+        if time.monotonic() > LET_GO[0]:
+            break
+    return [float(len(text))]
+
+
+LET_GO = [math.inf]
+
+
+def test_what_is_no_exception_or_heeds_no_time_limit_costs_its_completion_alone():
+    LET_GO[0] = time.monotonic() + 1.0
+    texts = ["7", "cancelled", "exit", "huge", "swallow", "8"]
+    found, _ = ask(misbehaving, texts, timeout=0.3)
+    fates = [None, "reward_raised", "reward_raised", "reward_not_finite", "reward_timeout", None]
+    assert [rewarded.failure for rewarded in found] == fates
+    assert [found[0].total, found[-1].total] == [1, 1]
+
+
+def test_an_answer_that_comes_after_its_time_limit_is_late():
+    found, _ = ask(misbehaving, ["7", "block"], timeout=0.3, max_concurrency=1)
+    assert [rewarded.failure for rewarded in found] == [None, "reward_timeout"]
+
+
+class Stuck:
+    """Blocks the event loop until it is let go, and tells which rollout enters and leaves."""
+
+    def __init__(self):
+        self.let_go, self.told = threading.Event(), []
+
+    async def __aenter__(self):
+        self.told.append("entered")
+
+    async def __aexit__(self, *error):
+        self.told.append("left")
+
+    async def __call__(self, prompts, completions, answer):
+        if completions[0] == "stuck":
+            self.let_go.wait()
+        return [float(len(completions[0]))]
+
+
+def test_a_blocked_event_loop_is_left_behind_and_nothing_of_it_arrives_later(monkeypatch):
+    monkeypatch.setattr("gvpo_lightning.rewards.asynchronous.GRACE", 0.3)
+    stuck = Stuck()
+    found, tally = ask(stuck, ["7", "stuck", "8"], timeout=0.2, max_concurrency=1)
+    assert [rewarded.failure for rewarded in found] == [None, "reward_timeout", "reward_timeout"]
+    assert "self.let_go.wait()" in tally.first["Stuck"]
+    stuck.let_go.set()
+    (left_behind,) = [thread for thread in threading.enumerate() if thread.name == "async-reward"]
+    found, tally = ask(stuck, ["xx", "xxx"], timeout=5.0)
+    assert [rewarded.total for rewarded in found] == [2, 3]
+    left_behind.join(5.0)
+    assert not left_behind.is_alive()
+    assert stuck.told == ["entered", "entered", "left"]
+
+
+@pytest.mark.parametrize("method", ["__aenter__", "__aexit__"])
+@pytest.mark.parametrize(
+    ("error", "shown"), [(ConnectionError("no judge"), "no judge"), (SystemExit(2), "SystemExit: 2")]
+)
+def test_what_can_not_be_entered_or_left_has_failed_on_all(method, error, shown):
+    async def fail(*arguments):
+        raise error
+
+    judge = type("Judge", (Judge,), {method: fail})()
+    judge.entered = 1
+    found, tally = ask(judge, ["7", "8"])
+    assert [rewarded.failure for rewarded in found] == ["reward_raised"] * 2
+    assert shown in tally.first["Judge"]
+
+
+def test_an_interrupt_ends_them_in_order():
+    class Slow(Stuck):
+        async def __call__(self, prompts, completions, answer):
+            await asyncio.sleep(100)
+
+    slow = Slow()
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    with pytest.raises(KeyboardInterrupt):
+        ask(slow, ["7"])
+    signal.signal(signal.SIGINT, before)
+    assert slow.told == ["entered", "left"]
+    assert not [thread for thread in threading.enumerate() if thread.name == "async-reward"]

@@ -214,3 +214,10 @@ def test_last_boxed_is_linear_in_the_text():
     assert last_boxed(text) == "5"
     assert last_boxed("\\boxed{" * 3000) is None
     assert time.perf_counter() - start < 5
+
+
+def test_imports_are_no_part_of_a_completions_time_limit():
+    rewards = Rewards(BoxedMath(), RewardSettings(num_workers=1, timeout=0.5))
+    found, _ = rewards(["p"] * 3, [r"\boxed{\frac12}"] * 3, {"answer": ["0.5"] * 3})
+    rewards.close()
+    assert [rewarded.total for rewarded in found] == [1.0] * 3

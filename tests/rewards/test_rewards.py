@@ -69,6 +69,11 @@ def test_numbers_of_every_kind(values):
     assert compute_rewards(lambda p, c, **k: values, PROMPTS, COMPLETIONS, {}) == [0.5, -2.0]
 
 
+def test_numbers_beyond_a_float_are_not_finite():
+    rewarded, _ = Rewards(lambda p, c, **k: [10**400, Fraction(-(10**5000), 3)])(PROMPTS, COMPLETIONS, {})
+    assert [entry.failure for entry in rewarded] == ["reward_not_finite"] * 2
+
+
 def test_truth_values_are_numbers():
     assert compute_rewards(lambda p, c, **k: [True, np.bool_(False)], PROMPTS, COMPLETIONS, {}) == [1.0, 0.0]
 
@@ -122,6 +127,12 @@ def test_columns_that_a_reward_does_not_take_are_named_before_the_call():
         check_reward_columns(lambda prompts, completions, answer: [0, 0], {"answer", "level"})
     check_reward_columns(lambda prompts, completions, answer: [0, 0], {"answer"})
     check_reward_columns(lambda prompts, completions: [0, 0], set())
+
+
+@pytest.mark.parametrize("column", ["prompts", "completions"])
+def test_columns_by_the_names_of_what_a_reward_is_given_are_refused(column):
+    with pytest.raises(ValueError, match=rf"the dataset's columns \['{column}'\]: give these columns other names"):
+        compute_rewards(by_length, PROMPTS, COMPLETIONS, {column: ["a", "b"]})
 
 
 @pytest.mark.parametrize(
