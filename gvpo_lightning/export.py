@@ -19,9 +19,8 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
-from gvpo_lightning.export_adapter import adapted_model, merge, say_dequantized, write_adapter
+from gvpo_lightning.export_adapter import adapted_model, merge, say_dequantized, trained_sources, write_adapter
 from gvpo_lightning.loading import empty_model, load_generation_config
-from gvpo_lightning.lora import trained_names
 from gvpo_lightning.model_card import Kind, files_of_run, write_card
 from gvpo_lightning.saved_weights import SavedWeights, as_written, match_names, open_weights
 
@@ -72,9 +71,9 @@ def export_checkpoint(
             _write_weights(model, weights, sources, partial, max_shard_size, dtype)
             _write_config(model, as_written(weights.tensors[next(iter(sources.values()))], dtype), partial)
         else:
-            trained = sorted(trained_names(model))
-            tensors = weights.load([sources[name] for name in trained], dtype)
-            tensors = {name: tensors[sources[name]] for name in trained}
+            trained = trained_sources(model, sources, weights.path)
+            tensors = weights.load(trained.values(), dtype)
+            tensors = {name: tensors[source] for name, source in trained.items()}
             if merge_adapter:
                 say_dequantized(module)
                 save_model(merge(model, tensors).to(dtype or model.dtype), partial, max_shard_size)

@@ -35,10 +35,28 @@ def adapted_model(module: "PolicyModule", *, with_weights: bool) -> Any:
         adapted = add_lora(model, module.lora, seed=0)
     else:
         peft = import_peft(f"policy={name!r}, an adapter,")
-        adapted = peft.get_peft_model(model, peft.PeftConfig.from_pretrained(name, inference_mode=False))
+        adapter = peft.PeftConfig.from_pretrained(name, revision=module.loading.revision)
+        adapter.inference_mode = False  # as in the folder's file, nothing would be trained
+        adapted = peft.get_peft_model(model, adapter)
     config = adapted.peft_config["default"]
     config.base_model_name_or_path, config.revision = source, loading.revision
     return adapted
+
+
+def trained_sources(model: Any, sources: Mapping[str, str], checkpoint: Path) -> dict[str, str]:
+    """Of the names that a checkpoint has the model's tensors under, those of the adapter's.
+
+    Raises:
+        ValueError: the model has no weights to train, or the checkpoint some beside them, but not all.
+    """
+    trained, saved = trained_names(model), sources.keys()
+    others = sorted(saved - trained)
+    if not trained or (others and not saved >= {name for name, _ in model.named_parameters()}):  # FSDP1's has all
+        raise ValueError(
+            f"{checkpoint} has {(others or sorted(saved))[0]!r}, which is not trained in the policy ({len(trained)} "
+            "tensors are). Give the policy that this checkpoint was trained from (model.policy, model.lora)."
+        )
+    return {name: sources[name] for name in sorted(trained)}
 
 
 def write_adapter(model: Any, tensors: Mapping[str, Tensor], folder: Path) -> None:

@@ -181,6 +181,19 @@ def test_an_adapter_of_quantized_weights_is_merged_into_the_files_own(run, base,
     torch.testing.assert_close(logprobs(adapter), trained, atol=1e-5, rtol=0)
 
 
+def test_an_adapters_folder_that_was_trained_further_is_exported_as_the_run_left_it(run, base, tmp_path):
+    (run() / "export").rename(tmp_path / "first")
+    folder = run(f"--model.policy={tmp_path / 'first'}", "--model.lora=null")
+    expected = logprobs(load_adapter(base, folder / "export"))
+    assert (expected - logprobs(load_adapter(base, tmp_path / "first"))).abs().max() > 1e-3
+    export = ["export", f"--config={folder / 'config.yaml'}", "--ckpt_path=last"]
+    main([*export, f"--output={tmp_path / 'adapter'}"])
+    main([*export, f"--output={tmp_path / 'merged'}", "--merge=true"])
+    assert torch.equal(logprobs(load_adapter(base, tmp_path / "adapter")), expected)
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
+    torch.testing.assert_close(logprobs(merged), expected, atol=1e-5, rtol=0)
+
+
 def test_merging_without_an_adapter_is_refused(run, base, tmp_path, capsys):
     folder = run("--model.lora=null")
     capsys.readouterr()
