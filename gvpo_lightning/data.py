@@ -7,11 +7,13 @@ from typing import Any
 import lightning as L
 from datasets import Dataset, DatasetDict
 from lightning.pytorch.strategies import FSDPStrategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from gvpo_lightning.evaluation.benchmarks import Benchmark, ProblemSet, load_problems
 from gvpo_lightning.evaluation.loader import ProblemLoader
 from gvpo_lightning.plan import rank_share
+from gvpo_lightning.rollout.generation import encode_prompt
 from gvpo_lightning.rollout.loader import RolloutLoader, Row
 from gvpo_lightning.splits import cut_split, load_splits
 from gvpo_lightning.templates import TEMPLATES
@@ -35,6 +37,8 @@ class PromptDataModule(L.LightningDataModule):
         batch_size: prompts in one batch of validation, test and predict.
         benchmarks: suites by name, which `test` measures instead of the test split; null leaves out one that an
             earlier config has. Their prompts are made as the settings above say, from `problem` and `answer`.
+        max_prompt_tokens: longer prompts are left out, of benchmarks none; default: they are an error where the
+            model's context has no room for them.
 
     All other columns reach the reward as keyword arguments, by name.
 
@@ -57,6 +61,7 @@ class PromptDataModule(L.LightningDataModule):
         test_split: str | None = None,
         batch_size: int = 32,
         benchmarks: dict[str, Benchmark | None] | None = None,
+        max_prompt_tokens: int | None = None,
     ) -> None:
         super().__init__()
         self.path, self.name = path, name
@@ -65,7 +70,7 @@ class PromptDataModule(L.LightningDataModule):
         if prompt_template is not None:
             check_template(prompt_template, self.conversational)
         self.splits = {"train": train_split, "validation": validation_split, "test": test_split}
-        self.batch_size = batch_size
+        self.batch_size, self.max_prompt_tokens = batch_size, max_prompt_tokens
         self.benchmarks = {name: suite for name, suite in (benchmarks or {}).items() if suite is not None}
         self.problem_sets: list[ProblemSet] = []
         self._rows: dict[str, Dataset] = {}
@@ -122,9 +127,23 @@ class PromptDataModule(L.LightningDataModule):
         make = self._prompt_maker(self.prompt_column)
         try:
             # in memory: a cache file would land in the user's own folder, which may be read-only or shared by ranks
-            return dataset.map(make, with_indices=True, keep_in_memory=True)
+            rows = dataset.map(make, with_indices=True, keep_in_memory=True)
+            return rows if self.max_prompt_tokens is None else self._short_enough(rows, expression)
         except ValueError as error:
             raise ValueError(f"data.path={self.path!r}, {expression!r}: {error}") from error
+
+    def _short_enough(self, rows: Dataset, expression: str) -> Dataset:
+        tokenizer, limit = self._module.tokenizer, self.max_prompt_tokens or 0
+        lengths = [len(encode_prompt(prompt, tokenizer)) for prompt in rows["prompt"]]
+        kept = [number for number, length in enumerate(lengths) if length <= limit]
+        if not kept:
+            raise ValueError(f"all prompts exceed data.max_prompt_tokens={limit}: the shortest has {min(lengths)}.")
+        if len(kept) < len(rows):
+            rank_zero_info(
+                f"{len(rows) - len(kept)} of the {len(rows)} prompts of {expression!r} are longer than "
+                f"data.max_prompt_tokens={limit} and left out."
+            )
+        return rows.select(kept)
 
     def _prompt_maker(self, column: str) -> Any:
         return partial(

@@ -106,6 +106,16 @@ def test_every_format_gives_the_same_rows(attach, tmp_path, save):
     assert sorted(tmp_path.rglob("saved/**/*")) == files  # nothing is written into the user's folder
 
 
+def test_long_prompts_are_left_out_where_that_is_asked_for(attach, tmp_path, caplog):
+    path = str(as_jsonl([*sums(8), {"prompt": "1+1+1+1=", "answer": "4"}], tmp_path))
+    caplog.set_level("INFO", logger="lightning.pytorch")
+    datamodule = attach(PromptDataModule(path, max_prompt_tokens=6))
+    assert "1+1+1+1=" not in {row["prompt"] for row in train_rows(datamodule, rollouts=4)}
+    assert "1 of the 9 prompts of 'train' are longer than data.max_prompt_tokens=6" in caplog.text
+    with pytest.raises(ValueError, match=r"all prompts exceed data.max_prompt_tokens=2: the shortest has 4"):
+        attach(PromptDataModule(path, max_prompt_tokens=2))
+
+
 def test_splits_and_slices(attach, tmp_path):
     splits = {"train": Dataset.from_list(sums(10)), "held_out": Dataset.from_list(sums(20)[10:])}
     DatasetDict(splits).save_to_disk(tmp_path / "saved")
