@@ -11,8 +11,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
 from gvpo_lightning.evaluation.benchmarks import Benchmark, ProblemSet, load_problems
-from gvpo_lightning.evaluation.loader import ProblemLoader
-from gvpo_lightning.plan import rank_share
+from gvpo_lightning.evaluation.loader import ProblemLoader, check_shares
 from gvpo_lightning.rollout.generation import encode_prompt
 from gvpo_lightning.rollout.loader import RolloutLoader, Row
 from gvpo_lightning.splits import cut_split, load_splits
@@ -177,11 +176,7 @@ class PromptDataModule(L.LightningDataModule):
                 )
             return self._evaluation_loader("test")  # with Lightning's sampler, which repeats some prompts
         sets = self.problem_sets or [ProblemSet("test", self._rows["test"], None)]
-        size = self._module.data_ranks.size
-        for rank in range(size):
-            if not any(rank_share(len(problems.rows), rank, size) for problems in sets):
-                counts = {problems.name: len(problems.rows) for problems in sets}
-                raise ValueError(f"{size} ranks can't share {counts}: rank {rank} would have none. Use fewer devices.")
+        check_shares(sets, self._module.data_ranks.size)
         return ProblemLoader(sets, self.batch_size, self._module)
 
     def predict_dataloader(self) -> Any:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gvpo_lightning.evaluation.benchmarks import ProblemSet
+from gvpo_lightning.plan import rank_share
 from gvpo_lightning.rollout.loader import Row
 
 
@@ -27,6 +28,14 @@ class ProblemBatch:
 
     def __iter__(self) -> Iterator[Row]:
         return iter(self.rows)
+
+
+def check_shares(sets: Sequence[ProblemSet], size: int) -> None:
+    """Raise ValueError where one of `size` ranks has no problem: Lightning would skip it, and the others would wait."""
+    for rank in range(size):
+        if not any(rank_share(len(problems.rows), rank, size) for problems in sets):
+            counts = {problems.name: len(problems.rows) for problems in sets}
+            raise ValueError(f"{size} ranks can't share {counts} problems, one would have none: use fewer devices.")
 
 
 class ProblemLoader:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from gvpo_lightning.distributed import DataRanks
 from gvpo_lightning.evaluation.benchmarks import Benchmark, ProblemSet
-from gvpo_lightning.evaluation.loader import ProblemLoader
+from gvpo_lightning.evaluation.loader import ProblemLoader, check_shares
 from gvpo_lightning.rollout.loader import rows_of
 
 
@@ -33,6 +33,13 @@ def test_problems_are_shared_without_repeats(counts, size, batch_size):
             assert [row["prompt"] for row in rows] == [f"{number}:{batch.first + i}" for i in range(len(rows))]
             found += [row["prompt"] for row in rows]
     assert sorted(found) == sorted(row["prompt"] for problems in sets for row in problems.rows)
+
+
+def test_ranks_without_a_problem_are_refused():
+    few, more = (ProblemSet(name, [{"prompt": "p"}] * count, 1) for name, count in (("few", 1), ("more", 2)))
+    check_shares([few, more], 2)
+    with pytest.raises(ValueError, match=r"3 ranks can't share {'few': 1, 'more': 2} problems.*use fewer devices"):
+        check_shares([few, more], 3)
 
 
 def test_no_completions_a_problem_are_refused():
