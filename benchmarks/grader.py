@@ -6,7 +6,9 @@ Of each problem the right answer, boxed, must be worth 1, and corrupted ones 0. 
 
 * every number in the answer, by one more: `\frac{3}{56}` becomes `\frac{4}{56}` and `\frac{3}{57}`;
 * the sign of an answer that is a single value other than 0: a minus in front, or the one there taken away;
-* the last letter that is not in a LaTeX command, by the next one, in answers without units: `p - q` becomes `p - r`.
+* the last letter that is not in a LaTeX command, by the next one, in answers without units: `p - q` becomes `p - r`;
+* an answer that is a number N is put beside N + 1, in ways that a policy could learn in order to give two answers at
+  once: `HEDGES`.
 
 Where there are alternatives the first is corrupted, and what then equals another one's text is left out. Beside those
 two kinds of exceptions the answers are listed that math-verify can't read: they are right only as they are written.
@@ -28,6 +30,12 @@ START, END = "<!-- measured: python -m benchmarks.grader -->\n", "<!-- end of me
 KINDS = ("refused", "accepted")
 SPLITS = {"aime": 30, "amc": 83, "math": 500, "minerva": 272, "olympiad_bench": 675}
 
+HEDGES = (
+    *(r"%s = %s", r"%s \approx %s", r"%s \equiv %s", r"%s \bmod %s", "%s, %s", "%s:%s", "%s %s"),
+    *(r"%s \text{ or } %s", r"%s \text{ (or %s)}", r"\text{between } %s \text{ and } %s"),
+    r"%s \text{ if even, } %s \text{ if odd}",
+)
+
 _NUMBER = re.compile(r"\d+(?:\.\d+)?|\.\d+")
 _LETTER = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z]*?([a-zA-Z])(?![a-zA-Z])")
 _SEVERAL = re.compile(r"[=<>,;\[\]]|\\(?:pm|cup|le|ge|geqslant|in|begin)(?![a-zA-Z])|\\text|\\mbox")
@@ -36,7 +44,7 @@ _SEVERAL = re.compile(r"[=<>,;\[\]]|\\(?:pm|cup|le|ge|geqslant|in|begin)(?![a-zA
 def corrupted(alternatives: list[str]) -> dict[str, str]:
     """Answers that differ from all the right ones, by what has been done to the first of these."""
     answer, right = alternatives[0], {plain(text) for text in alternatives}
-    changed = dict([*_numbers(answer), *_sign(answer), *_letter(answer)])
+    changed = dict([*_numbers(answer), *_sign(answer), *_letter(answer), *_hedges(answer)])
     return {name: text for name, text in changed.items() if plain(text) not in right}
 
 
@@ -62,6 +70,17 @@ def _letter(answer: str) -> Iterator[tuple[str, str]]:
         place, letter = found[-1].start(1), found[-1][1]
         after = {"z": "a", "Z": "A"}.get(letter, chr(ord(letter) + 1))
         yield "letter", answer[:place] + after + answer[place + 1 :]
+
+
+def _hedges(answer: str) -> Iterator[tuple[str, str]]:
+    number = answer.strip("$ ")
+    if re.fullmatch(rf"-?(?:{_NUMBER.pattern})", number):
+        [(_, other)] = _numbers(number)
+        for hedge in HEDGES:
+            yield f"hedge {hedge}", hedge % (number, other)
+            yield f"hedge {hedge}, turned", hedge % (other, number)
+        yield "hedge base", f"{number}_{{7}}"
+        yield "hedge prime", f"{number}'"
 
 
 def check_problem(gold: Any) -> dict[str, Any]:

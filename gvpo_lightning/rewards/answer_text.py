@@ -26,14 +26,14 @@ _UNIT_WORD = _WORDS + r"\{[^{}\d]*[a-zA-Z][^{}\d]*\}"
 _UNIT_END = rf"(?:{_UNIT_WORD}|\^\{{?-?\d\}}?|_\{{?\\odot\}}?|\\cdot(?![a-zA-Z])|\\[,;:! ]|[\s/.$])*$"
 _UNIT_START = r"(?:\\[,;:! ]|[\s]|\^\{?\\circ\}?)*"
 _UNIT = re.compile(rf"{_UNIT_START}(?:\\mu\s*)?{_UNIT_WORD}{_UNIT_END}")
-_NO_UNIT = r"or|and|if|not|to|mod|times|dozen|hundred|thousand|[mb]illion|trillion"
+_NO_UNIT = r"or|and|if|not|to|mod|plus|minus|times|squared|cubed|dozen|hundred|thousand|[mb]illion|trillion"
 _BARE_UNIT = re.compile(
     rf"{_UNIT_START}(?:\\(?:AA|Omega)(?![a-zA-Z])|\\mu(?![a-zA-Z])\s*[a-zA-Z]{{1,2}}|M_\{{?\\odot\}}?"
-    rf"|(?<=[\d}}]\s)(?!(?:{_NO_UNIT})\b)[a-zA-Z]{{2,}}(?:/[a-zA-Z]+)?){_UNIT_END}"
+    rf"|(?<=[\d}}]\s)(?!(?:{_NO_UNIT})\b)(?:[a-zA-Z]{{3,}}|[kcdmnMG][mgsVWJKNALC]|eV|Hz|Pa)(?:/[a-zA-Z]+)?){_UNIT_END}"
 )
 
 # words that say more than a unit, and signs that math-verify leaves out together with what follows
-_DECISIVE = re.compile(_WORDS + rf"\{{(?:[^{{}}]*(?:\d|\b(?:{_NO_UNIT})\b)[^{{}}]*)\}}")
+_DECISIVE = re.compile(_WORDS + rf"\{{([^{{}}]*(?:\d|\b(?:{_NO_UNIT})\b)[^{{}}]*)\}}")
 _OVERLOOKED = re.compile(r"\d'|\\[bp]?mod(?![a-zA-Z])|\\equiv(?![a-zA-Z])|\\[lc]?dots(?![a-zA-Z])")
 _BASED = re.compile(r"(\w+)_\{?(\d+)\}?")
 _BASE = re.compile(r"\d_\{?(\d+)")
@@ -88,13 +88,15 @@ def split_unit(answer: str, *, bare: bool = False) -> tuple[str, str]:
     value = answer[: found.start()] if found else ""
     if found is None or has_letters(value) or not re.search(r"\d|\\pi|\\infty", value):
         return answer, ""
-    return value + "$" * (value.count("$") % 2), re.sub(r"[{}.]", "", plain(found[0]))
+    return value + "$" * (value.count("$") % 2), re.sub(r"[{}.]|(?<=[a-z]{3})s$", "", plain(found[0]))
 
 
 def is_misread(gold: str, answer: str) -> bool:
     """Whether math-verify would overlook in the answer what makes it another one than the right one."""
     right, given = plain(gold), plain(answer)
-    if any(pattern.findall(gold) != pattern.findall(answer) for pattern in (_DECISIVE, _OVERLOOKED)):
+    if _DECISIVE.findall(gold) != _DECISIVE.findall(answer):
+        return True
+    if _OVERLOOKED.search(answer) and not _OVERLOOKED.search(gold):
         return True
     if re.search(r"\d:\d", given) and not re.search(r":|/|\\frac", right):
         return True
