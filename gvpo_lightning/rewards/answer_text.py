@@ -34,7 +34,9 @@ _BARE_UNIT = re.compile(
 
 # words that say more than a unit, and signs that math-verify leaves out together with what follows
 _DECISIVE = re.compile(_WORDS + rf"\{{([^{{}}]*(?:\d|\b(?:{_NO_UNIT})\b)[^{{}}]*)\}}")
-_OVERLOOKED = re.compile(r"\d'|\\[bp]?mod(?![a-zA-Z])|\\equiv(?![a-zA-Z])|\\[lc]?dots(?![a-zA-Z])")
+_OVERLOOKED = re.compile(
+    r"^[\s$]*-?[\d.]+\s+[\d.]+[\s$]*$|\d'|\\[bp]?mod(?![a-zA-Z])|\\equiv(?![a-zA-Z])|\\[lc]?dots(?![a-zA-Z])"
+)
 _BASED = re.compile(r"(\w+)_\{?(\d+)\}?")
 _BASE = re.compile(r"\d_\{?(\d+)")
 _TUPLE, _SET = re.compile(r"\([^()]*,[^()]*\)"), re.compile(r"\\\{[^()]*\\\}")
