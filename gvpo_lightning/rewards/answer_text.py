@@ -35,7 +35,8 @@ _BARE_UNIT = re.compile(
 # words that say more than a unit, and signs that math-verify leaves out together with what follows
 _DECISIVE = re.compile(_WORDS + rf"\{{([^{{}}]*(?:\d|\b(?:{_NO_UNIT})\b)[^{{}}]*)\}}")
 _OVERLOOKED = re.compile(
-    r"^[\s$]*-?[\d.]+\s+[\d.]+[\s$]*$|\d'|\\[bp]?mod(?![a-zA-Z])|\\equiv(?![a-zA-Z])|\\[lc]?dots(?![a-zA-Z])"
+    r"^[\s$]*-?[\d.]+\s+[\d.]+[\s$]*$"  # two numbers, which it would multiply
+    r"|\d'|\\[bp]?mod(?![a-zA-Z])|\\equiv(?![a-zA-Z])|\\[lc]?dots(?![a-zA-Z])"
 )
 _BASED = re.compile(r"(\w+)_\{?(\d+)\}?")
 _BASE = re.compile(r"\d_\{?(\d+)")
@@ -45,7 +46,7 @@ _TUPLE, _SET = re.compile(r"\([^()]*,[^()]*\)"), re.compile(r"\\\{[^()]*\\\}")
 _SMALL_POWER = re.compile(r"\((?:-?\d{1,4}(?:/\d{1,4})?|-?\\frac\{\d{1,4}\}\{\d{1,4}\})\)\^\{?-?\d{4}(?!\d)\}?")
 _RUNAWAY = re.compile(
     r"\^\{*\(?[+-]?\d+\}*\^|(?:\^|\*\*)\{?\(?[+-]?\d{6}|[)\]](?:\^|\*\*)\{?\(?[+-]?\d{4}"
-    r"|\^\{[^{}]*\^\{[^{}]*\^|\\[dt]?binom\{(?:\d+\^|\d{6})|\d{5}\)?!|\d\)?!\)?!|\d{1000}"
+    r"|\^\{[^{}]*\^\{[^{}]*\^|\\[dt]?binom\{(?:\d+\^|\d{6})|\\sqrt\{[^{}]*\^\{?\d{5}|\^\{?\d+\}?!|\d{5}\)?!|\d\)?!\)?!|\d{1000}"
 )
 
 
