@@ -44,7 +44,7 @@ _SEVERAL = re.compile(r"[=<>,;\[\]]|\\(?:pm|cup|le|ge|geqslant|in|begin)(?![a-zA
 def corrupted(alternatives: list[str]) -> dict[str, str]:
     """Answers that differ from all the right ones, by what has been done to the first of these."""
     answer, right = alternatives[0], {plain(text) for text in alternatives}
-    changed = dict([*_numbers(answer), *_sign(answer), *_letter(answer), *_hedges(answer)])
+    changed = dict([*_numbers(answer), *_sign(answer), *_letter(answer)])
     return {name: text for name, text in changed.items() if plain(text) not in right}
 
 
@@ -72,15 +72,15 @@ def _letter(answer: str) -> Iterator[tuple[str, str]]:
         yield "letter", answer[:place] + after + answer[place + 1 :]
 
 
-def _hedges(answer: str) -> Iterator[tuple[str, str]]:
-    number = answer.strip("$ ")
-    if re.fullmatch(rf"-?(?:{_NUMBER.pattern})", number):
-        [(_, other)] = _numbers(number)
-        for hedge in HEDGES:
-            yield f"hedge {hedge}", hedge % (number, other)
-            yield f"hedge {hedge}, turned", hedge % (other, number)
-        yield "hedge base", f"{number}_{{7}}"
-        yield "hedge prime", f"{number}'"
+def hedged(alternatives: list[str]) -> dict[str, str]:
+    """Answers that give another number beside the right one, by the way in which they do; none where it isn't one."""
+    number = alternatives[0].strip("$ ")
+    if not re.fullmatch(rf"-?(?:{_NUMBER.pattern})", number):
+        return {}
+    [(_, other)] = _numbers(number)
+    there = {f"hedge {hedge}": hedge % (number, other) for hedge in HEDGES}
+    back = {f"hedge {hedge}, turned": hedge % (other, number) for hedge in HEDGES}
+    return there | back | {"hedge base": f"{number}_{{7}}", "hedge prime": f"{number}'"}
 
 
 def check_problem(gold: Any) -> dict[str, Any]:
@@ -90,7 +90,7 @@ def check_problem(gold: Any) -> dict[str, Any]:
     def reward(answer: str) -> float:
         return grade([""], [f"The answer is $\\boxed{{{answer}}}$."], answer=[gold])[0]
 
-    wrong = corrupted(alternatives)
+    wrong = corrupted(alternatives) | hedged(alternatives)
     return {
         "refused": [answer for answer in alternatives if reward(answer) != 1],
         "accepted": {name: answer for name, answer in wrong.items() if reward(answer) != 0},
