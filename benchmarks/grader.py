@@ -6,7 +6,9 @@ Of each problem the right answer, boxed, must be worth 1, and corrupted ones 0. 
 
 * every number in the answer, by one more: `\frac{3}{56}` becomes `\frac{4}{56}` and `\frac{3}{57}`;
 * the sign of an answer that is a single value other than 0: a minus in front, or the one there taken away;
-* the last letter that is not in a LaTeX command, by the next one, in answers without units: `p - q` becomes `p - r`.
+* the last letter that is not in a LaTeX command, by the next one, in answers without units: `p - q` becomes `p - r`;
+* an answer that is a number N is put beside N + 1, in ways that a policy could learn in order to give two answers at
+  once: `HEDGES`.
 
 Where there are alternatives the first is corrupted, and what then equals another one's text is left out. Beside those
 two kinds of exceptions the answers are listed that math-verify can't read: they are right only as they are written.
@@ -27,6 +29,12 @@ PAGE = Path(__file__).parent.parent / "docs" / "evaluation.md"
 START, END = "<!-- measured: python -m benchmarks.grader -->\n", "<!-- end of measured -->"
 KINDS = ("refused", "accepted")
 SPLITS = {"aime": 30, "amc": 83, "math": 500, "minerva": 272, "olympiad_bench": 675}
+
+HEDGES = (
+    *(r"%s = %s", r"%s \approx %s", r"%s \equiv %s", r"%s \bmod %s", "%s, %s", "%s:%s", "%s %s"),
+    *(r"%s \text{ or } %s", r"%s \text{ (or %s)}", r"\text{between } %s \text{ and } %s"),
+    r"%s \text{ if even, } %s \text{ if odd}",
+)
 
 _NUMBER = re.compile(r"\d+(?:\.\d+)?|\.\d+")
 _LETTER = re.compile(r"(?<![a-zA-Z\\])[a-zA-Z]*?([a-zA-Z])(?![a-zA-Z])")
@@ -64,6 +72,17 @@ def _letter(answer: str) -> Iterator[tuple[str, str]]:
         yield "letter", answer[:place] + after + answer[place + 1 :]
 
 
+def hedged(alternatives: list[str]) -> dict[str, str]:
+    """Answers that give another number beside the right one, by the way in which they do; none where it isn't one."""
+    number = alternatives[0].strip("$ ")
+    if not re.fullmatch(rf"-?(?:{_NUMBER.pattern})", number):
+        return {}
+    [(_, other)] = _numbers(number)
+    there = {f"hedge {hedge}": hedge % (number, other) for hedge in HEDGES}
+    back = {f"hedge {hedge}, turned": hedge % (other, number) for hedge in HEDGES}
+    return there | back | {"hedge base": f"{number}_{{7}}", "hedge prime": f"{number}'"}
+
+
 def check_problem(gold: Any) -> dict[str, Any]:
     """The right answers that are `refused`, the corrupted ones that are `accepted`, and whether they can't be read."""
     grade, alternatives = BoxedMath(), gold_answers(gold)
@@ -71,7 +90,7 @@ def check_problem(gold: Any) -> dict[str, Any]:
     def reward(answer: str) -> float:
         return grade([""], [f"The answer is $\\boxed{{{answer}}}$."], answer=[gold])[0]
 
-    wrong = corrupted(alternatives)
+    wrong = corrupted(alternatives) | hedged(alternatives)
     return {
         "refused": [answer for answer in alternatives if reward(answer) != 1],
         "accepted": {name: answer for name, answer in wrong.items() if reward(answer) != 0},

@@ -4,29 +4,27 @@ import ast
 import contextlib
 import logging
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
+from itertools import pairwise
 from typing import Any
+
+from gvpo_lightning.rewards.answer_text import has_letters, is_misread, is_runaway, items, plain, split_unit, tidy
 
 MAX_ANSWER = 1000  # characters: nothing longer is an answer, and parsing it could take minutes
 TAIL = 1000  # characters at the end of a completion in which an answer without a box is looked for
 DIGITS = 6  # decimals that numbers written with a decimal point are compared to; digits where they are below 1
 
-_WRAPPED = re.compile(r"\\(?:text|textbf|textit|mathrm|mathbf|mbox|operatorname)\s*\{([^{}]*)\}")
-_SPACING = re.compile(r"\\[,;:! ]|\\(?:quad|qquad|left|right|displaystyle)(?![a-zA-Z])|[$\s]|~")
-_POWER_OF_TEN = re.compile(r"(?<![\w.])([+-]?\d+\.?\d*|[+-]?\.\d+)[eE]([+-]?\d{1,4})(?!\w)")
-_BRACES = re.compile(r"\\boxed\s*\{|\\boxed\s+(?P<bare>[^\s${}\\.,]+)|\\.|[{}]", re.DOTALL)
-_THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
-_BASED = re.compile(r"(\w+)_\{?(\d+)\}?")
+_BRACES = re.compile(r"\\boxed\s*\{|\\boxed\s+(?P<bare>(?:[^\s${}\\.,]|[.,](?=\d))+)|\\.|[{}]", re.DOTALL)
+_APPROXIMATE = re.compile(r"\\approx(?![a-zA-Z])|\\sim(?:eq)?(?![a-zA-Z])|≈")
+_EQUALITY = re.compile(r"(?<![<>!:])=|" + _APPROXIMATE.pattern)
+_DECIMAL = re.compile(r"-?(\d+(?:\.(\d+))?)(?:\\(?:times|cdot)10\^\{?-?\d+\}?)?$")
 # what math-verify reads as a function, as e, or not at all, by a name that it takes for a variable
 _RENAMED = (
-    (_POWER_OF_TEN, r"\1 \\times 10^{\2}"),
     (re.compile(r"\\gamma(?![a-zA-Z])"), "g_{amma}"),
-    (re.compile(r"(?<![a-zA-Z\\])E_"), r"\\mathcal{E}_"),
+    (re.compile(r"(?<![a-zA-Z\\])(?<!\\text\{)(?<!\\text\{\()E(?![a-zA-Z])"), r"\\mathcal{E}"),
     (re.compile(r"_\{\\([a-zA-Z]+)\s*\}"), r"_{\1}"),
 )
-# numbers whose digits fill the memory: powers of powers, exponents and factorials beyond any answer's
-_RUNAWAY = re.compile(r"\^\{*\(?[+-]?\d+\}?\^|(?:\^|\*\*)\{?\(?[+-]?\d{6}|\d{5}\)?!|\d\)?!\)?!|\d{1000}")
 
 
 class BoxedMath:
@@ -75,7 +73,7 @@ def gold_answers(gold: Any) -> list[str]:
     Raises:
         ValueError: there is none.
     """
-    if isinstance(gold, str) and gold.lstrip().startswith("['"):
+    if isinstance(gold, str) and gold.lstrip().startswith(("['", '["')):
         with contextlib.suppress(SyntaxError, ValueError):  # mathematics that begins like a Python list
             gold = ast.literal_eval(gold.strip())
     values = list(gold) if isinstance(gold, (list, tuple)) else [gold]
@@ -89,16 +87,16 @@ def gold_answers(gold: Any) -> list[str]:
 
 def extract_answer(completion: str, *, require_box: bool = True) -> str | None:
     """What a completion gives as its answer, as written; None where it gives none."""
-    _, tag, tagged = completion.rpartition("<answer>")
-    text = tagged.partition("</answer>")[0] if tag else completion
-    boxed = last_boxed(text)
-    if boxed is not None:
-        return boxed
-    if tag:
-        return text.strip() or None
-    if require_box:
-        return None
-    found = _parse(text[-TAIL:], drop_units=True, is_boxed=False)
+    _, _, tagged = completion.rpartition("<answer>") if "<answer>" in completion else ("", "", "")
+    tagged, closed, _ = tagged.partition("</answer>")
+    answer = last_boxed(tagged)
+    if answer is None and not (closed and tagged.strip()):  # else the tag is only mentioned, or not closed
+        answer = last_boxed(completion)
+    if answer is None:
+        answer = tagged.strip() or None
+    if answer is not None or require_box:
+        return answer
+    found = _parse(completion[-TAIL:], drop_units=True, is_boxed=False)
     return next((part for part in found if isinstance(part, str)), None)
 
 
@@ -118,56 +116,70 @@ def last_boxed(text: str) -> str | None:
     return content
 
 
-def plain(answer: str) -> str:
-    """The answer as text to be compared: without what only changes how it looks."""
-    text = _POWER_OF_TEN.sub(r"\1\\times10^{\2}", answer)
-    text = _WRAPPED.sub(r"\1", _SPACING.sub("", text))
-    text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
-    text = re.sub(r"\^\{?\\circ\}?|°", "", text)
-    text = text.rstrip(".")
-    if _THOUSANDS.fullmatch(text):
-        return text.replace(",", "")
-    return text.lower() if text.isalpha() else text
-
-
 def same_answer(gold: str, answer: str) -> bool:
     """Whether an answer is the right one; never raises, whatever the answer is."""
     if len(answer) > MAX_ANSWER:
         return False
     if plain(gold) == plain(answer):
         return True
-    if _RUNAWAY.search(answer.replace(" ", "")) or _other_base(gold, answer):
+    gold, answer = tidy(gold), tidy(answer)
+    if is_runaway(answer) or is_misread(gold, answer):
         return False
-    return any(_same_value(right, answer) for right in _with_and_without_percent(gold))
+    gold, unit = split_unit(gold)
+    is_number = not has_letters(gold) and not re.search(r"\\(?:mu|Omega|AA|text|mathrm|mbox)", gold)
+    if unit or is_number:
+        answer, other = split_unit(answer, bare=True)
+        if unit and other and unit != other:
+            return False
+    stated = _stated(answer, gold)
+    if stated is None:
+        return False
+    if ("%" in gold) != ("%" in stated) and _same_value(re.sub(r"\\?%", "", gold), re.sub(r"\\?%", "", stated)):
+        return True  # 62.5% may be answered as 62.5 too
+    return _same_value(gold, stated, keep_letters=bool(unit))
 
 
 def is_readable(answer: str) -> bool:
     """Whether math-verify can read it as mathematics; else it equals only what is written in the same way."""
-    return any(not isinstance(part, str) for part in _parse_answer(answer, not _has_letters(answer)))
+    answer = tidy(answer)
+    return any(not isinstance(part, str) for part in _parse_answer(answer, not has_letters(answer)))
 
 
-def _has_letters(answer: str) -> bool:
-    """Whether there are variables; not in LaTeX commands, nor in words and units."""
-    return re.search(r"[a-zA-Z]", re.sub(r"\\[a-zA-Z]+", "", _WRAPPED.sub("", answer))) is not None
+def _stated(answer: str, gold: str) -> str | None:
+    """What an answer such as `x = 2/3 = 0.67` states: a number of it where there are several; None if they differ.
+
+    math-verify would take one of them and overlook the others.
+    """
+    stated = answer
+    for item in items(answer):
+        sides = _EQUALITY.split(item)
+        numbers = [side for side in sides if side and not has_letters(side)]
+        if not all(_same_value(one, two) or _is_rounded(one, two) for one, two in pairwise(numbers)):
+            return None
+        if len(items(answer)) == 1 and (len(numbers) > 1 or _APPROXIMATE.search(item)) and "=" not in gold:
+            sides = numbers if numbers and not has_letters(gold) else sides
+            stated = sides[-1] if re.search(r"\.\d", gold) else sides[0]
+    return stated
 
 
-def _other_base(gold: str, answer: str) -> bool:
-    """Numbers in other bases are no mathematics to math-verify, which leaves the subscript out."""
-    right, given = _BASED.fullmatch(plain(gold)), _BASED.fullmatch(plain(answer))
-    return right is not None and given is not None and right.groups() != given.groups()
+def _is_rounded(exact: str, decimal: str) -> bool:
+    """Whether a number written with decimals, maybe times a power of ten, is the other one rounded."""
+    digits = _DECIMAL.match(decimal)
+    values = [part for text in (exact, decimal) for part in _parse_answer(text, True)[:1] if not isinstance(part, str)]
+    if digits is None or len(values) < 2 or not float(digits[1]):
+        return False
+    try:
+        left, right = (float(value.evalf()) for value in values)
+        half = 0.5 * 10.0 ** -len(digits[2] or "") * abs(right / float(digits[1]))
+        return abs(left - right) <= half * (1 + 1e-9)
+    except (AttributeError, TypeError, ValueError, OverflowError, RecursionError):
+        return False
 
 
-def _with_and_without_percent(gold: str) -> Iterator[str]:
-    """62.5% may be answered as 62.5 too."""
-    yield gold
-    if (without := re.sub(r"\\?%", "", gold)) != gold:
-        yield without
-
-
-def _same_value(gold: str, answer: str) -> bool:
+def _same_value(gold: str, answer: str, keep_letters: bool = False) -> bool:
     from math_verify import verify
 
-    drop_units = not _has_letters(gold)  # or a variable such as c would be taken for a unit
+    drop_units = not (keep_letters or has_letters(gold))  # or a variable such as c would be taken for a unit
     right, given = _parse_answer(gold, drop_units), _parse_answer(answer, drop_units)
     for left in right:
         for other in given:

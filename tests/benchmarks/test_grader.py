@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.grader import PAGE, RESULTS, SPLITS, check_problem, check_suite, corrupted, updated_page
+from benchmarks.grader import PAGE, RESULTS, SPLITS, check_problem, check_suite, corrupted, hedged, updated_page
 from gvpo_lightning.splits import load_splits
 
 
@@ -65,3 +65,10 @@ def test_every_problem(record, shared_data):
 )
 def test_corrupted_answers_are_different_ones(alternatives, expected):
     assert set(corrupted(alternatives).values()) == expected
+
+
+def test_hedges_are_for_numbers_alone():
+    found = hedged(["$-2.5$"])
+    assert {"-2.5 = -3.5", "-3.5 = -2.5", "-2.5:-3.5", "-2.5_{7}"} <= set(found.values())
+    assert len(found) == len(set(found.values()))
+    assert hedged(["x=5"]) == hedged(["\\frac{1}{2}"]) == {}
