@@ -89,21 +89,33 @@ class SamplingModule(PolicyModule):
         generation: GenerationSettings | None = None,
         num_completions: int | None = None,
     ) -> Rollout:
-        """Completions and rewards for a batch of prompts; the same `purpose` draws the same samples."""
+        """Completions and rewards for a batch of prompts; the same `purpose` draws the same samples.
+
+        What a reward raises ends all ranks that hold one model.
+        """
         rows = rows_of(batch)
         seed = derive_seed(self.seed, *purpose, self.data_ranks.rank)
         ranks = self.data_ranks
-        with self.trainer.precision_plugin.forward_context(), self._gathered_for_batch():
-            rollout = sample_rollout(
-                self.policy,
-                self.tokenizer,
-                rows,
-                num_completions or self.group_size,
-                generation or self.generation,
-                self.rewards if ranks.is_first_of_model else None,
-                seed=seed,
-            )
-        rollout = ranks.agree(rollout)
+        rollout: Rollout | None = None
+        error: Exception | None = None
+        try:
+            with self.trainer.precision_plugin.forward_context(), self._gathered_for_batch():
+                rollout = sample_rollout(
+                    self.policy,
+                    self.tokenizer,
+                    rows,
+                    num_completions or self.group_size,
+                    generation or self.generation,
+                    self.rewards if ranks.is_first_of_model else None,
+                    seed=seed,
+                )
+        except Exception as raised:
+            error = raised
+        rollout, message = ranks.agree((rollout, None if error is None else f"{type(error).__name__}: {error}"))
+        if error is not None:
+            raise error
+        if rollout is None:  # or this rank would wait for one that has ended
+            raise RuntimeError(f"Sampling or a reward failed on the first rank that holds this model: {message}")
         self._failures += rollout.failures
         return rollout
 
