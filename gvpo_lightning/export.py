@@ -19,9 +19,11 @@ from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 
+from gvpo_lightning.adapter_state import adapter_state, check_adapter_state
 from gvpo_lightning.export_adapter import adapted_model, merge, say_dequantized, trained_sources, write_adapter
 from gvpo_lightning.loading import empty_model, load_generation_config
 from gvpo_lightning.model_card import Kind, files_of_run, write_card
+from gvpo_lightning.reference import frozen_fingerprint
 from gvpo_lightning.saved_weights import SavedWeights, as_written, match_names, open_weights
 
 if TYPE_CHECKING:
@@ -66,6 +68,11 @@ def export_checkpoint(
         _refuse_adapters(weights, merge_adapter)
     model = _without_storage(module) if adapted is None else adapted
     sources = match_names(model, weights)
+    if adapted is not None:  # the weights that a quantized policy is merged into are others by their bits
+        comparable = merge_adapter and module.loading.quantization is None
+        check_adapter_state(
+            adapter_state(adapted, frozen_fingerprint(adapted) if comparable else None), weights.adapter
+        )
     with _appearing(output) as partial:
         if adapted is None:
             _write_weights(model, weights, sources, partial, max_shard_size, dtype)
