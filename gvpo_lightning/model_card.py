@@ -108,7 +108,7 @@ def write_card(
         template_str=TEMPLATE,
         title=f"{name}-gvpo",
         origin=origin[kind],
-        code=_loading_code(source if _is_hub_id(source) else name, kind),
+        code=_loading_code(source if _is_hub_id(source) else name, kind, _brings_code(module)),
         results="\n".join(f"| {key} | {value} |" for key, value in _numbers(summary or {})),
         config=yaml.safe_dump(publishable(config or hyperparameters(module)), sort_keys=False, allow_unicode=True),
         versions=", ".join(
@@ -178,12 +178,21 @@ def _is_hub_id(name: Any) -> bool:
     return isinstance(name, str) and HUB_ID.fullmatch(name) is not None and "/" in name and not Path(name).exists()
 
 
-def _loading_code(source: str, kind: Kind) -> str:
+def _brings_code(module: "PolicyModule") -> bool:
+    """Whether the model is a class that lies beside its weights."""
+    policy = module.policy_source
+    if not isinstance(policy, str):
+        return getattr(policy, "_auto_class", None) is not None
+    return module.loading.trust_remote_code and bool(getattr(module.model_config(), "auto_map", None))
+
+
+def _loading_code(source: str, kind: Kind, brings_code: bool) -> str:
+    trust = ", trust_remote_code=True" if brings_code else ""
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if kind == "adapter":
         lines = ["from peft import PeftModel", *lines]
-        lines.append(f'base = AutoModelForCausalLM.from_pretrained("{source}")')
+        lines.append(f'base = AutoModelForCausalLM.from_pretrained("{source}"{trust})')
         lines.append('model = PeftModel.from_pretrained(base, "FOLDER")  # this one')
     else:
-        lines.append('model = AutoModelForCausalLM.from_pretrained("FOLDER")  # this one')
+        lines.append(f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})  # this one')
     return "\n".join([*lines, 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'])
