@@ -18,10 +18,13 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
 
+from gvpo_lightning.adapter_state import adapter_state, check_adapter_state
 from gvpo_lightning.export_adapter import adapted_model, merge, say_dequantized, trained_sources, write_adapter
-from gvpo_lightning.loading import empty_model, load_generation_config
+from gvpo_lightning.loading import adapter_base, empty_model, load_generation_config
 from gvpo_lightning.model_card import Kind, files_of_run, write_card
+from gvpo_lightning.reference import frozen_fingerprint
 from gvpo_lightning.saved_weights import SavedWeights, as_written, match_names, open_weights
 
 if TYPE_CHECKING:
@@ -66,6 +69,11 @@ def export_checkpoint(
         _refuse_adapters(weights, merge_adapter)
     model = _without_storage(module) if adapted is None else adapted
     sources = match_names(model, weights)
+    if adapted is not None:  # the weights that a quantized policy is merged into are others by their bits
+        comparable = merge_adapter and module.loading.quantization is None
+        check_adapter_state(
+            adapter_state(adapted, frozen_fingerprint(adapted) if comparable else None), weights.adapter
+        )
     with _appearing(output) as partial:
         if adapted is None:
             _write_weights(model, weights, sources, partial, max_shard_size, dtype)
@@ -173,6 +181,8 @@ def _conversion(model: PreTrainedModel, shards: list[Tensors]) -> Callable[[Tens
 def _write_config(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None:
     model.config.dtype = str(dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
+    if getattr(model, "_auto_class", None) is not None:  # Python code that came with the policy
+        custom_object_save(model, folder, config=model.config)
     model.config.save_pretrained(folder)
 
 
@@ -201,8 +211,12 @@ def _generation_config(module: "PolicyModule", model: PreTrainedModel) -> Genera
     source = module.policy_source
     if not isinstance(source, str):
         return copy.deepcopy(source.generation_config)
-    # where there is none, the one that transformers makes of the model's config
-    return load_generation_config(source, module.loading) or model.generation_config
+    beneath = adapter_base(source, module.loading)
+    return (
+        load_generation_config(source, module.loading)
+        or (load_generation_config(*beneath) if beneath else None)
+        or model.generation_config  # the one that transformers makes of the model's config
+    )
 
 
 def sample_at_a_temperature(generation_config: GenerationConfig) -> None:

@@ -1,6 +1,7 @@
 """The model card of an exported policy: what it was made from, how, and with which results."""
 
 import json
+import os
 import platform
 import re
 from collections.abc import Mapping
@@ -21,8 +22,25 @@ if TYPE_CHECKING:
 Kind = Literal["model", "adapter", "merged"]
 CONFIG, SUMMARY = "config.yaml", "summary.json"
 PACKAGES = ("gvpo-lightning", "torch", "lightning", "transformers", "peft", "bitsandbytes")
-HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-SECRET = re.compile(r"(api_?key|secret|password|token)$", re.IGNORECASE)
+HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
+FILE = re.compile(r"\.(jsonl?|parquet|csv|tsv|txt|ya?ml|arrow|gz|zst|pt|pth|ckpt|bin|gguf|safetensors)$", re.IGNORECASE)
+FOLDERS = (
+    "checkpoints",
+    "configs",
+    "data",
+    "datasets",
+    "models",
+    "output",
+    "outputs",
+    "run",
+    "runs",
+)  # no one's on the hub
+SECRET = re.compile(r"key|secret|passw|credential|auth|bearer|token", re.IGNORECASE)
+NOT_SECRET = re.compile(
+    r"(.*_env|(eos|bos|pad|unk)_token|.*_token_i\w+|stop_.*|(.*_)?tokens|tokenizer.*|token_logprobs)", re.IGNORECASE
+)
+URL = re.compile(r"([A-Za-z][\w+.-]*)://(?:[^/\s]*@)?([^\s?#]*)(?:[?#]\S*)?")
+PATH = re.compile(r"(?:(?<![^=,:])(?:/|~|[A-Za-z]:[\\/])|(?<![^=,:])[^=,:]*\.\.[\\/])[^=,]*")
 HYPERPARAMETERS = ("beta", "temperature", "loading", "lora", "reference_settings", "rollout_settings", "generation")
 
 TEMPLATE = """---
@@ -51,8 +69,8 @@ KL-constrained reward maximisation.
 {% endif %}
 ## How it was trained
 
-```yaml
-{{ config }}```
+{{ fence }}yaml
+{{ config }}{{ fence }}
 
 Versions: {{ versions }}.
 
@@ -103,14 +121,16 @@ def write_card(
         "adapter": f"A LoRA adapter for {name},",
         "merged": f"{name}, with a LoRA adapter merged in,",
     }
+    shown = yaml.safe_dump(publishable(config or hyperparameters(module)), sort_keys=False, allow_unicode=True)
     card = ModelCard.from_template(
         data,
         template_str=TEMPLATE,
         title=f"{name}-gvpo",
         origin=origin[kind],
-        code=_loading_code(source if _is_hub_id(source) else name, kind),
+        code=_loading_code(source if _is_hub_id(source) else "BASE", kind, _brings_code(module)),
         results="\n".join(f"| {key} | {value} |" for key, value in _numbers(summary or {})),
-        config=yaml.safe_dump(publishable(config or hyperparameters(module)), sort_keys=False, allow_unicode=True),
+        config=shown,
+        fence="`" * (1 + max([2, *(len(ticks) for ticks in re.findall("`+", shown))])),  # no value ends the block
         versions=", ".join(
             [f"Python {platform.python_version()}", *(f"{p} {version(p)}" for p in PACKAGES if is_installed(p))]
         ),
@@ -130,17 +150,37 @@ def hyperparameters(module: "PolicyModule") -> dict[str, Any]:
 
 
 def publishable(value: Any, key: str = "") -> Any:
-    """A config without what is not set or is secret; absolute paths, which are of one machine, by their last part."""
+    """A config without what is not set or is secret; absolute paths, which are of one machine, by their last part.
+
+    A key that sounds like a secret hides all that is under it. URLs lose user, password and query.
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    if SECRET.search(key) and not NOT_SECRET.fullmatch(key):
+        return "(left out)"
     if isinstance(value, Mapping):
         shown = {str(publishable(name)): publishable(part, str(name)) for name, part in value.items()}
         return {name: part for name, part in shown.items() if part is not None}
     if isinstance(value, (list, tuple)):
         return [publishable(part, key) for part in value]
-    if isinstance(value, str) and SECRET.search(key):
-        return "(left out)"
-    if isinstance(value, Path) or (isinstance(value, str) and re.match(r"(/|~|[A-Za-z]:[\\/])[^\n]*$", value)):
-        return re.split(r"[\\/]", str(value).rstrip("\\/"))[-1]
-    return value if isinstance(value, (str, int, float, bool, type(None))) else str(value)
+    if isinstance(value, Path):
+        return _last_part(str(value))
+    return (
+        _publishable_text(value) if isinstance(value, str) else value if isinstance(value, (int, float)) else str(value)
+    )
+
+
+def _publishable_text(text: str) -> str:
+    if re.match(r"[/~]", text) and os.path.exists(os.path.expanduser(text)):  # a path even if it has spaces
+        return _last_part(text)
+    text = URL.sub(lambda url: _last_part(url[2]) if url[1] == "file" else f"{url[1]}://{url[2]}", text)
+    if "://" in text or re.search(r"[\s{}]", text):  # such as a prompt's template
+        return text
+    return PATH.sub(lambda path: _last_part(path[0]), text)
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
 
 
 def run_config(trainer: Any) -> dict[str, Any] | None:
@@ -175,15 +215,28 @@ def _numbers(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str
 
 
 def _is_hub_id(name: Any) -> bool:
-    return isinstance(name, str) and HUB_ID.fullmatch(name) is not None and "/" in name and not Path(name).exists()
+    """Whether a name is one of the hub's, and no file or folder, here or where the run was started."""
+    if not isinstance(name, str) or HUB_ID.fullmatch(name) is None or FILE.search(name):
+        return False
+    first = Path(name).parts[0]
+    return first not in FOLDERS and not Path(first).exists()
 
 
-def _loading_code(source: str, kind: Kind) -> str:
+def _brings_code(module: "PolicyModule") -> bool:
+    """Whether the model is a class that lies beside its weights."""
+    policy = module.policy_source
+    if not isinstance(policy, str):
+        return getattr(policy, "_auto_class", None) is not None
+    return module.loading.trust_remote_code and bool(getattr(module.model_config(), "auto_map", None))
+
+
+def _loading_code(source: str, kind: Kind, brings_code: bool) -> str:
+    trust = ", trust_remote_code=True" if brings_code else ""
     lines = ["from transformers import AutoModelForCausalLM, AutoTokenizer", ""]
     if kind == "adapter":
         lines = ["from peft import PeftModel", *lines]
-        lines.append(f'base = AutoModelForCausalLM.from_pretrained("{source}")')
+        lines.append(f'base = AutoModelForCausalLM.from_pretrained("{source}"{trust})')
         lines.append('model = PeftModel.from_pretrained(base, "FOLDER")  # this one')
     else:
-        lines.append('model = AutoModelForCausalLM.from_pretrained("FOLDER")  # this one')
+        lines.append(f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})  # this one')
     return "\n".join([*lines, 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'])

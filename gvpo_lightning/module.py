@@ -446,6 +446,7 @@ class GVPOModule(SamplingModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the position, the rollout if it is half trained, and what identifies the reference."""
+        super().on_save_checkpoint(checkpoint)
         checkpoint["gvpo"] = gvpo_state(self)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

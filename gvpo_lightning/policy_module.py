@@ -10,6 +10,7 @@ import lightning as L
 from lightning.pytorch.strategies import FSDPStrategy
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from gvpo_lightning.adapter_state import adapter_state, check_adapter_state
 from gvpo_lightning.distributed import DataRanks
 from gvpo_lightning.export import sample_at_a_temperature, save_model, write_beside
 from gvpo_lightning.export_adapter import merged_policy, write_adapter
@@ -24,6 +25,7 @@ from gvpo_lightning.lora import (
 )
 from gvpo_lightning.model_card import Kind, run_config
 from gvpo_lightning.policy import load_policy, load_tokenizer, prepare_policy, stop_token_ids
+from gvpo_lightning.reference import frozen_fingerprint
 from gvpo_lightning.seeding import derive_seed
 from gvpo_lightning.sharding import data_ranks, full_state_dict, is_sharded
 
@@ -47,6 +49,7 @@ class PolicyModule(L.LightningModule):
         self.policy = None if isinstance(policy, str) else policy
         self.tokenizer = self._resolve_tokenizer(tokenizer)
         self._saved_names: frozenset[str] | None = None  # of the policy's weights, where not all are saved
+        self._adapter_state: dict[str, Any] | None = None
 
     def _resolve_tokenizer(self, tokenizer: str | PreTrainedTokenizerBase | None) -> PreTrainedTokenizerBase:
         if tokenizer is None and not isinstance(self.policy_source, str):
@@ -91,6 +94,9 @@ class PolicyModule(L.LightningModule):
         else:
             prepare_policy(self.policy)
         self._save_trained_alone()
+        if is_adapted(self.policy) and self._adapter_state is None:
+            frozen = None if self._saved_names is None else frozen_fingerprint(self.policy)
+            self._adapter_state = adapter_state(self.policy, frozen)
         if not stop_token_ids(self.policy, self.tokenizer):
             raise ValueError(
                 "The policy has no end-of-sequence token: set generation_config.eos_token_id or tokenizer.eos_token."
@@ -108,10 +114,17 @@ class PolicyModule(L.LightningModule):
             self.strict_loading = False
             self.register_state_dict_post_hook(functools.partial(leave_frozen_out, self._saved_names))
 
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add what identifies an adapter and the model beneath it."""
+        if self._adapter_state is not None:
+            checkpoint["adapter"] = self._adapter_state
+
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Raise ValueError where an adapter is not the one that is trained here."""
+        """Raise ValueError where an adapter, or the model beneath it, is not the one that is trained here."""
         if self._saved_names is not None and "state_dict" in checkpoint:  # else of a folder, which its reader checks
             check_adapter(self.policy, self._saved_names, checkpoint["state_dict"])
+        if self.policy is not None:
+            check_adapter_state(self._adapter_state, checkpoint.get("adapter"))
 
     def model_config(self) -> PretrainedConfig:
         """The policy's, also before it is loaded."""

@@ -135,7 +135,7 @@ class AdapterOffReference(Reference):
                 "set model.lora, wrap it with peft.get_peft_model, or use reference: frozen."
             )
         if self.fingerprint is None:
-            self.fingerprint = fingerprint(p for p in policy.parameters() if not p.requires_grad)
+            self.fingerprint = frozen_fingerprint(policy)
 
     def refresh(self, policy: Any, *, rollout: int, update: int) -> None:
         """It never changes."""
@@ -392,6 +392,14 @@ def fingerprint(weights: Iterable[Tensor]) -> str:
             bits = part.to(torch.int64)
             checksum = (checksum + (index + 1) * int((bits * bits + bits).sum())) % 2**63
     return f"{checksum:016x}"
+
+
+def frozen_fingerprint(policy: Any) -> str:
+    """Of the weights beneath an adapter, as they are when first asked for: they never change."""
+    found: str | None = getattr(policy, "frozen_fingerprint", None)
+    if found is None:
+        found = policy.frozen_fingerprint = fingerprint(p for p in policy.parameters() if not p.requires_grad)
+    return found
 
 
 def check_fingerprint(found: str | None, expected: str | None) -> None:

@@ -9,6 +9,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -37,11 +38,13 @@ class SavedWeights(ABC):
     Attributes:
         path: the checkpoint.
         step: optimizer updates that the run had made.
+        adapter: what `adapter_state` has left; None without an adapter.
         tensors: by name, each with the shape and dtype that it was saved with; only `load` gives their values.
     """
 
     path: Path
     step: int | None
+    adapter: dict[str, Any] | None
     tensors: dict[str, Tensor]
 
     @abstractmethod
@@ -58,8 +61,9 @@ class FileWeights(SavedWeights):
             checkpoint = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
         except UNREADABLE as error:
             raise ValueError(f"{path} is no checkpoint, or was not written whole: {error}") from error
-        state = checkpoint.get("state_dict") if isinstance(checkpoint, dict) else None
-        self.step = checkpoint.get("global_step") if isinstance(checkpoint, dict) else None
+        checkpoint = checkpoint if isinstance(checkpoint, dict) else {}
+        state = checkpoint.get("state_dict")
+        self.step, self.adapter = checkpoint.get("global_step"), checkpoint.get("adapter")
         named = {policy_name(key): tensor for key, tensor in (state or {}).items()}
         self.tensors = {name: tensor for name, tensor in named.items() if name is not None}
 
@@ -87,12 +91,13 @@ class FolderWeights(SavedWeights):
         except UNREADABLE as error:
             raise ValueError(f"{path / '.metadata'} can't be read, take an earlier checkpoint: {error}") from error
         _check_shards(path, metadata)
-        self.step = torch.load(path / "meta.pt", map_location="cpu", weights_only=True).get("global_step")
+        rest = torch.load(path / "meta.pt", map_location="cpu", weights_only=True)
+        self.step, self.adapter = rest.get("global_step"), rest.get("adapter")
         self._keys: dict[str, str] = {}
         self.tensors = {}
         for key, entry in metadata.state_dict_metadata.items():
-            root, _, rest = key.partition(".")  # Lightning's two strategies call it differently
-            saved_as = policy_name(rest) if root in ("state_dict", "model") else None
+            root, _, name = key.partition(".")  # Lightning's two strategies call it differently
+            saved_as = policy_name(name) if root in ("state_dict", "model") else None
             if saved_as is not None and isinstance(entry, TensorStorageMetadata):
                 self._keys[saved_as] = key
                 self.tensors[saved_as] = torch.empty(entry.size, dtype=entry.properties.dtype, device="meta")

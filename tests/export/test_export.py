@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import weakref
@@ -14,6 +15,7 @@ import torch.distributed.checkpoint as dcp
 from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Qwen2Config, Qwen2ForCausalLM
 
+from gvpo_lightning import LoadingSettings
 from gvpo_lightning.cli import main
 from gvpo_lightning.export import export_checkpoint
 from gvpo_lightning.module import GVPOModule
@@ -259,6 +261,28 @@ def test_experts_are_written_as_their_files_have_them(arithmetic, tmp_path, max_
         index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
         expected = json.loads((tmp_path / "expected" / "model.safetensors.index.json").read_text())
         assert index["weight_map"].keys() == expected["weight_map"].keys()
+
+
+def test_the_code_that_a_policy_brings_is_exported_with_it(arithmetic, tmp_path):
+    weights = save_policy(tmp_path / "model", arithmetic).state_dict()
+    (tmp_path / "model" / "own_config.py").write_text(
+        "from transformers import Qwen2Config\n\n\nclass OwnConfig(Qwen2Config):\n    model_type = 'own'\n"
+    )
+    (tmp_path / "model" / "own_model.py").write_text(
+        "from transformers import Qwen2ForCausalLM\nfrom .own_config import OwnConfig\n\n\n"
+        "class OwnModel(Qwen2ForCausalLM):\n    config_class = OwnConfig\n"
+    )
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "own_config.OwnConfig", "AutoModelForCausalLM": "own_model.OwnModel"}
+    (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"model_type": "own"}))
+    checkpoint = save_folder(tmp_path / "ckpt", under("policy.", weights))
+    module = GVPOModule(str(tmp_path / "model"), ExactAnswer(), loading=LoadingSettings(trust_remote_code=True))
+    export_checkpoint(module, checkpoint, tmp_path / "out")
+    shutil.rmtree(tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    assert type(model).__name__ == "OwnModel"
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    assert 'from_pretrained("FOLDER", trust_remote_code=True)' in (tmp_path / "out" / "README.md").read_text()
 
 
 # -- what is refused --------------------------------------------------------------------------------------

@@ -183,6 +183,7 @@ def test_an_adapter_of_quantized_weights_is_merged_into_the_files_own(run, base,
 
 def test_an_adapters_folder_that_was_trained_further_is_exported_as_the_run_left_it(run, base, tmp_path):
     (run() / "export").rename(tmp_path / "first")
+    (tmp_path / "first" / "generation_config.json").unlink()  # as peft leaves an adapter
     folder = run(f"--model.policy={tmp_path / 'first'}", "--model.lora=null")
     expected = logprobs(load_adapter(base, folder / "export"))
     assert (expected - logprobs(load_adapter(base, tmp_path / "first"))).abs().max() > 1e-3
@@ -192,6 +193,8 @@ def test_an_adapters_folder_that_was_trained_further_is_exported_as_the_run_left
     assert torch.equal(logprobs(load_adapter(base, tmp_path / "adapter")), expected)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logprobs(merged), expected, atol=1e-5, rtol=0)
+    for name in ("adapter", "merged", "run/export"):
+        assert GenerationConfig.from_pretrained(tmp_path / name).temperature == 0.7  # the base's
 
 
 def test_merging_without_an_adapter_is_refused(run, base, tmp_path, capsys):

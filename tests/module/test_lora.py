@@ -4,8 +4,10 @@ import lightning as L
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
 
 from gvpo_lightning import LoadingSettings, ReferenceSettings
+from gvpo_lightning.export import export_checkpoint
 from gvpo_lightning.reference import AdapterOffReference, ModelReference, score
 
 pytest.importorskip("peft")
@@ -83,6 +85,37 @@ def test_a_checkpoint_holds_the_adapter_alone_and_resumes_bitwise(
     assert torch.equal(weights(resumed), weights(through))
     with pytest.raises(ValueError, match=r"The checkpoint's adapter is another one.*Set model\.lora as it was"):
         fit(make_module(**settings | {"lora": LORA | {"r": 2}}), ckpt_path=tmp_path / "step=3.ckpt")
+
+
+def test_a_checkpoint_of_another_adapter_or_model_is_refused_wherever_it_is_loaded(
+    make_module, fit, base, prompts, tiny_policy, tokenizer, tmp_path
+):
+    other = tmp_path / "other"
+    tiny_policy(4, hidden_size=64).save_pretrained(other)
+    tokenizer.save_pretrained(other)
+    checkpoint, settings = tmp_path / "a.ckpt", {"policy": base, "lora": LORA, "reference": "previous"}
+    fit(make_module(**settings), max_steps=2).save_checkpoint(checkpoint)
+    cases = {
+        r"trained with lora_alpha=8, the policy's has lora_alpha=16": {"lora": LORA | {"lora_alpha": 16}},
+        r"with use_rslora=False, .* use_rslora=True": {"lora": LORA | {"use_rslora": True}},
+        r"with alpha_pattern={}, .*{'q_proj': 1}": {"lora": LORA | {"alpha_pattern": {"q_proj": 1}}},
+        r"trained on another model than the policy's \(fingerprint": {"policy": str(other)},
+        r"the policy has none: set model\.lora as in training": {"lora": None},
+    }
+    trainer = L.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
+    for message, changed in cases.items():
+        with pytest.raises(ValueError, match=message):
+            fit(make_module(**settings | changed), ckpt_path=checkpoint)
+        for run in (trainer.validate, trainer.predict):
+            module = make_module(**settings | changed)
+            with pytest.raises(ValueError, match=message):
+                run(module, DataLoader(prompts[:2], batch_size=2, collate_fn=list), ckpt_path=checkpoint)
+        for merge in (False, True):  # alone, the model beneath is not loaded
+            if changed == {"lora": None} or ("policy" in changed and not merge):
+                continue
+            with pytest.raises(ValueError, match=message):
+                export_checkpoint(make_module(**settings | changed), checkpoint, tmp_path / "out", merge_adapter=merge)
+    export_checkpoint(make_module(**settings), checkpoint, tmp_path / "out", merge_adapter=True)
 
 
 def test_the_adapter_starts_from_the_runs_seed(make_module, base):
