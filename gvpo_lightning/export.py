@@ -182,7 +182,7 @@ def _write_config(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> N
     model.config.dtype = str(dtype).removeprefix("torch.")
     model.config.architectures = [type(model).__name__]
     if getattr(model, "_auto_class", None) is not None:  # Python code that came with the policy
-        custom_object_save(model, folder, config=model.config)
+        custom_object_save(model, folder, config=model.config)  # type: ignore[arg-type]
     model.config.save_pretrained(folder)
 
 
