@@ -11,7 +11,7 @@ import time
 import pytest
 
 from gvpo_lightning.rewards import BoxedMath, Rewards, RewardSettings
-from gvpo_lightning.rewards.maths import extract_answer, gold_answers, last_boxed, same_answer
+from gvpo_lightning.rewards.maths import extract_answer, gold_answers, last_boxed, plain, same_answer
 
 
 @pytest.mark.parametrize(
@@ -300,4 +300,11 @@ def test_last_boxed_is_linear_in_the_text():
     start = time.perf_counter()
     assert last_boxed(text) == "5"
     assert last_boxed("\\boxed{" * 3000) is None
+    assert time.perf_counter() - start < 5
+
+
+@pytest.mark.parametrize("text", [" " * 50_000, "7" * 50_000, "\\text{" * 10_000, "\\, " * 15_000, "√" * 50_000])
+def test_plain_text_is_linear_in_the_text(text):
+    start = time.perf_counter()
+    plain("5" + text + "!")
     assert time.perf_counter() - start < 5
