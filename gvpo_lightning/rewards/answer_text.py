@@ -7,7 +7,7 @@ MAX_DEPTH = 30  # braces and brackets in each other: parsing more can take secon
 _WORDS = r"\\(?:text|textbf|textit|textrm|mathrm|mathbf|mbox|operatorname)\s*"
 _WRAPPED = re.compile(_WORDS + r"\{([^{}]*)\}")
 _SPACING = re.compile(r"\\[,;:! ]|\\(?:quad|qquad|left|right|displaystyle)(?![a-zA-Z])|[$\s]")
-_POWER_OF_TEN = re.compile(r"(?<![\w.])([+-]?\d+\.?\d*|[+-]?\.\d+)[eE]([+-]?\d{1,4})(?!\w)")
+_POWER_OF_TEN = re.compile(r"(?<![\w.])([+-]?\d+(?:\.\d*)?|[+-]?\.\d+)[eE]([+-]?\d{1,4})(?!\w)")
 _TIDY = (
     (re.compile(r"(?<!\\)~"), " "),  # a space that doesn't break
     (_POWER_OF_TEN, r"\1 \\times 10^{\2}"),  # or its e would be a variable
@@ -17,7 +17,7 @@ _TIDY = (
     (re.compile(r"\\varnothing(?![a-zA-Z])"), r"\\emptyset"),
     (re.compile(r"√\s*(?:\{([^{}]*)\}|\(([^()]*)\)|(\d+|[a-zA-Z]))"), r"\\sqrt{\1\2\3}"),
     (re.compile(rf"(?<=\d)\^(?:\{{(?:{_WORDS}\{{)?|{_WORDS}\{{)(?:st|nd|rd|th)\}}{{1,2}}"), ""),  # ordinals
-    (re.compile(r"[\s,]*\\(?:text|mbox|textrm)\s*\{[\s,]*(?:and|or)\s*\}"), ", "),  # between items
+    (re.compile(r"(?<![\s,])[\s,]*\\(?:text|mbox|textrm)\s*\{[\s,]*(?:and|or)\s*\}"), ", "),  # between items
 )
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 

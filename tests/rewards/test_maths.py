@@ -11,7 +11,7 @@ import time
 import pytest
 
 from gvpo_lightning.rewards import BoxedMath, Rewards, RewardSettings
-from gvpo_lightning.rewards.maths import extract_answer, gold_answers, last_boxed, same_answer
+from gvpo_lightning.rewards.maths import extract_answer, gold_answers, last_boxed, plain, same_answer
 
 
 @pytest.mark.parametrize(
@@ -303,8 +303,16 @@ def test_last_boxed_is_linear_in_the_text():
     assert time.perf_counter() - start < 5
 
 
+<<<<<<< HEAD
 def test_imports_are_no_part_of_a_completions_time_limit():
     rewards = Rewards(BoxedMath(), RewardSettings(num_workers=1, timeout=0.5))
     found, _ = rewards(["p"] * 3, [r"\boxed{\frac12}"] * 3, {"answer": ["0.5"] * 3})
     rewards.close()
     assert [rewarded.total for rewarded in found] == [1.0] * 3
+=======
+@pytest.mark.parametrize("text", [" " * 50_000, "7" * 50_000, "\\text{" * 10_000, "\\, " * 15_000, "√" * 50_000])
+def test_plain_text_is_linear_in_the_text(text):
+    start = time.perf_counter()
+    plain("5" + text + "!")
+    assert time.perf_counter() - start < 5
+>>>>>>> fixgrader
