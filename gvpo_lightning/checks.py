@@ -29,7 +29,7 @@ def check_prompts(
     That is: no `prompt`, a prompt that is neither text nor messages, no room for max_new_tokens in the
     model's context, or rows without the columns that the rewards need.
     """
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
+    context = context_length(config)
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise ValueError(f"Row {number} of the prompts must be a dict with a 'prompt', got {type(row).__name__}.")
@@ -50,6 +50,11 @@ def check_prompts(
                 f"Row {number}: the prompt's {length} tokens and generation.max_new_tokens={max_new_tokens} exceed the "
                 f"model's context of {context}: shorten the prompt or max_new_tokens, or leave the row out."
             )
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Tokens that a model takes; None where its config names no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_trainer(
