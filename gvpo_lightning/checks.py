@@ -34,8 +34,12 @@ def check_prompts(
     Returns:
         the longest prompt's tokens.
     """
+<<<<<<< HEAD
     longest = 0
     context = getattr(config.get_text_config(), "max_position_embeddings", None)
+=======
+    context = context_length(config)
+>>>>>>> fixmodels
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise ValueError(f"Row {number} of the prompts must be a dict with a 'prompt', got {type(row).__name__}.")
@@ -72,6 +76,11 @@ def check_devices(trainer: Trainer) -> None:
             f"number of devices, {devices}: set trainer.strategy.init_args.data_parallel_size, or trainer.devices and "
             "trainer.num_nodes."
         )
+
+
+def context_length(config: PretrainedConfig) -> int | None:
+    """Tokens that a model takes; None where its config names no limit."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def check_trainer(

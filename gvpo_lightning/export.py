@@ -179,11 +179,17 @@ def _conversion(model: PreTrainedModel, shards: list[Tensors]) -> Callable[[Tens
 
 
 def _write_config(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None:
-    model.config.dtype = str(dtype).removeprefix("torch.")
-    model.config.architectures = [type(model).__name__]
+    config: Any = model.config
+    config.dtype = str(dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
     if getattr(model, "_auto_class", None) is not None:  # Python code that came with the policy
+<<<<<<< HEAD
         custom_object_save(model, folder, config=model.config)  # type: ignore[arg-type]
     model.config.save_pretrained(folder)
+=======
+        custom_object_save(model, folder, config=config)
+    config.save_pretrained(folder)
+>>>>>>> fixmodels
 
 
 def save_model(model: PreTrainedModel, folder: Path, max_shard_size: str | int = "5GB") -> None:

@@ -16,6 +16,7 @@ from transformers import (
     PretrainedConfig,
     PreTrainedModel,
 )
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.utils import find_adapter_config_file
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -56,6 +57,12 @@ class LoadingSettings:
         ):
             if value not in allowed:
                 raise ValueError(f"loading.{name} must be one of {allowed}, got {value!r}.")
+        known = sorted({"eager", *FLASH_PACKAGES, *ALL_ATTENTION_FUNCTIONS})
+        if self.attn_implementation not in (None, *known) and "/" not in str(self.attn_implementation):
+            raise ValueError(
+                f"loading.attn_implementation must be one of {known}, or a kernel on the hub such as "
+                f"'kernels-community/flash-attn2', got {self.attn_implementation!r}."
+            )
         if self.quantization is not None and not is_installed("bitsandbytes"):
             raise ValueError(
                 f"loading.quantization={self.quantization!r} needs bitsandbytes: pip install "
@@ -128,19 +135,20 @@ def adapter_base(name: str, loading: LoadingSettings) -> tuple[str, LoadingSetti
     return config["base_model_name_or_path"], replace(loading, revision=config.get("revision"))
 
 
-def load_config(name: str, loading: LoadingSettings = LoadingSettings()) -> PretrainedConfig:
-    """A model's config; of an adapter's folder, that of the model beneath.
+def load_config(name: str, loading: LoadingSettings = LoadingSettings(), setting: str = "policy") -> PretrainedConfig:
+    """A model's config; of an adapter's folder, that of the model beneath. Errors call it by the `setting`.
 
     Raises:
         ValueError: there is none.
     """
     base = adapter_base(name, loading)
     if base is not None:
-        return load_config(*base)
+        return load_config(*base, setting)
+    arguments = hub_arguments(name, loading)
     try:
-        return AutoConfig.from_pretrained(name, **hub_arguments(name, loading))
+        return AutoConfig.from_pretrained(name, **arguments)
     except UNLOADABLE as error:
-        raise not_loaded("policy", name, loading, error) from error
+        raise not_loaded(setting, name, loading, error) from error
 
 
 def load_base_model(name: str, loading: LoadingSettings) -> PreTrainedModel:
@@ -219,5 +227,5 @@ def not_loaded(setting: str, name: str, loading: LoadingSettings, error: Excepti
     if loading.revision is not None and "revision" in reason:
         return ValueError(f"{setting}={name!r} has no loading.revision={loading.revision!r}: {reason}")
     if setting == "tokenizer":
-        return ValueError(f"tokenizer={name!r} has no tokenizer that transformers loads: {reason}")
-    return ValueError(f"policy={name!r} is neither a folder with a model nor a hub id, or can't be loaded: {reason}")
+        return ValueError(f"tokenizer={name!r} has no tokenizer that transformers loads, set model.tokenizer: {reason}")
+    return ValueError(f"{setting}={name!r} is neither a folder with a model nor a hub id, or can't be loaded: {reason}")

@@ -26,6 +26,12 @@ def check_policy_settings(policy: str | PreTrainedModel, loading: LoadingSetting
         return
     if lora is not None:
         lora_config(lora)
+        base = adapter_base(policy, loading)
+        if base is not None:
+            raise ValueError(
+                f"policy={policy!r} is an adapter already, of {base[0]!r}: leave model.lora out to train it further, "
+                f"or set model.policy={base[0]!r} to train a new one."
+            )
     elif loading.quantization is not None and adapter_base(policy, loading) is None:
         raise ValueError(
             f"loading.quantization={loading.quantization!r} needs an adapter, quantized weights can't be trained: set "

@@ -21,12 +21,12 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_lightning.checkpoint import gvpo_state, load_gvpo_state, load_position
-from gvpo_lightning.checks import check_trainer, check_training_batches
+from gvpo_lightning.checks import check_trainer, check_training_batches, context_length
 from gvpo_lightning.collect import collect_rollout
 from gvpo_lightning.compiled import check_strategy, compile_layers
 from gvpo_lightning.gradients import clip_gradients, drop_gradients, gradients_are_finite
 from gvpo_lightning.head import completion_loss
-from gvpo_lightning.loading import LoadingSettings
+from gvpo_lightning.loading import LoadingSettings, load_config
 from gvpo_lightning.lora import starts_at_base
 from gvpo_lightning.meters import UpdateMeter, measure_update
 from gvpo_lightning.offending import save_update_of
@@ -34,6 +34,7 @@ from gvpo_lightning.plan import Limits, Update, plan_updates
 from gvpo_lightning.policy import stop_token_ids
 from gvpo_lightning.reference import (
     CachedReference,
+    ModelReference,
     ReferenceKind,
     ReferenceSettings,
     make_reference,
@@ -208,8 +209,30 @@ class GVPOModule(SamplingModule):
         """Raise ValueError for prompts that this module can't be trained on, or can't be given completions."""
         self.longest_prompt = self.check_prompts(rows, sampled=self.sources.settings.generates)
         self.sources.open(self.tokenizer, self.vocab_size())
-        context = getattr(self.model_config().get_text_config(), "max_position_embeddings", None)
+        context = context_length(self.model_config())
+        if isinstance(self.reference, ModelReference):
+            context = self._check_reference_model(rows, context)
         self.sources.check(rows, context)
+
+    def _check_reference_model(self, rows: Sequence[Row], context: int | None) -> int | None:
+        """Raise ValueError where the reference can't score what the policy says; returns the shorter context."""
+        name = self.reference_settings.model
+        assert name is not None
+        config = load_config(name, self.loading_of(name), setting="reference.model")
+        vocab_size = config.get_text_config().vocab_size
+        if vocab_size < self.vocab_size():
+            raise ValueError(
+                f"reference.model={name!r} has {vocab_size} token ids, fewer than the policy's {self.vocab_size()}: it "
+                "can't score what the policy says. Take a model of the same family, with the policy's tokenizer."
+            )
+        own = context_length(config)
+        if own is None or (context is not None and own >= context):
+            return context
+        try:
+            self.check_prompts(rows, sampled=self.sources.settings.generates, config=config)
+        except ValueError as error:
+            raise ValueError(f"reference.model={name!r}: {error}") from error
+        return own
 
     def configure_model(self) -> None:
         """Load the policy, take what the reference needs of it, and shard it if the strategy does not."""

@@ -35,11 +35,7 @@ def load_policy(
             model = add_lora(model, lora, seed)
             model.peft_config["default"].revision = loading.revision  # of the model beneath, for who loads the adapter
     else:
-        if lora is not None:
-            raise ValueError(
-                f"policy={name!r} is an adapter already, of {base[0]!r}: leave model.lora out to train it further, or "
-                f"set model.policy={base[0]!r} to train a new one."
-            )
+        assert lora is None, "check_policy_settings refuses it"
         model = load_adapter(load_base_model(*base), name, loading)
     prepare_policy(model)
     return model
@@ -51,8 +47,9 @@ def load_tokenizer(name: str, loading: LoadingSettings = LoadingSettings()) -> P
     Raises:
         ValueError: there is none.
     """
+    arguments = hub_arguments(name, loading)
     try:
-        return AutoTokenizer.from_pretrained(name, **hub_arguments(name, loading))
+        return AutoTokenizer.from_pretrained(name, **arguments)
     except UNLOADABLE as error:
         raise not_loaded("tokenizer", name, loading, error) from error
 

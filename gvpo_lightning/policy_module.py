@@ -14,8 +14,9 @@ from gvpo_lightning.adapter_state import adapter_state, check_adapter_state
 from gvpo_lightning.distributed import DataRanks
 from gvpo_lightning.export import sample_at_a_temperature, save_model, write_beside
 from gvpo_lightning.export_adapter import merged_policy, write_adapter
-from gvpo_lightning.loading import LoadingSettings, check_attention, load_config
+from gvpo_lightning.loading import LoadingSettings, check_attention, empty_model, load_config
 from gvpo_lightning.lora import (
+    add_lora,
     check_adapter,
     check_policy_settings,
     is_adapted,
@@ -47,6 +48,9 @@ class PolicyModule(L.LightningModule):
         self.policy_source = policy
         self.loading, self.lora = loading, lora
         self.policy = None if isinstance(policy, str) else policy
+        config = self.model_config()  # of a policy that is not there the error must not speak of its tokenizer
+        if lora is not None:
+            add_lora(empty_model(config, loading), lora, seed=0)  # it fits, before data and weights are loaded
         self.tokenizer = self._resolve_tokenizer(tokenizer)
         self._saved_names: frozenset[str] | None = None  # of the policy's weights, where not all are saved
         self._adapter_state: dict[str, Any] | None = None

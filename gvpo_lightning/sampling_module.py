@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 from lightning.pytorch.strategies import FSDPStrategy
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_lightning.checks import check_prompts
 from gvpo_lightning.evaluation.loader import ProblemBatch
@@ -72,12 +72,20 @@ class SamplingModule(PolicyModule):
         if self.rewards is not None:
             self.rewards.close()
 
+<<<<<<< HEAD
     def check_prompts(self, rows: Iterable[Row], *, sampled: bool = True) -> int:
         """Raise ValueError, naming the row, for prompts that can't be used here; returns the longest one's tokens."""
         return check_prompts(
+=======
+    def check_prompts(
+        self, rows: Iterable[Row], *, sampled: bool = True, config: PretrainedConfig | None = None
+    ) -> None:
+        """Raise ValueError, naming the row, for prompts that this module, or the `config`'s, can't be given."""
+        check_prompts(
+>>>>>>> fixmodels
             rows,
             tokenizer=self.tokenizer,
-            config=self.model_config(),
+            config=config or self.model_config(),
             rewards=self.rewards,
             max_new_tokens=self.generation.max_new_tokens if sampled else 1,
         )

@@ -195,6 +195,15 @@ def test_an_adapters_folder_that_was_trained_further_is_exported_as_the_run_left
     torch.testing.assert_close(logprobs(merged), expected, atol=1e-5, rtol=0)
     for name in ("adapter", "merged", "run/export"):
         assert GenerationConfig.from_pretrained(tmp_path / name).temperature == 0.7  # the base's
+    # weights of the checkpoint that are not trained would be lost
+    checkpoint = torch.load(folder / "checkpoints" / "last.ckpt", weights_only=True)
+    name = "base_model.model.model.norm.weight"
+    checkpoint["state_dict"][f"policy.{name}"] = torch.ones(64)
+    torch.save(checkpoint, tmp_path / "more.ckpt")
+    module = GVPOModule(str(tmp_path / "first"), lambda prompts, completions: [0.0])
+    for merge in (False, True):
+        with pytest.raises(ValueError, match=rf"more\.ckpt has '{name}', which is not trained"):
+            export_checkpoint(module, tmp_path / "more.ckpt", tmp_path / "out", merge_adapter=merge)
 
 
 def test_merging_without_an_adapter_is_refused(run, base, tmp_path, capsys):

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from gvpo_lightning import LoadingSettings, ReferenceSettings
+from gvpo_lightning import GVPOModule, LoadingSettings, ReferenceSettings
 from gvpo_lightning.export import export_checkpoint
 from gvpo_lightning.reference import AdapterOffReference, ModelReference, score
 
@@ -145,7 +145,7 @@ def test_an_exported_adapter_is_trained_further_and_is_its_own_reference(make_mo
     moved = dict(second.policy.named_parameters())
     assert max((moved[n] - p).abs().max() for n, p in first.policy.named_parameters() if "lora_" in n) > 0
     with pytest.raises(ValueError, match=r"is an adapter already, of .*base'"):
-        make_module(policy=str(tmp_path / "export"), lora=LORA).configure_model()
+        make_module(policy=str(tmp_path / "export"), lora=LORA)
 
 
 @pytest.mark.parametrize(
@@ -174,10 +174,15 @@ def test_an_adapter_on_the_head_is_refused(make_module, base, lora):
 
 def test_modules_that_the_model_has_not_are_named(make_module, base):
     with pytest.raises(ValueError, match=r"does not fit Qwen2ForCausalLM: Target modules .*c_attn"):
-        make_module(policy=base, lora={"target_modules": ["c_attn"]}).configure_model()
+        make_module(policy=base, lora={"target_modules": ["c_attn"]})
 
 
 @pytest.mark.parametrize("settings", [{"lora": LORA}, {"loading": LoadingSettings("bfloat16")}])
 def test_a_model_object_brings_its_own_adapter_and_dtype(make_module, settings):
     with pytest.raises(ValueError, match=r"is for a policy given by name, got a Qwen2ForCausalLM"):
         make_module(**settings)
+
+
+def test_a_policy_that_is_not_there_is_named_as_the_policy(base):
+    with pytest.raises(ValueError, match=r"^policy='.*base-typo' is neither a folder with a model nor a hub id"):
+        GVPOModule(f"{base}-typo", lambda prompts, completions: [0.0])

@@ -128,6 +128,29 @@ def test_another_model_can_be_the_frozen_reference(make_module, fit, tiny_policy
     assert torch.equal(batch.reference_logprobs, expected)
 
 
+@pytest.mark.parametrize(
+    ("size", "message"),
+    [
+        (
+            {"vocab_size": 12},
+            r"reference\.model='.*other' has 12 token ids, fewer than the policy's \d+: .*Take a model",
+        ),
+        (
+            {"max_position_embeddings": 7},
+            r"other': Row \d+: the prompt's . tokens and .*=4 exceed the model's context of 7",
+        ),
+    ],
+)
+def test_another_model_that_cant_score_the_policys_completions_is_refused(
+    make_module, fit, tiny_policy, tmp_path, size, message
+):
+    tiny_policy(7, **size).save_pretrained(tmp_path / "other")
+    module = make_module(reference=ReferenceSettings(model=str(tmp_path / "other")))
+    with pytest.raises(ValueError, match=message):
+        fit(module, max_steps=2)
+    assert module.reference.model is None  # it was not loaded
+
+
 @pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
 def test_a_run_against_another_model_resumes_bitwise(make_module, fit, weights, tiny_policy, tmp_path, precision):
     tiny_policy(7).save_pretrained(tmp_path / "other")

@@ -303,16 +303,13 @@ def test_last_boxed_is_linear_in_the_text():
     assert time.perf_counter() - start < 5
 
 
-<<<<<<< HEAD
 def test_imports_are_no_part_of_a_completions_time_limit():
     rewards = Rewards(BoxedMath(), RewardSettings(num_workers=1, timeout=0.5))
     found, _ = rewards(["p"] * 3, [r"\boxed{\frac12}"] * 3, {"answer": ["0.5"] * 3})
     rewards.close()
     assert [rewarded.total for rewarded in found] == [1.0] * 3
-=======
+
+
 @pytest.mark.parametrize("text", [" " * 50_000, "7" * 50_000, "\\text{" * 10_000, "\\, " * 15_000, "√" * 50_000])
-def test_plain_text_is_linear_in_the_text(text):
-    start = time.perf_counter()
-    plain("5" + text + "!")
-    assert time.perf_counter() - start < 5
->>>>>>> fixgrader
+def test_plain_text_of_a_long_answer_comes_to_an_end(text):
+    assert plain("5" + text + "!").endswith("!")  # minutes, if a pattern goes back over the text
