@@ -34,12 +34,8 @@ def check_prompts(
     Returns:
         the longest prompt's tokens.
     """
-<<<<<<< HEAD
     longest = 0
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-=======
     context = context_length(config)
->>>>>>> fixmodels
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise ValueError(f"Row {number} of the prompts must be a dict with a 'prompt', got {type(row).__name__}.")

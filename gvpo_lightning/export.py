@@ -183,13 +183,8 @@ def _write_config(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> N
     config.dtype = str(dtype).removeprefix("torch.")
     config.architectures = [type(model).__name__]
     if getattr(model, "_auto_class", None) is not None:  # Python code that came with the policy
-<<<<<<< HEAD
-        custom_object_save(model, folder, config=model.config)  # type: ignore[arg-type]
-    model.config.save_pretrained(folder)
-=======
         custom_object_save(model, folder, config=config)
     config.save_pretrained(folder)
->>>>>>> fixmodels
 
 
 def save_model(model: PreTrainedModel, folder: Path, max_shard_size: str | int = "5GB") -> None:

@@ -72,17 +72,15 @@ class SamplingModule(PolicyModule):
         if self.rewards is not None:
             self.rewards.close()
 
-<<<<<<< HEAD
-    def check_prompts(self, rows: Iterable[Row], *, sampled: bool = True) -> int:
-        """Raise ValueError, naming the row, for prompts that can't be used here; returns the longest one's tokens."""
-        return check_prompts(
-=======
     def check_prompts(
         self, rows: Iterable[Row], *, sampled: bool = True, config: PretrainedConfig | None = None
-    ) -> None:
-        """Raise ValueError, naming the row, for prompts that this module, or the `config`'s, can't be given."""
-        check_prompts(
->>>>>>> fixmodels
+    ) -> int:
+        """Raise ValueError, naming the row, for prompts that this module, or the `config`'s, can't be given.
+
+        Returns:
+            the longest prompt's tokens.
+        """
+        return check_prompts(
             rows,
             tokenizer=self.tokenizer,
             config=config or self.model_config(),
