@@ -24,17 +24,8 @@ CONFIG, SUMMARY = "config.yaml", "summary.json"
 PACKAGES = ("gvpo-lightning", "torch", "lightning", "transformers", "peft", "bitsandbytes")
 HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 FILE = re.compile(r"\.(jsonl?|parquet|csv|tsv|txt|ya?ml|arrow|gz|zst|pt|pth|ckpt|bin|gguf|safetensors)$", re.IGNORECASE)
-FOLDERS = (
-    "checkpoints",
-    "configs",
-    "data",
-    "datasets",
-    "models",
-    "output",
-    "outputs",
-    "run",
-    "runs",
-)  # no one's on the hub
+# no one's names on the hub
+FOLDERS = frozenset(["checkpoints", "configs", "data", "datasets", "models", "output", "outputs", "run", "runs"])
 SECRET = re.compile(r"key|secret|passw|credential|auth|bearer|token", re.IGNORECASE)
 NOT_SECRET = re.compile(
     r"(.*_env|(eos|bos|pad|unk)_token|.*_token_i\w+|stop_.*|(.*_)?tokens|tokenizer.*|token_logprobs)", re.IGNORECASE
@@ -165,9 +156,9 @@ def publishable(value: Any, key: str = "") -> Any:
         return [publishable(part, key) for part in value]
     if isinstance(value, Path):
         return _last_part(str(value))
-    return (
-        _publishable_text(value) if isinstance(value, str) else value if isinstance(value, (int, float)) else str(value)
-    )
+    if isinstance(value, (int, float)):
+        return value
+    return _publishable_text(str(value))
 
 
 def _publishable_text(text: str) -> str:
