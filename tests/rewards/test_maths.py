@@ -226,7 +226,7 @@ def test_a_row_without_an_answer_is_named(gold):
 
 
 def test_an_answer_that_hangs_costs_itself_alone():
-    rewards = Rewards(BoxedMath(), RewardSettings(num_workers=1, timeout=5.0))
+    rewards = Rewards(BoxedMath(), RewardSettings(num_workers=1, timeout=2.0))
     completions = ["\\boxed{5}", "5", "\\boxed{\\sum_{n=1}^{99999} n^{99999}}", "\\boxed{\\frac{10}{2}}"]
     try:
         found, _ = rewards([""] * 4, completions, {"answer": ["5"] * 4, "level": [1] * 4})
