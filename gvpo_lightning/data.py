@@ -103,7 +103,10 @@ class PromptDataModule(L.LightningDataModule):
             make = self._prompt_maker("problem")
             for number, row in enumerate(problems):
                 row |= make(row, number)
-            self._module.check_prompts(problems)
+            try:
+                self._module.check_prompts(problems)
+            except ValueError as error:
+                raise ValueError(f"data.benchmarks.{name}: {error}") from error
             self.problem_sets.append(ProblemSet(name, problems, benchmark.num_samples))
 
     @property
