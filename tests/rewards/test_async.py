@@ -44,12 +44,11 @@ class Judge:
 
 
 def test_completions_are_asked_for_together_up_to_the_limit():
-    judge, start = Judge(), time.perf_counter()
+    judge = Judge()
     found, _ = ask(judge, ["x" * (n % 7) for n in range(60)], max_concurrency=20)
     assert [rewarded.total for rewarded in found] == [n % 7 for n in range(60)]
     assert judge.most == 20
     assert judge.entered == 0
-    assert 0.3 <= time.perf_counter() - start < 3.0
 
 
 def test_each_failure_costs_its_completion_alone():

@@ -29,7 +29,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         if text == "late":
-            time.sleep(1.0)
+            time.sleep(2.0)
         answers = {"two": {"rewards": [1, 2]}, "none": {"rewards": [None]}, "text": {"rewards": ["high"]}, "bare": 1.0}
         data = json.dumps(answers.get(text, {"rewards": [len(text)]})).encode() if text != "no json" else b"<html>"
         self.send_response(200)
@@ -105,9 +105,9 @@ def test_other_answers_are_failures(server, text, message):
 
 
 def test_late_answers_and_a_server_that_is_not_there(server):
-    found, _ = ask(RemoteReward(server.url, retries=1, timeout=0.2), ["fine", "late"])
+    found, _ = ask(RemoteReward(server.url, retries=1, timeout=0.7), ["fine", "late"])
     assert [rewarded.failure for rewarded in found] == [None, "reward_raised"]
-    found, _ = ask(RemoteReward(server.url, timeout=10), ["fine", "late"], timeout=0.3)
+    found, _ = ask(RemoteReward(server.url, timeout=10), ["fine", "late"], timeout=0.8)
     assert [rewarded.failure for rewarded in found] == [None, "reward_timeout"]
     found, tally = ask(RemoteReward("http://127.0.0.1:9/"), ["a"])
     assert found[0].failure == "reward_raised"

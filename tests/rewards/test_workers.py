@@ -176,13 +176,13 @@ def test_what_a_worker_can_not_load_stops_at_once(make, tmp_path, monkeypatch):
 def test_a_reward_that_warms_up_does_so_before_its_time_limits_begin(make):
     class Slow:
         def warm_up(self):
-            time.sleep(0.6)
+            time.sleep(1.2)
             self.is_warm = True
 
         def __call__(self, prompts, completions, **columns):
             return [float(self.is_warm)]
 
-    assert [rewarded.total for rewarded in ask(make(Slow(), timeout=0.3), ["7"] * 4)[0]] == [1.0] * 4
+    assert [rewarded.total for rewarded in ask(make(Slow(), timeout=0.8), ["7"] * 4)[0]] == [1.0] * 4
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
