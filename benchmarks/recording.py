@@ -33,6 +33,11 @@ class Recording:
         self.rows.append(row)
         self.write()
 
+    def read_rows(self) -> list[dict[str, Any]]:
+        """Those that the file holds."""
+        rows: list[dict[str, Any]] = json.loads(self.path.read_text())["rows"]
+        return rows
+
     def write(self) -> None:
         """Replace the file in one step, so that a run that is cut off leaves a whole one."""
         self.path.parent.mkdir(parents=True, exist_ok=True)

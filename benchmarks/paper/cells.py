@@ -1,0 +1,138 @@
+"""Cells: the runs that an experiment consists of. Each is one `gvpo fit` in a folder of its own, in a worker process.
+
+What has been measured stays in the experiment's JSON, so that an interrupted experiment goes on with `--resume`.
+"""
+
+import contextlib
+import hashlib
+import json
+import multiprocessing
+import os
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from benchmarks.recording import Recording
+
+ROOT = Path(__file__).parent.parent.parent
+Row = dict[str, Any]
+Execute = Callable[["Sequence[Cell]"], list[Row]]
+QUIET = {
+    "trainer.enable_progress_bar": False,
+    "trainer.enable_model_summary": False,
+    "trainer.enable_checkpointing": False,
+    "trainer.logger": False,
+    "trainer.check_val_every_n_epoch": 1_000_000,
+    "trainer.num_sanity_val_steps": 0,
+    "completions_table.every_n_steps": 1_000_000,
+}
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One run.
+
+    Attributes:
+        labels: what tells it from the experiment's other cells.
+        configs: files for `gvpo fit --config`, in this order; relative ones are below the repository.
+        settings: dotted keys of `gvpo fit` and values, laid over them.
+        seed: of everything.
+        meter: arguments of `PaperMeter`.
+        keep: a folder for what the run leaves, such as its export/; None deletes it.
+    """
+
+    labels: dict[str, Any]
+    configs: tuple[str, ...]
+    settings: dict[str, Any]
+    seed: int
+    meter: dict[str, Any] = field(default_factory=dict)
+    keep: str | None = None
+
+    @property
+    def key(self) -> str:
+        """The same for the same run: changes with its settings and its config files, not with the code."""
+        texts = [(ROOT / path).read_text() for path in self.configs]
+        told = [texts, self.settings, self.seed, self.meter, self.labels]
+        return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
+
+    def arguments(self, folder: Path, output: Path) -> list[str]:
+        """Of the `gvpo` command."""
+        settings = QUIET | self.settings | {"seed_everything": self.seed, "trainer.default_root_dir": str(folder)}
+        meter = {"class_path": "benchmarks.paper.meter.PaperMeter", "init_args": {"output": str(output)} | self.meter}
+        return [
+            "fit",
+            *(f"--config={ROOT / path}" for path in self.configs),
+            *(f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()),
+            f"--trainer.callbacks+={json.dumps(meter)}",
+        ]
+
+
+def run_cell(cell: Cell) -> Row:
+    """Train it; the row of the results, with `start`, `end`, `trace` and `evaluations` of `PaperMeter`.
+
+    Raises:
+        RuntimeError: the run failed by more than a policy that diverged; with the end of what it printed.
+    """
+    from gvpo_lightning.cli import main
+
+    started = time.perf_counter()
+    with contextlib.ExitStack() as stack:
+        folder = Path(cell.keep or stack.enter_context(tempfile.TemporaryDirectory()))
+        folder.mkdir(parents=True, exist_ok=True)
+        output, log = folder / "paper.json", folder / "output.log"
+        with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
+            error: BaseException | None = None
+            try:
+                main(cell.arguments(folder, output))
+            except (Exception, SystemExit) as raised:
+                error = raised
+        if error is not None and not output.exists():
+            raise RuntimeError(f"{cell.labels}: {error}\n{log.read_text()[-2000:]}") from error
+        record = json.loads(output.read_text())
+    seconds = time.perf_counter() - started
+    return {"labels": cell.labels, "seed": cell.seed, "settings": cell.settings, "key": cell.key, **record} | {
+        "wall_seconds": seconds
+    }
+
+
+def run_cells(cells: Sequence[Cell], recording: Recording, jobs: int, show: Callable[[Row], None]) -> list[Row]:
+    """The rows of all cells, in their order; those that `recording` has already are not run again."""
+    known = {row["key"]: row for row in recording.rows}
+    missing = [cell for cell in cells if cell.key not in known or cell.keep is not None]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited: one thread a worker
+    # spawned: a forked worker would inherit threads and random state
+    with ProcessPoolExecutor(min(jobs, max(len(missing), 1)), multiprocessing.get_context("spawn")) as pool:
+        futures = {pool.submit(run_cell, cell): cell for cell in missing}
+        try:
+            for future in as_completed(futures):
+                row = future.result() | {"commit": commit()}
+                if row["key"] in known:  # run again for what it leaves
+                    recording.rows.remove(known[row["key"]])
+                known[row["key"]] = row
+                recording.add(row)
+                show(row)
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+    return [known[cell.key] for cell in cells]
+
+
+def commit() -> str:
+    """The commit that is checked out, with a + where the code or the configs differ from it."""
+    git = ["git", "-C", str(ROOT)]
+    found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    code = ["gvpo_lightning", "kernels", "configs", "benchmarks/paper"]
+    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code], check=False).returncode
+    return (found or "unknown") + ("+" if found and changed else "")
+
+
+def config_texts(paths: Iterable[str]) -> dict[str, Any]:
+    """The config files, read, by path."""
+    return {path: yaml.safe_load((ROOT / path).read_text()) for path in paths}

@@ -1,0 +1,192 @@
+"""What is measured of one run of an experiment, while it trains and at its end."""
+
+import copy
+import json
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from gvpo_lightning.callbacks.optimality import answer_probabilities, optimal_accuracy, validation_rows
+from gvpo_lightning.head import completion_logprobs
+from gvpo_lightning.module import GVPOModule
+from gvpo_lightning.reference import score
+from gvpo_lightning.rollout.loader import Row
+from gvpo_lightning.sharding import is_sharded
+
+STEP_METRICS = {"loss": "loss", "residual_rms": "residual/rms", "entropy": "entropy", "reward": "reward/mean"}
+
+
+class PaperMeter(L.Callback):
+    """Measures the policy on the validation prompts at the start, `evaluations` times on the way and at the end.
+
+    Writes `output`, JSON: `start` and `end` (see `measure`), `evaluations` (the same with `update`), `trace` (the
+    update's own numbers, of gradient norm and log-ratio the largest since the point before), `stopped`, why training
+    ended early, or null, and `predicted`, the accuracy of the policy that maximises E[R] - beta KL for a 0/1 reward and
+    a frozen reference, p e^(1/beta) / (p e^(1/beta) + 1 - p) for each prompt, where probabilities are exact.
+
+    Args:
+        output: the file.
+        max_points: of the trace.
+        evaluations: how often to measure between start and end.
+        completions: of each validation prompt, sampled at the module's own temperature, at start and end.
+        answers: the column with a prompt's right answer, or the list of all of them, as the reward accepts them; then
+            accuracies are exact.
+    """
+
+    def __init__(
+        self,
+        output: str,
+        max_points: int = 25,
+        evaluations: int = 0,
+        completions: int = 16,
+        answers: str | None = None,
+    ) -> None:
+        self.output, self.answers = Path(output), answers
+        self.max_points, self.num_evaluations, self.completions = max_points, evaluations, completions
+        self.record: dict[str, Any] = {"start": None, "end": None, "evaluations": [], "trace": [], "stopped": None}
+        self._base: Any = None
+        self._rows: list[Row] = []
+        self._gradient_norm = self._log_ratio = 0.0
+        self._seen = 0
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Keep what the policy is now, unless the reference does, and measure it."""
+        assert isinstance(pl_module, GVPOModule)
+        if is_sharded(trainer.strategy):
+            raise ValueError("The paper's experiments compare whole policies: take one device, DDP or LoRA, no FSDP.")
+        self._rows = validation_rows(trainer)
+        if not self._rows:
+            raise ValueError("The paper's experiments are measured on validation prompts: set data.validation_split.")
+        if not pl_module.reference.is_fixed:
+            self._base = copy.deepcopy(pl_module.policy)
+        self.record["start"] = self._measure(pl_module, self.completions)
+        self.record["predicted"] = None
+        if self.answers is not None and pl_module.reference.is_fixed and pl_module.beta > 0:
+            with pl_module.reference.applied(pl_module.policy) as reference:
+                p = right_probabilities(pl_module, reference, self._rows, self.answers)
+            self.record["predicted"] = float(optimal_accuracy(p, pl_module.beta).mean())
+
+    def on_before_optimizer_step(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: torch.optim.Optimizer
+    ) -> None:
+        """The gradient before it is clipped."""
+        squares = [p.grad.double().square().sum() for p in pl_module.parameters() if p.grad is not None]
+        norm = float(torch.stack(squares).sum().sqrt()) if squares else 0.0
+        self._gradient_norm = max(self._gradient_norm, norm) if norm == norm else float("inf")
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """After an update, a point of the trace, or an evaluation, if it is time."""
+        update, last = trainer.global_step, trainer.max_steps
+        if update == self._seen:  # accumulating
+            return
+        self._seen = update
+        values = trainer.callback_metrics
+        self._log_ratio = max([self._log_ratio, *(float(v) for k, v in values.items() if is_log_ratio(k))])
+        if is_time(update, last, self.max_points):
+            self.record["trace"].append(
+                {"update": update, "gradient_norm": self._gradient_norm, "log_ratio_max": self._log_ratio}
+                | {name: float(values[key]) for name, key in STEP_METRICS.items() if key in values}
+            )
+            self._gradient_norm = self._log_ratio = 0.0
+        if update != last and is_time(update, last, self.num_evaluations + 1):
+            assert isinstance(pl_module, GVPOModule)
+            measured = self._measure(pl_module, max(1, self.completions // 2))
+            self.record["evaluations"].append({"update": update} | measured)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Measure and write."""
+        self._finish(pl_module)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """A policy that has diverged is a result, and is measured as it is."""
+        if isinstance(exception, RuntimeError) and "the policy has diverged" in str(exception):
+            self.record["stopped"] = f"update {trainer.global_step}: {str(exception).split(':')[0]}"
+            self._finish(pl_module)
+
+    def _finish(self, module: Any) -> None:
+        self.record["end"] = self._measure(module, self.completions)
+        self.record["skipped_updates"] = module.skipped_updates
+        self.record["seconds"] = dict(module.seconds)
+        self.output.write_text(json.dumps(self.record))
+
+    def _measure(self, module: GVPOModule, completions: int) -> dict[str, float]:
+        base: AbstractContextManager[Any] = module.reference.applied(module.policy)
+        measured = measure(module, self._rows, completions, base if self._base is None else nullcontext(self._base))
+        if self.answers is not None:
+            measured["accuracy"] = float(right_probabilities(module, module.policy, self._rows, self.answers).mean())
+        return measured
+
+
+def is_log_ratio(name: str) -> bool:
+    """Whether this is the metric of a source's largest one."""
+    return name.startswith("log_ratio/") and name.endswith("/max")
+
+
+def is_time(update: int, last: int, points: int) -> bool:
+    """Whether `update` is one of `points` that are spread evenly over `last` updates, the last among them."""
+    return points > 0 and update * points // last != (update - 1) * points // last
+
+
+@torch.no_grad()
+def measure(
+    module: GVPOModule, rows: list[Row], completions: int, base: AbstractContextManager[Any]
+) -> dict[str, float]:
+    """A policy on prompts: `completions` of each are sampled at the module's temperature, from the whole distribution.
+
+    Returns:
+        `accuracy` and `sampled_reward`, both their mean reward; `kl`, KL(policy || base) in nats a completion, and
+        `entropy` in nats a token, both estimated from them;
+        `length` in tokens; `truncated`, a share.
+    """
+    generation = replace(module.generation, temperature=module.temperature, top_k=0, top_p=1.0, min_p=0.0)
+    batch = module.sample(rows, "paper", num_completions=completions, generation=generation).batch
+    batch = batch.select(batch.kept.nonzero().squeeze(-1))
+    settings: dict[str, Any] = {"temperature": module.temperature, "batch_size": module.generation.batch_size}
+    with module.trainer.precision_plugin.forward_context():
+        own, entropy = score(module.policy, batch, **settings), mean_entropy(module, batch)
+        with base as model:
+            log_ratios = (own - score(model, batch, **settings)).double().sum(dim=1)
+    reward = float(batch.rewards.double().mean())
+    return {
+        "accuracy": reward,
+        "sampled_reward": reward,
+        "kl": float(log_ratios.mean()),
+        "entropy": entropy,
+        "length": float(batch.lengths.double().mean()),
+        "truncated": float(batch.truncated.double().mean()),
+    }
+
+
+def mean_entropy(module: GVPOModule, batch: Any) -> float:
+    """Nats a token, over the batch's tokens."""
+    total = 0.0
+    for rows in torch.arange(len(batch)).split(module.generation.batch_size):
+        part = batch.select(rows).to(module.policy.device)
+        _, entropies = completion_logprobs(module.policy, part, temperature=module.temperature, return_entropy=True)
+        assert entropies is not None
+        total += float(entropies.double().sum())
+    return total / max(int(batch.lengths.sum()), 1)
+
+
+@torch.no_grad()
+def right_probabilities(module: GVPOModule, model: Any, rows: list[Row], column: str) -> Tensor:
+    """(num_prompts,) float64, the exact probabilities that a model answers each prompt rightly."""
+    answers = [[row[column]] if isinstance(row[column], str) else row[column] for row in rows]
+    owners = [number for number, texts in enumerate(answers) for _ in texts]
+    probabilities = answer_probabilities(
+        model,
+        module.tokenizer,
+        [rows[number]["prompt"] for number in owners],
+        [text for texts in answers for text in texts],
+        temperature=module.temperature,
+        batch_size=module.generation.batch_size,
+    )
+    total = torch.zeros(len(rows), dtype=torch.float64)
+    return total.index_add(0, torch.tensor(owners), probabilities)
