@@ -1,4 +1,4 @@
-"""Cells: the runs that an experiment consists of. Each is one `gvpo fit` in a folder of its own, in a worker process.
+"""Cells: the runs that an experiment consists of. Each is one `gvpo fit` in a folder of its own.
 
 What has been measured stays in the experiment's JSON, so that an interrupted experiment goes on with `--resume`.
 """
@@ -11,7 +11,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -106,22 +106,29 @@ def run_cells(cells: Sequence[Cell], recording: Recording, jobs: int, show: Call
     """The rows of all cells, in their order; those that `recording` has already are not run again."""
     known = {row["key"]: row for row in recording.rows}
     missing = [cell for cell in cells if cell.key not in known or cell.keep is not None]
+    with contextlib.closing(rows_of(missing, jobs)) as rows:
+        for row in rows:
+            if row["key"] in known:  # run again for what it leaves
+                recording.rows.remove(known[row["key"]])
+            known[row["key"]] = row | {"commit": commit()}
+            recording.add(known[row["key"]])
+            show(row)
+    return [known[cell.key] for cell in cells]
+
+
+def rows_of(cells: Sequence[Cell], jobs: int) -> Iterator[Row]:
+    """What the cells give, as they end: one by one in this process, or several at a time in as many others."""
+    if jobs == 1:
+        yield from map(run_cell, cells)
+        return
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited: one thread a worker
     # spawned: a forked worker would inherit threads and random state
-    with ProcessPoolExecutor(min(jobs, max(len(missing), 1)), multiprocessing.get_context("spawn")) as pool:
-        futures = {pool.submit(run_cell, cell): cell for cell in missing}
-        try:
-            for future in as_completed(futures):
-                row = future.result() | {"commit": commit()}
-                if row["key"] in known:  # run again for what it leaves
-                    recording.rows.remove(known[row["key"]])
-                known[row["key"]] = row
-                recording.add(row)
-                show(row)
-        except BaseException:
-            pool.shutdown(cancel_futures=True)
-            raise
-    return [known[cell.key] for cell in cells]
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+    try:
+        for future in as_completed([pool.submit(run_cell, cell) for cell in cells]):
+            yield future.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def commit() -> str:
