@@ -11,7 +11,7 @@ import os
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -116,7 +116,7 @@ def run_cells(cells: Sequence[Cell], recording: Recording, jobs: int, show: Call
     return [known[cell.key] for cell in cells]
 
 
-def rows_of(cells: Sequence[Cell], jobs: int) -> Iterator[Row]:
+def rows_of(cells: Sequence[Cell], jobs: int) -> Generator[Row]:
     """What the cells give, as they end: one by one in this process, or several at a time in as many others."""
     if jobs == 1:
         yield from map(run_cell, cells)
