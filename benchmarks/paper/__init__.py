@@ -1,0 +1,1 @@
+"""The GVPO paper's claims, rerun at a size of minutes on a CPU."""
