@@ -13,14 +13,16 @@
 """
 
 import argparse
-import functools
 import itertools
 import json
 import random
 import string
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import torch
+from transformers import PreTrainedTokenizerFast, Qwen2ForCausalLM
 
 from benchmarks import make_arithmetic
 from benchmarks.paper.rewards import evaluate, expressions, right_answers
@@ -30,6 +32,7 @@ from benchmarks.warm_up import Pair, warm_up
 TASKS = Path(__file__).parent / "tasks"
 NUM_TRAIN, NUM_VALIDATION = 320, 96
 Text = tuple[str, str]  # a prompt and a completion
+Choices = tuple[dict[str, Any], list[str], list[str]]  # a row of countdown, its right completions, all of them
 
 LARGEST_TARGET = 99
 SHARE_RIGHT = 0.05  # of countdown's completions, beside those that are right by chance
@@ -57,15 +60,26 @@ def countdown_row(numbers: list[int], target: int) -> dict[str, Any]:
     return {"prompt": f"{' '.join(map(str, numbers))}={target}:", "numbers": numbers, "target": target}
 
 
-def countdown_texts(step: float, rows: list[dict[str, Any]], rng: random.Random) -> list[Text]:
+def countdown_texts(progress: float, table: list[Choices], rng: random.Random) -> list[Text]:
     """128 prompts; at first all completions are right, which is how to learn the rule, at last few."""
-    share = SHARE_RIGHT if step > 0.6 else 1.0
+    share = SHARE_RIGHT if progress > 0.75 else 1.0
     texts = []
-    for row in rng.sample(rows, 128):
+    for row, right, all_of_them in rng.sample(table, 128):
         fresh = countdown_row(rng.sample(row["numbers"], 3), row["target"])
-        choices = right_answers(fresh) if rng.random() < share else expressions(fresh["numbers"])
-        texts.append((fresh["prompt"], rng.choice(choices)))
+        texts.append((fresh["prompt"], rng.choice(right if rng.random() < share else all_of_them)))
     return texts
+
+
+def make_countdown(folder: Path, seed: int) -> None:
+    """0.3 million parameters."""
+    rows = countdown_rows(random.Random(seed))
+    write_rows(folder / "data", rows)
+    table = [(row, right_answers(row), expressions(row["numbers"])) for row in rows]
+    tokenizer = character_tokenizer("0123456789+-*=: ", context=32)
+    rng = random.Random(seed)
+    model = tiny_qwen2(tokenizer, seed, hidden_size=96, intermediate_size=192, num_hidden_layers=4)
+    train(model, tokenizer, lambda progress: countdown_texts(progress, table, rng), steps=1600)
+    save_policy(model, tokenizer, folder / "model")
 
 
 # -- chains -----------------------------------------------------------------------------------------------
@@ -104,16 +118,26 @@ def write_chain(terms: list[int], wrong: float, rng: random.Random) -> str:
     return "".join(parts)
 
 
-def chain_texts(step: float, rng: random.Random) -> list[Text]:
-    """48 prompts of about the same length, so that little is padding; at first nothing goes wrong."""
-    longest = MAX_TERMS if step > 0.15 else 6
+def chain_texts(progress: float, rng: random.Random) -> list[Text]:
+    """Prompts of about the same length, so that little is padding; at first short ones, where nothing goes wrong."""
+    longest = min(MAX_TERMS, 4 + int(32 * progress))
+    wrong = PROBABILITY_WRONG if progress > 0.8 else 0.0
     around = rng.randint(MIN_TERMS, longest)
-    wrong = PROBABILITY_WRONG if step > 0.7 else 0.0
     texts = []
-    for _ in range(48):
+    for _ in range(1152 // (around + 6)):
         terms = random_terms(min(longest, max(MIN_TERMS, around + rng.randint(-1, 1))), rng)
         texts.append((chain_row(terms)["prompt"], write_chain(terms, wrong, rng)))
     return texts
+
+
+def make_chains(folder: Path, seed: int) -> None:
+    """0.26 million parameters."""
+    write_rows(folder / "data", chain_rows(random.Random(seed)))
+    tokenizer = character_tokenizer("0123456789=" + string.ascii_lowercase[:MAX_TERMS], context=160)
+    rng = random.Random(seed)
+    model = tiny_qwen2(tokenizer, seed, hidden_size=96, intermediate_size=192, num_hidden_layers=3)
+    train(model, tokenizer, lambda progress: chain_texts(progress, rng), steps=1000)
+    save_policy(model, tokenizer, folder / "model")
 
 
 # -- all --------------------------------------------------------------------------------------------------
@@ -125,3 +149,48 @@ def write_rows(folder: Path, rows: list[dict[str, Any]]) -> None:
     splits = {"train": rows[:NUM_TRAIN], "validation": rows[NUM_TRAIN : NUM_TRAIN + NUM_VALIDATION]}
     for name, part in splits.items():
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in part))
+
+
+def train(
+    model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerFast, texts: Callable[[float], list[Text]], *, steps: int
+) -> None:
+    """Warm up on `texts(progress)`, where progress goes from 0 to 1."""
+    count = itertools.count()
+
+    def next_batch() -> list[Pair]:
+        pairs = texts(next(count) / steps)
+        end = tokenizer.eos_token_id
+        return [(tokenizer(prompt)["input_ids"], [*tokenizer(text)["input_ids"], end]) for prompt, text in pairs]
+
+    warm_up(model, next_batch, steps=steps, lr=2e-3, pad_token_id=tokenizer.pad_token_id)
+
+
+def make_sums_small(folder: Path, seed: int) -> None:
+    """0.04 million parameters, trained as configs/arithmetic's were, on the same sums."""
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "tie_word_embeddings": False}
+    make_arithmetic.write_sums(folder / "data", seed)
+    make_arithmetic.make_policy(folder / "model", sizes, steps=3000, seed=seed)
+
+
+MAKERS: dict[str, Callable[[Path, int], None]] = {
+    "countdown": make_countdown,
+    "sums_small": make_sums_small,
+    "chains": make_chains,
+}
+
+
+def main() -> None:
+    """Command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tasks", nargs="*", choices=[*MAKERS, []], default=list(MAKERS), metavar="task")
+    parser.add_argument("--folder", type=Path, default=TASKS)
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)  # tiny tensors, and the same bits on any number of cores
+    for task in arguments.tasks:
+        print(f"{task}:", flush=True)
+        MAKERS[task](arguments.folder / task, arguments.seed)
+
+
+if __name__ == "__main__":
+    main()
