@@ -1,1 +1,1 @@
-"""The GVPO paper's claims, rerun at a size of minutes on a CPU."""
+"""The claims of the GVPO paper, each reproduced by one command: `python -m benchmarks.paper`."""
