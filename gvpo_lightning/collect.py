@@ -152,7 +152,7 @@ def score_rollout(module: "GVPOModule", rollout: Rollout, groups: Groups) -> Non
 def score_rows(
     module: "GVPOModule", batch: CompletionBatch, marked: Tensor, values: Tensor, scorer: AbstractContextManager[Any]
 ) -> None:
-    """Fill the marked rows of `values`, (S, T), with log-probs under the model that `scorer` gives; marked: (S,) bool."""
+    """Fill the rows of (S, T) `values` that are `marked`, (S,) bool, with log-probs under the model of `scorer`."""
     rows, ranks = marked.nonzero().squeeze(-1), module.data_ranks
     if not len(rows):
         return
