@@ -48,8 +48,8 @@ def collect_rollout(module: "GVPOModule", rows: list[Row], index: int) -> Rollou
         groups, failures = reward_shares(module, rows, fresh, recorded)
     rollout = assemble_rollout(index, prompts, prompt_ids, groups, module.sources.names)
     rollout.failures = failures
-    module.objective.check_rewards(rollout.batch)
     flat_groups = drop_by_settings(rollout, module.rollout_settings)
+    module.objective.check_rewards(rollout.batch)
     with module.timed("reference"):
         score_rollout(module, rollout, groups)
         if module.objective.needs_sampler_logprobs:
