@@ -217,6 +217,31 @@ def test_sft_on_the_right_completions_is_trls_compute_loss_given_the_log_probs()
 # -- closed forms ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("kind", ["grpo", "dr_grpo"])
+def test_grpo_is_its_definition_written_in_loops(kind):
+    sizes = (3, 2)
+    policy, batch = random_update(sizes, shift=0.6)
+    losses = []
+    for row, group in enumerate(batch.group_ids.tolist()):
+        rewards = batch.rewards[batch.group_ids == group].tolist()
+        scale = statistics.stdev(rewards) + 1e-4 if kind == "grpo" else 1.0
+        advantage = (float(batch.rewards[row]) - statistics.mean(rewards)) / scale
+        tokens = []
+        for token in range(int(batch.lengths[row])):
+            ratio = (policy[row, token] - batch.sampler_logprobs[row, token]).exp()
+            bounded = min(max(ratio, 1 - CLIP), 1 + CLIP)
+            to_reference = batch.reference_logprobs[row, token] - policy[row, token]
+            k3 = to_reference.exp() - to_reference - 1
+            tokens.append(-min(ratio * advantage, bounded * advantage) + BETA * k3)
+        losses.append(sum(tokens) / (len(tokens) if kind == "grpo" else LONGEST))
+    loss = sum(losses) / len(losses)
+    (expected,) = torch.autograd.grad(loss, policy)
+    own, gradient, clipped = ours(kind, policy, batch)
+    assert_same(own, loss.detach())
+    assert_same(gradient, expected)
+    assert clipped
+
+
 def test_on_policy_the_policy_gradient_is_gvpos_over_beta():
     """Completion by completion, not only on average: (R - beta l) centred is -d, and k / (k - 1) / k is 1 / (k - 1)."""
     policy, batch = random_update(shift=0.0)
