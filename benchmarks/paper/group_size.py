@@ -110,8 +110,7 @@ def rising(rows: list[Row], where: str) -> Claim:
     groups = group_by([row for row in rows if row["labels"]["method"] == "GVPO"], "group_size")
     sizes = sorted(groups)
     steps = [
-        paired_difference(groups[after], groups[before], end("accuracy"))
-        for before, after in itertools.pairwise(sizes)
+        paired_difference(groups[after], groups[before], end("accuracy")) for before, after in itertools.pairwise(sizes)
     ]
     verdicts = [decide(step) for step in steps]
     shown = ", ".join(f"{size[0]}: {estimate([end('accuracy')(r) for r in groups[size]])}" for size in sizes)

@@ -1,6 +1,7 @@
 """What experiments make before their cells: recorded completions and other starts. And what a config says."""
 
 import contextlib
+import json
 import multiprocessing
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -41,7 +42,8 @@ def run_gvpo(command: str, configs: Configs, settings: dict[str, Any], log: Path
     """
     from gvpo_lightning.cli import main
 
-    arguments = [f"--{key}={value}" for key, value in (QUIET | settings).items()]
+    told = (QUIET | settings).items()
+    arguments = [f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in told]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
         try:

@@ -1,0 +1,230 @@
+"""One optimum: policies that start elsewhere, and learn from other samples, end as the same policy."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from benchmarks.paper.cells import Cell, Execute, Row
+from benchmarks.paper.experiment import Experiment
+from benchmarks.paper.options import METHODS, Options
+from benchmarks.paper.prepare import Configs, make_start, record, run_apart, run_gvpo, setting
+from benchmarks.paper.tables import Claim, Estimate, estimate, group_by, markdown
+
+SEEDS = (0, 1, 2, 3, 4)  # of the starts, and of their runs
+NOISE = 0.7  # on each weight, in units of its matrix's RMS
+BETA = 1.0  # of all methods
+UPDATES = 240
+LEARNING_RATE = 1e-3
+PROMPTS, COMPLETIONS = 32, 8  # that policies are compared on: of each split, and of each prompt
+IN_FILE = 32  # completions of a prompt
+SELF, FILE, HOT = "own", "file", "hot + own"
+HOT_TEMPERATURE = 1.5
+SAMPLERS = {"GVPO": (SELF, FILE, HOT), "DPO": (SELF, FILE, HOT), "GRPO": (SELF,)}
+SPLITS = ("training", "held-out")
+NEAR = 0.05  # nats a completion: as good as the same policy
+SHRINKS = 0.1  # of the starts' distance from each other
+FACTOR = 2.0  # how much further apart another method's policies are, to be called so
+
+
+def run(options: Options, execute: Execute) -> None:
+    """Starts, files, training from each start with each sampler, and the distances, which rows take up."""
+    for task, configs in options.tasks("sums").items():
+        folder = options.folder / f"uniqueness_{task}"
+        seeds = options.seeds or SEEDS
+        run_apart([(make_start, (configs, folder / f"start{seed}", NOISE, seed)) for seed in seeds])
+        large = {} if options.configs else {"model.rollout.group_size": IN_FILE}
+        files = {
+            FILE: record(configs, folder / "file", large),
+            HOT: record(configs, folder / "hot", large | {"model.generation.temperature": HOT_TEMPERATURE}),
+        }
+        cells = [
+            make_cell(options, configs, folder, (task, method, sampler), files.get(sampler), seed)
+            for method, samplers in SAMPLERS.items()
+            for sampler in samplers
+            for seed in seeds
+        ]
+        rows = execute(cells)
+        starts = [str(folder / f"start{seed}") for seed in seeds]
+        for split in SPLITS:
+            add_distances(configs, cells, rows, starts, split)
+
+
+def make_cell(
+    options: Options, configs: Configs, folder: Path, names: tuple[str, str, str], file: Path | None, seed: int
+) -> Cell:
+    """Training from one start; `names` are task, method and sampler, and `file` what the sampler takes."""
+    task, method, sampler = names
+    settings = METHODS[method] | {
+        "model.beta": BETA,
+        "model.policy": str(folder / f"start{seed}"),
+        "model.reference": {"kind": "frozen", "model": setting(configs, "model.policy", None)},
+    }
+    if sampler == FILE:
+        settings["model.sources"] = {"policy": 0, "file": {"path": str(file), "count": 1.0}}
+    elif sampler == HOT:
+        settings["model.sources"] = {"file": {"path": str(file), "count": 0.5}}
+    labels = {"task": task, "method": method, "sampler": sampler, "start": seed}
+    rate = None if options.configs else LEARNING_RATE
+    keep = str(folder / f"{method}_{sampler.replace(' + ', '_')}_{seed}")
+    return options.cell(configs, labels, settings, seed, updates=UPDATES, learning_rate=rate, keep=keep)
+
+
+def add_distances(configs: Configs, cells: list[Cell], rows: list[Row], starts: list[str], split: str) -> None:
+    """Each row's `distances` on a split's prompts: `to` the others of its method, and its start's to the other starts.
+
+    As lists of [start, sampler, nats]; `optimum` and `start_optimum` are the distances to the closed form, or null.
+    """
+    groups: dict[str, list[str]] = {"starts": starts}
+    for cell in cells:
+        groups.setdefault(cell.labels["method"], []).append(f"{cell.keep}/export")
+    found = measure(configs, groups, split, cells[0].meter["answers"])
+    of_method = group_by(rows, "method")
+    for (method,), same in of_method.items():
+        names = [(row["labels"]["start"], row["labels"]["sampler"]) for row in same]
+        for number, row in enumerate(same):
+            start = starts.index(row["settings"]["model.policy"])
+            row.setdefault("distances", {})[split] = {
+                "to": [[*name, kl] for name, kl in zip(names, found[method]["kl"][number], strict=True)],
+                "start_to": found["starts"]["kl"][start],
+                "optimum": found[method]["optimum"][number],
+                "start_optimum": found["starts"]["optimum"][start],
+            }
+
+
+def measure(configs: Configs, groups: dict[str, list[str]], split: str, answers: str | None) -> dict[str, Any]:
+    """What `PolicyDistances` says of the groups on the first prompts of a split."""
+    output = Path(groups["starts"][0]).parent / f"{split}.json"
+    settings: dict[str, Any] = {"output": str(output), "groups": groups, "completions": COMPLETIONS, "answers": answers}
+    meter = {"class_path": "benchmarks.paper.distances.PolicyDistances", "init_args": settings}
+    role = {"training": "train", "held-out": "validation"}[split]
+    told = {
+        "model.beta": BETA,
+        "data.validation_split": setting(configs, f"data.{role}_split", role),
+        "data.batch_size": PROMPTS,
+        "trainer.limit_val_batches": 1,
+        "trainer.callbacks+": json.dumps(meter),
+        "trainer.default_root_dir": str(output.parent / split),
+    }
+    run_apart([(run_gvpo, ("validate", configs, told, output.with_suffix(".log")))])
+    found: dict[str, Any] = json.loads(output.read_text())
+    return found
+
+
+def pairs(rows: list[Row], split: str, same_start: bool, same_sampler: bool) -> list[float]:
+    """KL of all pairs of different policies of one method, with the same start or sampler or another one."""
+    return [
+        float(kl)
+        for row in rows
+        for start, sampler, kl in row["distances"][split]["to"]
+        if (start, sampler) != (row["labels"]["start"], row["labels"]["sampler"])
+        and (start == row["labels"]["start"]) == same_start
+        and (sampler == row["labels"]["sampler"]) == same_sampler
+    ]
+
+
+def all_pairs(rows: list[Row], split: str) -> list[float]:
+    """KL of all pairs of different policies of one method."""
+    return [kl for same in ((True, False), (False, True), (False, False)) for kl in pairs(rows, split, *same)]
+
+
+def start_pairs(rows: list[Row], split: str) -> list[float]:
+    """KL of all pairs of different starts."""
+    by_start = {row["labels"]["start"]: row["distances"][split]["start_to"] for row in rows}
+    return [float(kl) for i, kls in enumerate(by_start.values()) for j, kl in enumerate(kls) if i != j]
+
+
+def to_optimum(rows: list[Row], split: str, name: str = "optimum") -> list[float]:
+    """KL of all policies to the closed form; empty where it is not known."""
+    return [row["distances"][split][name] for row in rows if row["distances"][split][name] is not None]
+
+
+def shown(values: list[float]) -> str:
+    """Mean and largest."""
+    return f"{estimate(values).mean:.4f} ({max(values):.4f})" if values else ""
+
+
+def table(rows: list[Row]) -> str:
+    """Distances in nats a completion, mean and largest, on prompts that were trained and on others."""
+    lines = []
+    for split in SPLITS:
+        before = rows[:1] and group_by(rows, "method")[(rows[0]["labels"]["method"],)]
+        start = shown(start_pairs(before, split))
+        lines.append([split, "the starts", start, "", "", shown(to_optimum(before, split, "start_optimum")), ""])
+        for (method,), same in group_by(rows, "method").items():
+            kinds = [shown(pairs(same, split, *kind)) for kind in ((False, True), (True, False), (False, False))]
+            accuracy = estimate([float(row["end"]["accuracy"]) for row in same])
+            lines.append([split, method, *kinds, shown(to_optimum(same, split)), f"{accuracy.mean:.3f}"])
+    header = ["prompts", "policies", "other start", "other sampler", "both other", "to the closed form", "accuracy"]
+    return "KL in nats a completion: mean (largest); accuracy is on held-out prompts.\n\n" + markdown(header, lines)
+
+
+def claims(rows: list[Row]) -> list[Claim]:
+    """GVPO's policies are one, the closed form's; DPO's and GRPO's are further apart."""
+    found, split = [], SPLITS[0]
+    methods = {method: same for (method,), same in group_by(rows, "method").items()}
+    ours = methods.get("GVPO", [])
+    optimum, spread, before = to_optimum(ours, split), all_pairs(ours, split), start_pairs(ours, split)
+    if optimum:
+        says = f"Whoever starts and samples, GVPO ends at the closed form: each policy within {NEAR} nats of it"
+        found.append(Claim(says, f"{len(optimum)} policies, mean and largest: {shown(optimum)}", max(optimum) < NEAR))
+    if spread and before:
+        says = f"GVPO's policies end at one: their distances fall below {SHRINKS} of the starts' (means)"
+        text = f"from {shown(before)} to {shown(spread)} nats"
+        found.append(Claim(says, text, estimate(spread).mean < SHRINKS * estimate(before).mean))
+    for method in ("DPO", "GRPO"):
+        own = [row for row in ours if row["labels"]["sampler"] in SAMPLERS[method]]
+        theirs, mine = all_pairs(methods.get(method, []), split), all_pairs(own, split)
+        if theirs and mine:
+            found.append(further_apart(method, estimate(theirs), estimate(mine)))
+    return found
+
+
+def further_apart(method: str, theirs: Estimate, mine: Estimate) -> Claim:
+    """Whether a method's policies are `FACTOR` times as far from each other as GVPO's; undecided down to as far."""
+    says = f"{SAYS[method]}: its policies stay further apart than GVPO's with the same samplers (by {FACTOR} and more)"
+    text = f"{method} {theirs.mean:.4f}, GVPO {mine.mean:.4f} nats on average"
+    holds = True if theirs.mean > FACTOR * mine.mean else False if theirs.mean <= mine.mean else None
+    return Claim(says, text, holds)
+
+
+SAYS = {
+    "DPO": "The paper says that DPO lacks a unique optimum",
+    "GRPO": "GRPO is given no promise of one",
+}
+
+
+def plot(rows: list[Row], figure: Any) -> None:
+    """All distances, on a logarithmic axis: between policies on the left, to the closed form on the right."""
+    axes = figure.subplots(1, 2, sharey=True)
+    methods = {method: same for (method,), same in group_by(rows, "method").items()}
+    some = next(iter(methods.values()))
+    split = SPLITS[0]
+    between = {"starts": start_pairs(some, split)} | {name: all_pairs(same, split) for name, same in methods.items()}
+    optimum = {"starts": to_optimum(some, split, "start_optimum")} | {
+        name: to_optimum(same, split) for name, same in methods.items()
+    }
+    for axis, values, title in ((axes[0], between, "between policies"), (axes[1], optimum, "to the closed form")):
+        for number, kls in enumerate(values.values()):
+            axis.scatter([number + 0.3 * (i / max(len(kls), 1) - 0.5) for i in range(len(kls))], kls, s=8)
+        axis.set_xticks(range(len(values)), list(values))
+        axis.set(yscale="log", title=f"{title}, {split} prompts")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("KL, nats a completion")
+
+
+ABOUT = f"""
+GVPO's optimum is unique, whatever the policy starts as and whoever samples: two claims of the paper's theory. Here
+{len(SEEDS)} policies start from the shipped one with noise on all weights ({NOISE} times each matrix's RMS, another
+seed each); the reference is the shipped policy without noise for all of them, beta is {BETA}, and {UPDATES} updates
+at {LEARNING_RATE:g}, linear to zero, are made with each of three samplers: *own*, the policy itself; *file*,
+{IN_FILE} completions of each prompt by the reference, nothing sampled; *hot + own*, half from a file that the reference
+sampled at temperature {HOT_TEMPERATURE}, half the policy's own. DPO (all pairs of a group with different rewards) is
+given the same, GRPO its own samples alone. What is compared are the last policies, pair by pair: KL(p || q) in nats a
+completion, from {COMPLETIONS} completions by p for each of {PROMPTS} prompts, with the KL of the two next-token
+distributions, over the whole vocabulary, summed over each completion's positions. The distance to the closed form,
+reference e^(R/beta) / Z with the exact Z, is the mean of log p - log reference - R / beta over the same completions,
+plus log Z. Claims are about training prompts: the optimum says nothing of others, on which policies may differ.
+"""
+EXPERIMENT = Experiment(
+    "uniqueness", "One optimum, whoever starts and whoever samples", ABOUT, run, table, claims, plot
+)
