@@ -92,6 +92,7 @@ def distance_to_optimum(module: GVPOModule, policy: Any, batch: CompletionBatch,
     return float((log_ratios.double().sum(dim=1) - batch.rewards.double() / module.beta).mean()) + log_z
 
 
+@torch.no_grad()
 def divergence(module: GVPOModule, policy: Any, other: str, batch: CompletionBatch) -> float:
     """KL(policy || other) in nats a completion, from the policy's completions: summed over their positions, the KL of
     the two next-token distributions, over the whole vocabulary."""
