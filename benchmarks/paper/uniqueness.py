@@ -12,10 +12,10 @@ from benchmarks.paper.prepare import Configs, make_start, record, run_apart, run
 from benchmarks.paper.tables import Claim, Estimate, estimate, group_by, markdown
 
 SEEDS = (0, 1, 2, 3, 4)  # of the starts, and of their runs
-NOISE = 0.7  # on each weight, in units of its matrix's RMS
+NOISE = 0.5  # on each weight, in units of its matrix's RMS
 BETA = 1.0  # of all methods
-UPDATES = 240
-LEARNING_RATE = 1e-3
+UPDATES = 160
+LEARNING_RATE = 5e-4
 PROMPTS, COMPLETIONS = 32, 8  # that policies are compared on: of each split, and of each prompt
 IN_FILE = 32  # completions of a prompt
 SELF, FILE, HOT = "own", "file", "hot + own"
@@ -45,9 +45,15 @@ def run(options: Options, execute: Execute) -> None:
             for seed in seeds
         ]
         rows = execute(cells)
-        starts = [str(folder / f"start{seed}") for seed in seeds]
-        for split in SPLITS:
-            add_distances(configs, cells, rows, starts, split)
+        folders = {cell.key: f"{cell.keep}/export" for cell in cells}
+        starts = {row["settings"]["model.policy"]: row["labels"]["start"] for row in rows}
+        groups = {"starts": list(starts)}
+        for row in rows:
+            if row["stopped"] is None:  # of a policy that has diverged there is no export
+                groups.setdefault(row["labels"]["method"], []).append(folders[row["key"]])
+        found = measure(configs, groups, cells[0].meter["answers"], jobs=1 if options.configs else len(SPLITS))
+        for split, distances in found.items():
+            add_distances(rows, list(starts), split, distances)
 
 
 def make_cell(
@@ -70,17 +76,34 @@ def make_cell(
     return options.cell(configs, labels, settings, seed, updates=UPDATES, learning_rate=rate, keep=keep)
 
 
-def add_distances(configs: Configs, cells: list[Cell], rows: list[Row], starts: list[str], split: str) -> None:
-    """Each row's `distances` on a split's prompts: `to` the others of its method, and its start's to the other starts.
+def measure(configs: Configs, groups: dict[str, list[str]], answers: str | None, jobs: int) -> dict[str, Any]:
+    """By split, what `PolicyDistances` says of the groups on its first prompts."""
+    outputs = {split: Path(groups["starts"][0]).parent / split for split in SPLITS}
+    tasks = []
+    for split, folder in outputs.items():
+        settings = {"output": f"{folder}.json", "groups": groups, "completions": COMPLETIONS, "answers": answers}
+        meter = {"class_path": "benchmarks.paper.distances.PolicyDistances", "init_args": settings}
+        role = {"training": "train", "held-out": "validation"}[split]
+        told = {
+            "model.beta": BETA,
+            "data.validation_split": setting(configs, f"data.{role}_split", role),
+            "data.batch_size": PROMPTS,
+            "trainer.limit_val_batches": 1,
+            "trainer.callbacks+": json.dumps(meter),
+            "trainer.default_root_dir": str(folder),
+        }
+        tasks.append((run_gvpo, ("validate", configs, told, folder.with_suffix(".log"))))
+    run_apart(tasks, jobs)
+    return {split: json.loads(folder.with_suffix(".json").read_text()) for split, folder in outputs.items()}
 
-    As lists of [start, sampler, nats]; `optimum` and `start_optimum` are the distances to the closed form, or null.
+
+def add_distances(rows: list[Row], starts: list[str], split: str, found: dict[str, Any]) -> None:
+    """Each row's `distances` on a split's prompts, from what `measure` has found.
+
+    `to` the others of its method, a list of [start, sampler, nats], and `start_to`, from its start to all starts;
+    `optimum` and `start_optimum` are the distances to the closed form, or null.
     """
-    groups: dict[str, list[str]] = {"starts": starts}
-    for cell in cells:
-        groups.setdefault(cell.labels["method"], []).append(f"{cell.keep}/export")
-    found = measure(configs, groups, split, cells[0].meter["answers"])
-    of_method = group_by(rows, "method")
-    for (method,), same in of_method.items():
+    for (method,), same in group_by([row for row in rows if row["stopped"] is None], "method").items():
         names = [(row["labels"]["start"], row["labels"]["sampler"]) for row in same]
         for number, row in enumerate(same):
             start = starts.index(row["settings"]["model.policy"])
@@ -92,33 +115,14 @@ def add_distances(configs: Configs, cells: list[Cell], rows: list[Row], starts: 
             }
 
 
-def measure(configs: Configs, groups: dict[str, list[str]], split: str, answers: str | None) -> dict[str, Any]:
-    """What `PolicyDistances` says of the groups on the first prompts of a split."""
-    output = Path(groups["starts"][0]).parent / f"{split}.json"
-    settings: dict[str, Any] = {"output": str(output), "groups": groups, "completions": COMPLETIONS, "answers": answers}
-    meter = {"class_path": "benchmarks.paper.distances.PolicyDistances", "init_args": settings}
-    role = {"training": "train", "held-out": "validation"}[split]
-    told = {
-        "model.beta": BETA,
-        "data.validation_split": setting(configs, f"data.{role}_split", role),
-        "data.batch_size": PROMPTS,
-        "trainer.limit_val_batches": 1,
-        "trainer.callbacks+": json.dumps(meter),
-        "trainer.default_root_dir": str(output.parent / split),
-    }
-    run_apart([(run_gvpo, ("validate", configs, told, output.with_suffix(".log")))])
-    found: dict[str, Any] = json.loads(output.read_text())
-    return found
-
-
 def table(rows: list[Row]) -> str:
     """Distances in nats a completion, mean and largest, on prompts that were trained and on others."""
-    lines = []
+    lines, methods = [], by_method(rows)
+    some = next(iter(methods.values()), [])
     for split in SPLITS:
-        before = rows[:1] and group_by(rows, "method")[(rows[0]["labels"]["method"],)]
-        start = shown(start_pairs(before, split))
-        lines.append([split, "the starts", start, "", "", shown(to_optimum(before, split, "start_optimum")), ""])
-        for (method,), same in group_by(rows, "method").items():
+        before = [shown(start_pairs(some, split)), "", "", shown(to_optimum(some, split, "start_optimum"))]
+        lines.append([split, "the starts", *before, ""])
+        for method, same in methods.items():
             kinds = [shown(pairs(same, split, *kind)) for kind in ((False, True), (True, False), (False, False))]
             accuracy = estimate([float(row["end"]["accuracy"]) for row in same])
             lines.append([split, method, *kinds, shown(to_optimum(same, split)), f"{accuracy.mean:.3f}"])
@@ -129,7 +133,7 @@ def table(rows: list[Row]) -> str:
 def claims(rows: list[Row]) -> list[Claim]:
     """GVPO's policies are one, the closed form's; DPO's and GRPO's are further apart."""
     found, split = [], SPLITS[0]
-    methods = {method: same for (method,), same in group_by(rows, "method").items()}
+    methods = by_method(rows)
     ours = methods.get("GVPO", [])
     optimum, spread, before = to_optimum(ours, split), all_pairs(ours, split), start_pairs(ours, split)
     if optimum:
@@ -145,6 +149,11 @@ def claims(rows: list[Row]) -> list[Claim]:
         if theirs and mine:
             found.append(further_apart(method, estimate(theirs), estimate(mine)))
     return found
+
+
+def by_method(rows: list[Row]) -> dict[str, list[Row]]:
+    """The rows of each method that have been compared."""
+    return {method: same for (method,), same in group_by([r for r in rows if "distances" in r], "method").items()}
 
 
 def further_apart(method: str, theirs: Estimate, mine: Estimate) -> Claim:
@@ -164,7 +173,7 @@ SAYS = {
 def plot(rows: list[Row], figure: Any) -> None:
     """All distances, on a logarithmic axis: between policies on the left, to the closed form on the right."""
     axes = figure.subplots(1, 2, sharey=True)
-    methods = {method: same for (method,), same in group_by(rows, "method").items()}
+    methods = by_method(rows)
     some = next(iter(methods.values()))
     split = SPLITS[0]
     between = {"starts": start_pairs(some, split)} | {name: all_pairs(same, split) for name, same in methods.items()}
