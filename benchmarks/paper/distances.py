@@ -59,7 +59,7 @@ class PolicyDistances(L.Callback):
             log_z = float(log_normalizer(p, module.beta).mean())
         found: dict[str, list[Any]] = {"kl": [], "optimum": []}
         for folder in folders:
-            own = load_policy(folder, module.loading).to(module.policy.device)
+            own = load_policy(folder, module.loading_of(folder)).to(module.policy.device)
             batch = sample(module, own, rows, self.completions)
             found["kl"].append([divergence(module, own, other, batch) if other != folder else 0.0 for other in folders])
             found["optimum"].append(None if log_z is None else distance_to_optimum(module, own, batch, log_z))
@@ -96,7 +96,7 @@ def distance_to_optimum(module: GVPOModule, policy: Any, batch: CompletionBatch,
 def divergence(module: GVPOModule, policy: Any, other: str, batch: CompletionBatch) -> float:
     """KL(policy || other) in nats a completion, from the policy's completions: summed over their positions, the KL of
     the two next-token distributions, over the whole vocabulary."""
-    second = load_policy(other, module.loading).to(module.policy.device)
+    second = load_policy(other, module.loading_of(other)).to(module.policy.device)
     total = 0.0
     with module.trainer.precision_plugin.forward_context(), evaluating(policy), evaluating(second):
         for part in chunks(batch, policy.config.get_text_config().vocab_size):

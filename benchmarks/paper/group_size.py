@@ -58,7 +58,7 @@ def rollout_settings(configs: Configs | None, design: str, group_size: int) -> d
         "model.rollout.prompts_per_update": prompts,
         "model.rollout.prompts_per_rollout": prompts * updates,
     }
-    if accumulate > 1:  # micro-batches stay as large as they are
+    if configs:  # micro-batches stay as large as they are
         found["trainer.accumulate_grad_batches"] = max(1, math.ceil(accumulate * prompts * group_size / samples))
     return found
 

@@ -1,27 +1,36 @@
 """One optimum: policies that start elsewhere, and learn from other samples, end as the same policy."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 from benchmarks.paper.cells import Cell, Execute, Row
 from benchmarks.paper.experiment import Experiment
 from benchmarks.paper.options import METHODS, Options
-from benchmarks.paper.pairs import all_pairs, pairs, shown, start_pairs, to_optimum
-from benchmarks.paper.prepare import Configs, make_start, record, run_apart, run_gvpo, setting
-from benchmarks.paper.tables import Claim, Estimate, estimate, group_by, markdown
+from benchmarks.paper.pairs import (
+    COMPLETIONS,
+    PROMPTS,
+    SPLITS,
+    add_distances,
+    all_pairs,
+    by_method,
+    measure,
+    pairs,
+    shown,
+    start_pairs,
+    to_optimum,
+)
+from benchmarks.paper.prepare import Configs, make_start, record, run_apart, setting
+from benchmarks.paper.tables import Claim, Estimate, estimate, markdown
 
 SEEDS = (0, 1, 2, 3, 4)  # of the starts, and of their runs
 NOISE = 0.5  # on each weight, in units of its matrix's RMS
 BETA = 1.0  # of all methods
 UPDATES = 160
 LEARNING_RATE = 5e-4
-PROMPTS, COMPLETIONS = 32, 8  # that policies are compared on: of each split, and of each prompt
 IN_FILE = 32  # completions of a prompt
 SELF, FILE, HOT = "own", "file", "hot + own"
 HOT_TEMPERATURE = 1.5
 SAMPLERS = {"GVPO": (SELF, FILE, HOT), "DPO": (SELF, FILE, HOT), "GRPO": (SELF,)}
-SPLITS = ("training", "held-out")
 NEAR = 0.05  # nats a completion: as good as the same policy
 SHRINKS = 0.1  # of the starts' distance from each other
 FACTOR = 2.0  # how much further apart another method's policies are, to be called so
@@ -51,7 +60,7 @@ def run(options: Options, execute: Execute) -> None:
         for row in rows:
             if row["stopped"] is None:  # of a policy that has diverged there is no export
                 groups.setdefault(row["labels"]["method"], []).append(folders[row["key"]])
-        found = measure(configs, groups, cells[0].meter["answers"], jobs=1 if options.configs else len(SPLITS))
+        found = measure(configs, groups, BETA, cells[0].meter["answers"], jobs=1 if options.configs else len(SPLITS))
         for split, distances in found.items():
             add_distances(rows, list(starts), split, distances)
 
@@ -74,45 +83,6 @@ def make_cell(
     rate = None if options.configs else LEARNING_RATE
     keep = str(folder / f"{method}_{sampler.replace(' + ', '_')}_{seed}")
     return options.cell(configs, labels, settings, seed, updates=UPDATES, learning_rate=rate, keep=keep)
-
-
-def measure(configs: Configs, groups: dict[str, list[str]], answers: str | None, jobs: int) -> dict[str, Any]:
-    """By split, what `PolicyDistances` says of the groups on its first prompts."""
-    outputs = {split: Path(groups["starts"][0]).parent / split for split in SPLITS}
-    tasks = []
-    for split, folder in outputs.items():
-        settings = {"output": f"{folder}.json", "groups": groups, "completions": COMPLETIONS, "answers": answers}
-        meter = {"class_path": "benchmarks.paper.distances.PolicyDistances", "init_args": settings}
-        role = {"training": "train", "held-out": "validation"}[split]
-        told = {
-            "model.beta": BETA,
-            "data.validation_split": setting(configs, f"data.{role}_split", role),
-            "data.batch_size": PROMPTS,
-            "trainer.limit_val_batches": 1,
-            "trainer.callbacks+": json.dumps(meter),
-            "trainer.default_root_dir": str(folder),
-        }
-        tasks.append((run_gvpo, ("validate", configs, told, folder.with_suffix(".log"))))
-    run_apart(tasks, jobs)
-    return {split: json.loads(folder.with_suffix(".json").read_text()) for split, folder in outputs.items()}
-
-
-def add_distances(rows: list[Row], starts: list[str], split: str, found: dict[str, Any]) -> None:
-    """Each row's `distances` on a split's prompts, from what `measure` has found.
-
-    `to` the others of its method, a list of [start, sampler, nats], and `start_to`, from its start to all starts;
-    `optimum` and `start_optimum` are the distances to the closed form, or null.
-    """
-    for (method,), same in group_by([row for row in rows if row["stopped"] is None], "method").items():
-        names = [(row["labels"]["start"], row["labels"]["sampler"]) for row in same]
-        for number, row in enumerate(same):
-            start = starts.index(row["settings"]["model.policy"])
-            row.setdefault("distances", {})[split] = {
-                "to": [[*name, kl] for name, kl in zip(names, found[method]["kl"][number], strict=True)],
-                "start_to": found["starts"]["kl"][start],
-                "optimum": found[method]["optimum"][number],
-                "start_optimum": found["starts"]["optimum"][start],
-            }
 
 
 def table(rows: list[Row]) -> str:
@@ -149,11 +119,6 @@ def claims(rows: list[Row]) -> list[Claim]:
         if theirs and mine:
             found.append(further_apart(method, estimate(theirs), estimate(mine)))
     return found
-
-
-def by_method(rows: list[Row]) -> dict[str, list[Row]]:
-    """The rows of each method that have been compared."""
-    return {method: same for (method,), same in group_by([r for r in rows if "distances" in r], "method").items()}
 
 
 def further_apart(method: str, theirs: Estimate, mine: Estimate) -> Claim:

@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from benchmarks.paper.distances import distance_to_optimum, divergence, log_normalizer, sample
-from benchmarks.paper.pairs import all_pairs, pairs, start_pairs
+from benchmarks.paper.pairs import add_distances, all_pairs, pairs, start_pairs
+from benchmarks.paper.prepare import make_start
 from benchmarks.paper.uniqueness import claims
 from gvpo_lightning.batch import collate_completions
 from gvpo_lightning.loading import LoadingSettings
-from gvpo_lightning.policy import prepare_policy
+from gvpo_lightning.policy import load_policy, load_tokenizer, prepare_policy
 from gvpo_lightning.reference import score
 from gvpo_lightning.rewards import Rewards
 from gvpo_lightning.rollout.generation import GenerationSettings, encode_prompt
@@ -48,7 +49,7 @@ def module(policies, tokenizer):
     rewards = Rewards(starts_with_a_digit)
     return SimpleNamespace(
         policy=policies[1], tokenizer=tokenizer, generation=generation, rewards=rewards, temperature=1.3, beta=BETA,
-        seed=0, loading=LoadingSettings(), trainer=L.Trainer(accelerator="cpu", logger=False),
+        seed=0, loading_of=lambda name: LoadingSettings(), trainer=L.Trainer(accelerator="cpu", logger=False),
     )  # fmt: skip
 
 
@@ -130,3 +131,40 @@ def test_claims_of_uniqueness():
     assert [c.holds for c in claims(rows(0.01, 0.02) + rows(0.5, 0.4, "GRPO"))] == [True, True, True]
     assert [c.holds for c in claims(rows(0.2, 0.06) + rows(0.1, 0.4, "GRPO"))] == [False, False, False]
     assert claims(rows(0.02, 0.02) + rows(0.03, 0.4, "GRPO"))[-1].holds is None
+
+
+def test_starts_are_the_policy_with_noise_of_the_given_size(root, tmp_path):
+    config = tmp_path / "config.yaml"
+    config.write_text(f"model: {{policy: {root / 'configs/arithmetic/model'}}}")
+    for seed in (0, 1):
+        make_start((str(config),), tmp_path / f"start{seed}", 0.5, seed)
+    base = dict(load_policy(str(root / "configs/arithmetic/model")).named_parameters())
+    starts = [dict(load_policy(str(tmp_path / f"start{seed}")).named_parameters()) for seed in (0, 1)]
+    for name, weight in base.items():
+        noises = [start[name] - weight for start in starts]
+        for noise in noises:
+            assert float(noise.square().mean().sqrt() / weight.square().mean().sqrt()) == pytest.approx(0.5, rel=0.3)
+        if weight.numel() > 1000:
+            assert abs(float(torch.corrcoef(torch.stack([noise.flatten() for noise in noises]))[0, 1])) < 0.1
+    assert load_tokenizer(str(tmp_path / "start0"))("1+2")["input_ids"] == [4, 13, 5]
+
+
+def test_rows_take_up_the_distances_of_the_policies_that_ended():
+    found = rows(0.0, 0.0)[:3]  # start 0 with two samplers, start 1 with one
+    for row, stopped in zip(found, (None, "update 3: diverged", None), strict=True):
+        row |= {"settings": {"model.policy": f"start{row['labels']['start']}"}, "stopped": stopped}
+        del row["distances"]
+    measured = {
+        "starts": {"kl": [[0.0, 5.0], [6.0, 0.0]], "optimum": [0.5, 0.6]},
+        "GVPO": {"kl": [[0.0, 1.0], [2.0, 0.0]], "optimum": [0.1, 0.2]},
+    }
+    add_distances(found, ["start0", "start1"], "training", measured)
+    first, diverged, second = found
+    assert first["distances"]["training"]["to"] == [[0, "own", 0.0], [1, "own", 1.0]]
+    assert second["distances"]["training"] == {
+        "to": [[0, "own", 2.0], [1, "own", 0.0]],
+        "start_to": [6.0, 0.0],
+        "optimum": 0.2,
+        "start_optimum": 0.6,
+    }
+    assert "distances" not in diverged
