@@ -18,7 +18,13 @@ from gvpo_lightning.reference import score
 from gvpo_lightning.rollout.loader import Row
 from gvpo_lightning.sharding import is_sharded
 
-STEP_METRICS = {"loss": "loss", "residual_rms": "residual/rms", "entropy": "entropy", "reward": "reward/mean"}
+STEP_METRICS = {
+    "loss": "loss",
+    "residual_rms": "residual/rms",
+    "entropy": "entropy",
+    "reward": "reward/mean",
+    "replayed": "source/replay/fraction",
+}
 
 
 class PaperMeter(L.Callback):

@@ -4,11 +4,12 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper import beta, table1
+from benchmarks.paper import ablation, beta, group_size, lengths, sources, stability, table1, uniqueness
 from benchmarks.paper.cells import ROOT
 from benchmarks.paper.tables import Claim, markdown
 
-EXPERIMENTS = {module.EXPERIMENT.name: module.EXPERIMENT for module in (table1, beta)}
+MODULES = (table1, beta, group_size, sources, ablation, uniqueness, stability, lengths)
+EXPERIMENTS = {module.EXPERIMENT.name: module.EXPERIMENT for module in MODULES}
 PAGE = ROOT / "docs" / "results.md"
 HEAD = """# The paper's claims, measured
 
