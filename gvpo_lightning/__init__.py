@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from gvpo_lightning.data import PromptDataModule
     from gvpo_lightning.loading import LoadingSettings
     from gvpo_lightning.module import GVPOModule
+    from gvpo_lightning.objective_settings import ObjectiveSettings
     from gvpo_lightning.objectives import gvpo_loss
     from gvpo_lightning.reference import ReferenceSettings
     from gvpo_lightning.rewards.settings import RewardSettings
@@ -30,6 +31,7 @@ __all__ = [
     "GVPOModule",
     "GenerationSettings",
     "LoadingSettings",
+    "ObjectiveSettings",
     "PromptDataModule",
     "ReferenceSettings",
     "ReplaySettings",
@@ -49,6 +51,7 @@ _HOMES = {
     "SourceSettings": "sources.settings",
     "GVPOModule": "module",
     "LoadingSettings": "loading",
+    "ObjectiveSettings": "objective_settings",
     "GenerationSettings": "rollout.generation",
     "PromptDataModule": "data",
     "RolloutLoader": "rollout.loader",

@@ -50,6 +50,7 @@ class CompletionBatch:
         truncated: (S,) bool; no EOS within the token limit.
         source_ids: (S,) int64, which of the run's sources a completion comes from.
         reference_logprobs: (S, T) float32 log-probs under the reference, 0 where completion_mask is 0.
+        sampler_logprobs: the same under the policy that the rollout was sampled from; None where no one needs them.
     """
 
     prompt_ids: Tensor
@@ -61,6 +62,7 @@ class CompletionBatch:
     truncated: Tensor
     source_ids: Tensor
     reference_logprobs: Tensor
+    sampler_logprobs: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.group_ids)
@@ -90,8 +92,9 @@ class CompletionBatch:
         start = int(part.prompt_mask.any(dim=0).to(torch.int8).argmax()) if len(part) else 0
         stop = int(part.lengths.max()) if len(part) else 0
         part.prompt_ids, part.prompt_mask = part.prompt_ids[:, start:], part.prompt_mask[:, start:]
-        for name in ("completion_ids", "completion_mask", "reference_logprobs"):
-            setattr(part, name, getattr(part, name)[:, : max(stop, 1)])
+        for name in ("completion_ids", "completion_mask", "reference_logprobs", "sampler_logprobs"):
+            if getattr(part, name) is not None:
+                setattr(part, name, getattr(part, name)[:, : max(stop, 1)])
         return part
 
     def drop(self, rows: Tensor) -> None:
@@ -99,8 +102,9 @@ class CompletionBatch:
         self.completion_mask = self.completion_mask & ~rows[:, None]
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The tensors by name."""
-        return {field.name: getattr(self, field.name) for field in fields(self)}
+        """The tensors by name, those that there are."""
+        tensors = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: tensor for name, tensor in tensors.items() if tensor is not None}
 
     def to(self, device: torch.device | str) -> "CompletionBatch":
         """The same batch on another device."""

@@ -75,7 +75,7 @@ def load_position(module: "GVPOModule", state: dict[str, Any]) -> None:
     """Put the half-trained rollout back, if there was one.
 
     Raises:
-        ValueError: settings or a number of ranks with which the run can't go on from this position.
+        ValueError: settings, an objective or a number of ranks with which the run can't go on from this position.
     """
     units, saved = position_units(module), state["units"]
     changed = [name for name in units if units[name] != saved[name]]
@@ -104,4 +104,11 @@ def load_position(module: "GVPOModule", state: dict[str, Any]) -> None:
             f"This checkpoint was saved within a rollout of group_size={size} and can't be resumed with "
             f"group_size={module.rollout_settings.group_size}: set it back, or take one saved at a rollout's end."
         )
-    module.rollout = Rollout.from_state_dict(state["rollout"])
+    rollout = Rollout.from_state_dict(state["rollout"])
+    if module.objective.needs_sampler_logprobs and rollout.batch.sampler_logprobs is None:
+        raise ValueError(
+            f"objective: {module.objective_settings.kind} needs log-probs of the policy that has sampled a rollout, "
+            "and this checkpoint was saved within one of another objective, which has none: set the objective back, or "
+            "take a checkpoint saved at a rollout's end."
+        )
+    module.rollout = rollout

@@ -8,11 +8,13 @@ import hashlib
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from contextlib import AbstractContextManager, nullcontext
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
-from gvpo_lightning.batch import Completion
+from gvpo_lightning.batch import Completion, CompletionBatch
 from gvpo_lightning.meters import measure_rollout
 from gvpo_lightning.reference import score
 from gvpo_lightning.rewards.protocol import RewardError, SharedContractError
@@ -46,9 +48,15 @@ def collect_rollout(module: "GVPOModule", rows: list[Row], index: int) -> Rollou
         groups, failures = reward_shares(module, rows, fresh, recorded)
     rollout = assemble_rollout(index, prompts, prompt_ids, groups, module.sources.names)
     rollout.failures = failures
+    module.objective.check_rewards(rollout.batch)
     flat_groups = drop_by_settings(rollout, module.rollout_settings)
     with module.timed("reference"):
         score_rollout(module, rollout, groups)
+        if module.objective.needs_sampler_logprobs:
+            rollout.batch.sampler_logprobs = torch.zeros_like(rollout.batch.reference_logprobs)
+            score_rows(
+                module, rollout.batch, rollout.batch.kept, rollout.batch.sampler_logprobs, nullcontext(module.policy)
+            )
     module.sources.remember(index, prompts, groups)
     module.num_completion_tokens += int(rollout.batch.lengths.sum())
     rollout.metrics = measure_rollout(rollout, module.sources.names, module.vocab_size(), flat_groups)
@@ -131,33 +139,42 @@ def row_hash(rows: list[Row]) -> str:
 
 def score_rollout(module: "GVPOModule", rollout: Rollout, groups: Groups) -> None:
     """Reference log-probs of the kept completions that have none of this version yet."""
-    batch, ranks = rollout.batch, module.data_ranks
+    batch = rollout.batch
     completions = [completion for group in groups for completion in group]
     unscored = torch.tensor([c.reference_logprobs is None for c in completions], dtype=torch.bool)
-    rows = (unscored & batch.kept).nonzero().squeeze(-1)
-    if len(rows):
-        width = batch.prompt_ids.shape[1] + batch.completion_ids.shape[1]
-        limits = module.rollout_settings.limits
-        by_tokens = max(1, limits.tokens // width) if limits.tokens else module.generation.batch_size
-        size = limits.completions or by_tokens
-        mine = batch.select(rows[torch.tensor(ranks.share(len(rows)), dtype=torch.int64)])
-        with (
-            module.trainer.precision_plugin.forward_context(),
-            module.reference.applied(module.policy) as model,
-            callable_outside_steps(module),
-        ):
-            values = score(
-                model,
-                mine,
-                temperature=module.temperature,
-                batch_size=size,
-                num_parts=math.ceil(math.ceil(len(rows) / ranks.size) / size),
-                implementation=module.loss_implementation,
-                padding_free=module.padding_free,
-            )
-        scored = (row for part in ranks.gather(values) for row in part)
-        for row, logprobs in zip(rows.tolist(), scored, strict=True):
-            batch.reference_logprobs[row, : len(logprobs)] = logprobs
+    reference = module.reference.applied(module.policy)
+    score_rows(module, batch, unscored & batch.kept, batch.reference_logprobs, reference)
     for row in batch.kept.nonzero().squeeze(-1).tolist():
         completions[row].reference_logprobs = batch.reference_logprobs[row, : len(completions[row].token_ids)].clone()
         completions[row].reference_version = module.reference.version
+
+
+def score_rows(
+    module: "GVPOModule", batch: CompletionBatch, marked: Tensor, values: Tensor, scorer: AbstractContextManager[Any]
+) -> None:
+    """Fill the marked rows of `values`, (S, T), with log-probs under the model that `scorer` gives; marked: (S,) bool."""
+    rows, ranks = marked.nonzero().squeeze(-1), module.data_ranks
+    if not len(rows):
+        return
+    width = batch.prompt_ids.shape[1] + batch.completion_ids.shape[1]
+    limits = module.rollout_settings.limits
+    by_tokens = max(1, limits.tokens // width) if limits.tokens else module.generation.batch_size
+    size = limits.completions or by_tokens
+    mine = batch.select(rows[torch.tensor(ranks.share(len(rows)), dtype=torch.int64)])
+    with (
+        module.trainer.precision_plugin.forward_context(),
+        scorer as model,
+        callable_outside_steps(module),
+    ):
+        own = score(
+            model,
+            mine,
+            temperature=module.temperature,
+            batch_size=size,
+            num_parts=math.ceil(math.ceil(len(rows) / ranks.size) / size),
+            implementation=module.loss_implementation,
+            padding_free=module.padding_free,
+        )
+    scored = (row for part in ranks.gather(own) for row in part)
+    for row, logprobs in zip(rows.tolist(), scored, strict=True):
+        values[row, : len(logprobs)] = logprobs

@@ -45,6 +45,18 @@ class Guard:
                 "unique. Set temperature > 0, top_k=0, top_p=1.0 and min_p=0.0 to keep it so.",
             )
 
+    def on_policy(self, settings: GenerationSettings, temperature: float, objective: str) -> None:
+        """Of samples that are not those of the policy whose log-probs an objective takes ratios to."""
+        is_cut = settings.top_k != 0 or settings.top_p < 1 or settings.min_p > 0
+        if is_cut or settings.temperature != temperature:
+            self.say(
+                "on policy",
+                f"objective: {objective} takes completions to be the policy's at model.temperature={temperature}, but "
+                f"they are sampled with temperature={settings.temperature}, top_k={settings.top_k}, top_p="
+                f"{settings.top_p}, min_p={settings.min_p}: its gradient is biased. Set the temperatures equal, top_k=0, "
+                "top_p=1.0 and min_p=0.0.",
+            )
+
     def negligible(self, fractions: Mapping[str, float], vocab_size: int) -> None:
         """Of sources most of whose completions are practically impossible under the reference."""
         for source, fraction in fractions.items():

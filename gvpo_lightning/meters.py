@@ -1,6 +1,7 @@
 """What is logged of a rollout and of an optimizer update, gathered over micro-batches and ranks."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -8,11 +9,29 @@ from torch import Tensor
 from gvpo_kernels import group_statistics
 from gvpo_lightning.distributed import DataRanks
 from gvpo_lightning.guards import coverage_totals, is_negligible
-from gvpo_lightning.objectives import gvpo_loss
+from gvpo_lightning.objectives import ObjectiveLoss, gvpo_loss
 from gvpo_lightning.rollout.sampling import Rollout, component_metrics, rollout_metrics
 from gvpo_lightning.two_passes import scatter
 
 QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
+
+
+@dataclass(frozen=True)
+class CollectedUpdate:
+    """What is known of an update over all ranks.
+
+    Attributes:
+        log_ratios: one a completion, on the CPU.
+        entropy: the sum over all tokens; None = not known.
+        loss, num_clipped: the sums of the micro-batches' shares, where these were known.
+        gradients_are_finite: on every rank.
+    """
+
+    log_ratios: Tensor
+    entropy: float | None
+    loss: float
+    num_clipped: float
+    gradients_are_finite: bool
 
 
 class UpdateMeter:
@@ -25,37 +44,44 @@ class UpdateMeter:
         """Forget what has been added."""
         self.log_ratios: list[Tensor] = []
         self.entropies: list[Tensor] = []
+        self.losses: list[Tensor] = []
 
     @torch.no_grad()
-    def add(self, log_ratios: Tensor, entropies: Tensor | None) -> None:
-        """One micro-batch's (S,) log-ratios and, where they are known, its (N,) entropies."""
+    def add(self, log_ratios: Tensor, entropies: Tensor | None, loss: ObjectiveLoss | None = None) -> None:
+        """One micro-batch's (S,) log-ratios and, where they are known, its (N,) entropies and its share of the loss."""
         self.log_ratios.append(log_ratios.detach())
+        if loss is not None:
+            self.losses.append(torch.stack([value.detach().to(log_ratios) for value in loss]))
         if entropies is not None:
             self.entropies.append(entropies.detach().float().sum())
 
     @torch.no_grad()
     def collect(
         self, positions: Sequence[Sequence[int]], length: int, gradients_are_finite: Tensor, ranks: DataRanks
-    ) -> tuple[Tensor, float | None, bool]:
+    ) -> "CollectedUpdate":
         """What is known of the update over all ranks: one exchange, and one transfer to the host.
 
         Args:
             positions: for each micro-batch, where its completions stand among the update's `length`.
             gradients_are_finite: bool scalar, this rank's.
-
-        Returns:
-            (length,) log-ratios on the CPU; the sum of the entropies of all tokens, or None; whether the gradients
-            are finite on every rank.
         """
         entropy = torch.stack(self.entropies).sum() if self.entropies else self.log_ratios[0].new_zeros(())
         log_ratios = scatter(self.log_ratios, positions[: len(self.log_ratios)], length)
-        rest = torch.stack([entropy.to(log_ratios), (~gradients_are_finite).to(log_ratios)])
+        loss = torch.stack(self.losses).sum(dim=0) if self.losses else log_ratios.new_zeros(2)
+        rest = torch.stack([entropy.to(log_ratios), *loss.to(log_ratios), (~gradients_are_finite).to(log_ratios)])
         values = ranks.sum(torch.cat([log_ratios, rest]))
         ranks.sum_over_model(values[-1:])  # each of these ranks has other gradients, and all must skip together
         values = values.cpu()
-        known = float(values[length]) if self.entropies else None
+        own_entropy, own_loss, num_clipped, bad = values[length:].tolist()
+        collected = CollectedUpdate(
+            values[:length],
+            entropy=own_entropy if self.entropies else None,
+            loss=own_loss,
+            num_clipped=num_clipped,
+            gradients_are_finite=bad == 0,
+        )
         self.reset()
-        return values[:length], known, float(values[length + 1]) == 0
+        return collected
 
 
 @torch.no_grad()
@@ -67,6 +93,7 @@ def measure_update(
     Args:
         rows: the completions of the rollout that it trained.
         log_ratios: (len(rows),) on the CPU.
+        beta: with 0 there is no implicit reward, and nothing is said of it.
     """
     batch = rollout.micro_batch(rows, torch.device("cpu"))
     log_ratios = log_ratios if rows else torch.zeros(len(batch))
@@ -78,16 +105,20 @@ def measure_update(
         batch.kept[:, None],
         batch.rewards,
         batch.group_ids,
-        beta,
+        beta or 1.0,
     )
     metrics = {"loss": result.loss, **result.metrics}
     del metrics["log_ratio/mean"], metrics["log_ratio/max"]  # by source, below
+    if not beta:
+        metrics = {name: value for name, value in metrics.items() if name.startswith("group/")}
     for number, name in enumerate(source_names):
         mine = batch.kept & (batch.source_ids == number)
         if bool(mine.any()):
             metrics |= _distribution(f"log_ratio/{name}", result.log_ratios[mine])
-            metrics[f"residual/{name}/rms"] = result.residuals[mine].square().mean().sqrt()
-    metrics["implicit_reward/spread"] = beta * _spread(result.log_ratios, batch.group_ids, batch.kept)
+            if beta:
+                metrics[f"residual/{name}/rms"] = result.residuals[mine].square().mean().sqrt()
+    if beta:
+        metrics["implicit_reward/spread"] = beta * _spread(result.log_ratios, batch.group_ids, batch.kept)
     metrics["reward/spread"] = _spread(batch.rewards.double(), batch.group_ids, batch.kept)
     return {name: value.float() for name, value in metrics.items()}
 

@@ -25,10 +25,11 @@ from gvpo_lightning.checks import check_trainer, check_training_batches, context
 from gvpo_lightning.collect import collect_rollout
 from gvpo_lightning.compiled import check_strategy, compile_layers
 from gvpo_lightning.gradients import clip_gradients, drop_gradients, gradients_are_finite
-from gvpo_lightning.head import completion_loss
 from gvpo_lightning.loading import LoadingSettings, load_config
 from gvpo_lightning.lora import starts_at_base
-from gvpo_lightning.meters import UpdateMeter, measure_update
+from gvpo_lightning.meters import CollectedUpdate, UpdateMeter, measure_update
+from gvpo_lightning.objective_kinds import make_objective
+from gvpo_lightning.objective_settings import ObjectiveKind, ObjectiveSettings
 from gvpo_lightning.offending import save_update_of
 from gvpo_lightning.plan import Limits, Update, plan_updates
 from gvpo_lightning.policy import stop_token_ids
@@ -56,7 +57,7 @@ from gvpo_lightning.sharding import (
 from gvpo_lightning.sources.mixture import SourceMixture
 from gvpo_lightning.sources.settings import SourceSettings
 from gvpo_lightning.start_up import check_start
-from gvpo_lightning.two_passes import first_pass, scatter, sequence_coefficients
+from gvpo_lightning.update_loss import UpdateLoss
 
 
 class GVPOModule(SamplingModule):
@@ -75,7 +76,8 @@ class GVPOModule(SamplingModule):
             training finds it) or "previous" (the policy at the start of each rollout, which needs several updates
             a rollout to be more than REINFORCE), or `ReferenceSettings`, which lists them all.
         sources: where completions come from, mixed in every group; fresh ones of the policy by default.
-        beta: strength of the implicit reward; the optimum is reference * exp(reward / beta) / Z.
+        beta: strength of the implicit reward; the optimum is reference * exp(reward / beta) / Z. Of other objectives
+            the KL's coefficient (0: none), and DPO's beta.
         temperature: the log-probs of policy and reference are taken at this temperature.
         rollout: group size, prompts per rollout and per update, epochs, micro-batch.
         generation: how completions are sampled.
@@ -91,6 +93,8 @@ class GVPOModule(SamplingModule):
             flex_attention); "sdpa" and "eager" make a mask of all pairs of the row's tokens.
         torch_compile: compile the decoder layers with torch.compile, for training and scoring; the first steps are
             slow, later ones faster. Sampling is not compiled. Not with FSDPStrategy or tensor parallelism.
+        objective: what is minimised: "gvpo", or for comparison "grpo", "dr_grpo", "policy_gradient", "dpo" or "sft" on
+            the same rollouts; or `ObjectiveSettings`, which has their settings.
         loss_implementation: "triton" (CUDA), "torch" (chunked, any device), "reference" (plain, all logits
             stored) or "auto", "triton" where it can run and else "torch". Compared with eager at start-up.
 
@@ -122,11 +126,16 @@ class GVPOModule(SamplingModule):
         torch_compile: bool = False,
         loss_implementation: Literal["auto", "triton", "torch", "reference"] = "auto",
         reward_settings: RewardSettings = RewardSettings(),
+        objective: ObjectiveKind | ObjectiveSettings = "gvpo",
     ) -> None:
         super().__init__(policy, reward, reward_settings, tokenizer, generation, rollout.group_size, loading, lora)
         if not isinstance(reference, ReferenceSettings):
             reference = ReferenceSettings(reference)
-        for name, value in (("beta", beta), ("temperature", temperature), ("max_log_ratio", max_log_ratio)):
+        if not isinstance(objective, ObjectiveSettings):
+            objective = ObjectiveSettings(objective)
+        self.objective_settings = objective
+        self.objective = make_objective(objective, beta, generation.max_new_tokens)
+        for name, value in (("temperature", temperature), ("max_log_ratio", max_log_ratio)):
             if not value > 0:
                 raise ValueError(f"{name} must be > 0, got {value}.")
         self.reference_settings = reference
@@ -148,6 +157,8 @@ class GVPOModule(SamplingModule):
                 "A reward is needed for completions that are sampled: set model.reward, or train offline on "
                 "completions with rewards of their own (sources.policy: 0)."
             )
+        if self.objective.needs_sampler_logprobs:
+            sources.check_policy_alone(objective.kind)
         self.beta, self.temperature = beta, temperature
         self.rollout_settings = rollout
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
@@ -166,8 +177,7 @@ class GVPOModule(SamplingModule):
         self.num_completion_tokens = self.longest_prompt = 0
         self.phase = "train"  # or what `timed` is timing
         self._meter = UpdateMeter()
-        self._coefficients: list[Tensor] | None = None  # of a cut update's micro-batches
-        self._entropies: list[Tensor] = []
+        self._update_loss: UpdateLoss | None = None  # of the update that is being trained
         self._token_logprobs: list[Tensor] = []  # of the update's micro-batches so far
         self._is_configured = False
         self._rollout_length: int | None = None  # micro-batches, in the fit before this one
@@ -335,26 +345,18 @@ class GVPOModule(SamplingModule):
         assert rollout is not None
         if slot == 0:
             self._start_update(update, rollout)
+        assert self._update_loss is not None
         with root_stays_gathered(self.policy):
-            result = completion_loss(
-                self.policy,
-                rollout.micro_batch(update.micro_batches[slot], self.trainer.strategy.root_device),
-                self.beta,
-                num_groups=max(update.num_groups, 1),
-                sequence_coefficients=self._coefficients[slot] if self._coefficients else None,
-                temperature=self.temperature,
-                implementation=self.loss_implementation,
-                padding_free=self.padding_free,
-            )
+            result = self._update_loss.micro_batch(slot)
         self._token_logprobs.append(result.token_logprobs)
-        self._meter.add(result.log_ratios, self._entropies[slot] if self._coefficients else result.entropies)
+        self._meter.add(result.log_ratios, result.entropies, result.shares)
         self.microstep += 1
         return result.loss * update.scale
 
     def _start_update(self, update: Update, rollout: Rollout) -> None:
-        """Of an update whose groups are cut, the pass that must come first."""
+        """What comes before its micro-batches: where groups are cut, a pass without gradient."""
         self._meter.reset()
-        self._coefficients, self._token_logprobs = None, []
+        self._token_logprobs = []
         if update.over_limit:
             self.guard.say(
                 "over limit",
@@ -362,35 +364,14 @@ class GVPOModule(SamplingModule):
                 f"only now, and its update has only {len(update.micro_batches)} micro-batches a rank. "
                 "Raise trainer.accumulate_grad_batches.",
             )
-        if update.is_cut:
+        if update.is_cut and self.objective.couples_groups:
             self.guard.info(
                 "two passes",
                 "Groups are cut over micro-batches or ranks: each such update makes a pass without gradient first, for "
                 "the groups' means. Larger micro-batches (rollout.micro_batch_size, micro_batch_tokens), fewer of them "
                 "(trainer.accumulate_grad_batches) or more prompts an update would save it.",
             )
-            self._coefficients = self._first_pass(update, rollout)
-
-    def _first_pass(self, update: Update, rollout: Rollout) -> list[Tensor]:
-        """dL / d log pi(y_i|x) of this rank's completions, by micro-batch."""
-        log_ratios, self._entropies = first_pass(
-            self.policy,
-            [rollout.micro_batch(rows, self.trainer.strategy.root_device) for rows in update.micro_batches],
-            temperature=self.temperature,
-            implementation=self.loss_implementation,
-            padding_free=self.padding_free,
-        )
-        positions, rows, device = update.positions, list(update.rows), self.trainer.strategy.root_device
-        coefficients = sequence_coefficients(
-            self.data_ranks.sum(scatter(log_ratios, positions, len(rows))),
-            rollout.batch.rewards[rows].to(device),
-            rollout.batch.group_ids[rows].to(device),
-            self.beta,
-            num_groups=max(update.num_groups, 1),
-            max_log_ratio=self.max_log_ratio,
-        )
-        zero = coefficients.new_zeros(1)  # of the dropped completion in an empty micro-batch
-        return [coefficients[list(where)] if where else zero for where in positions]
+        self._update_loss = UpdateLoss(self, update, rollout)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Measure the update; skip it whole, on every rank, if it is not usable or nothing counts."""
@@ -398,15 +379,14 @@ class GVPOModule(SamplingModule):
         index = (self.microstep - 1) % self.micro_batches_per_rollout // self.trainer.accumulate_grad_batches
         update = self.updates[index]
         # the update's only wait for the device
-        log_ratios, entropy, are_finite = self._meter.collect(
-            update.positions, len(update.rows), gradients_are_finite(self), self.data_ranks
-        )
+        collected = self._meter.collect(update.positions, len(update.rows), gradients_are_finite(self), self.data_ranks)
         self.num_updates += 1
-        usable = are_finite and bool((log_ratios.abs() <= self.max_log_ratio).all())
+        usable = collected.gradients_are_finite and bool((collected.log_ratios.abs() <= self.max_log_ratio).all())
         if not usable:
             self.skipped_updates += 1
-        self._log_update(update, log_ratios, entropy, is_first=index == 0)
-        if usable and update.num_groups:
+        assert self._update_loss is not None
+        self._log_update(self._update_loss, collected, is_first=index == 0)
+        if usable and self._update_loss.counts:
             self.consecutive_skips = 0
             return
         stops = not usable and self.consecutive_skips >= self.max_skipped_updates
@@ -436,13 +416,16 @@ class GVPOModule(SamplingModule):
         """Count the time."""
         self.seconds["train"] += time.perf_counter() - self._train_started
 
-    def _log_update(self, update: Update, log_ratios: Tensor, entropy: float | None, is_first: bool) -> None:
+    def _log_update(self, loss: UpdateLoss, collected: CollectedUpdate, is_first: bool) -> None:
         """Log the metrics of all ranks; none of this waits for the device."""
         assert self.rollout is not None
-        metrics: dict[str, Any] = measure_update(self.rollout, update.rows, log_ratios, self.beta, self.sources.names)
-        if entropy is not None and update.rows:
-            metrics["entropy"] = entropy / int(self.rollout.batch.lengths[list(update.rows)].sum())
-        self.guard.log_ratios(metrics["residual/rms"], metrics["reward/spread"])
+        update, sources = loss.update, self.sources.names
+        metrics: dict[str, Any] = measure_update(self.rollout, update.rows, collected.log_ratios, self.beta, sources)
+        if collected.entropy is not None and update.rows:
+            metrics["entropy"] = collected.entropy / int(self.rollout.batch.lengths[list(update.rows)].sum())
+        metrics |= loss.metrics(collected)
+        if self.beta and self.objective_settings.kind != "sft":  # which nothing pulls back
+            self.guard.log_ratios(metrics["residual/rms"], metrics["reward/spread"])
         if is_first and "log_ratio/policy/mean" in metrics:  # only then are these the policy's own samples
             self.rollout.metrics["kl/reference"] = float(metrics["log_ratio/policy/mean"])
         metrics |= self.rollout.metrics
@@ -450,10 +433,11 @@ class GVPOModule(SamplingModule):
         metrics["throughput/tokens_per_second"] = self.num_completion_tokens / max(sum(self.seconds.values()), 1e-9)
         metrics["group/dropped"] = float(update.num_dropped)
         metrics["update/skipped"] = float(self.skipped_updates)
-        metrics["update/passes"] = 2.0 if update.is_cut else 1.0
+        metrics["update/passes"] = 2.0 if loss.needs_two_passes else 1.0
         # in host memory, or progress bar and loggers would wait for the device
         metrics = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in metrics.items()}
-        shown = {name: metrics.pop(name) for name in ("reward/mean", "loss", "residual/rms")}
+        names = [name for name in ("reward/mean", "loss", "residual/rms") if name in metrics]
+        shown = {name: metrics.pop(name) for name in names}
         self.log_dict(shown, prog_bar=True, batch_size=1)  # these are over all ranks already
         self.log_dict(metrics, batch_size=1)
 

@@ -29,7 +29,7 @@ def check_start(module: "GVPOModule") -> None:
                 check_logprob_head(model, module.loss_implementation, padding_free=module.padding_free)
         name = choose_implementation(module.loss_implementation, next(module.policy.parameters()))
     rank_zero_info(
-        f"GVPO's loss runs in the '{name}' implementation (loss_implementation={module.loss_implementation!r}), "
+        f"The loss runs in the '{name}' implementation (loss_implementation={module.loss_implementation!r}), "
         f"{error:.1g} from eager."
     )
     if module.padding_free and (attention := attention_of(module.policy)) in ("eager", "sdpa"):
@@ -38,7 +38,9 @@ def check_start(module: "GVPOModule") -> None:
             "which grows with the square of their number: use flash_attention_2, or keep micro-batches small "
             "(rollout.micro_batch_tokens)."
         )
-    if module.sources.settings.generates:
+    if module.objective.needs_sampler_logprobs:
+        module.guard.on_policy(module.generation, module.temperature, module.objective_settings.kind)
+    elif module.sources.settings.generates:
         module.guard.sampler(module.generation)
     if module.lora is not None and str(module.trainer.precision) in ("bf16-true", "16-true"):
         module.guard.say(

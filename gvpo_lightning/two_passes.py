@@ -1,11 +1,11 @@
 """Updates whose groups are cut over micro-batches or ranks: a pass without gradient, then one with known coefficients.
 
-A completion's gradient is beta d_i / (n (k - 1)) times that of its log-prob, and d_i holds the mean over its whole
-group. Where a group's completions are in several micro-batches, all log-ratios are computed first, under the
+A completion's gradient in GVPO is beta d_i / (n (k - 1)) times that of its log-prob, and d_i holds the mean over its
+whole group. Where a group's completions are in several micro-batches, all log-ratios are computed first, under the
 weights that the update starts from, and exchanged; after that every completion can be trained on its own.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -53,14 +53,22 @@ def sequence_coefficients(
         num_groups: the loss's denominator.
         max_log_ratio: the largest absolute one; such an update will be skipped.
     """
+
+    def loss(ratios: Tensor) -> Tensor:
+        # a completion as one token: the loss needs nothing else of it
+        columns = (torch.zeros_like(ratios), torch.ones_like(ratios, dtype=torch.bool), rewards, group_ids, beta)
+        return gvpo_loss(ratios, *columns, num_groups=num_groups).loss
+
+    return coefficients_of(log_ratios[:, None], loss, max_log_ratio).squeeze(1)
+
+
+def coefficients_of(log_ratios: Tensor, loss: Callable[[Tensor], Tensor], max_log_ratio: float) -> Tensor:
+    """The gradient of a loss of log-ratios, any shape; all are 0 if a log-ratio is beyond the limit."""
     usable = (log_ratios.abs() <= max_log_ratio).all()
-    # a completion as one token: the loss needs nothing else of it
-    ratios = torch.where(usable, log_ratios, torch.zeros_like(log_ratios))[:, None].detach().requires_grad_()
-    kept = torch.ones_like(ratios, dtype=torch.bool)
+    ratios = torch.where(usable, log_ratios, torch.zeros_like(log_ratios)).detach().requires_grad_()
     with torch.enable_grad():
-        loss = gvpo_loss(ratios, torch.zeros_like(ratios), kept, rewards, group_ids, beta, num_groups=num_groups).loss
-    (coefficients,) = torch.autograd.grad(loss, ratios)
-    return torch.where(usable, coefficients, torch.zeros_like(coefficients)).squeeze(1)
+        (coefficients,) = torch.autograd.grad(loss(ratios), ratios)
+    return torch.where(usable, coefficients, torch.zeros_like(coefficients))
 
 
 def scatter(parts: Sequence[Tensor], positions: Sequence[Sequence[int]], length: int) -> Tensor:

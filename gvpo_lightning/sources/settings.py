@@ -83,6 +83,16 @@ class SourceSettings:
             return self.replay is not None or self.policy != 0
         return self.file is None or self.file.count is not None
 
+    def check_policy_alone(self, objective: str) -> None:
+        """Raise ValueError where completions may come from elsewhere than the current policy."""
+        others = [name for name in ("replay", "demonstrations", "file") if getattr(self, name) is not None]
+        if others or self.policy == 0:
+            raise ValueError(
+                f"objective: {objective} trains on the current policy's own completions alone, since it takes ratios "
+                f"to the policy that has sampled them, got sources {others or 'without the policy'}: leave "
+                "model.sources out, or choose gvpo, dpo or sft, which take completions from anywhere."
+            )
+
     def counts(self, group_size: int) -> dict[str, int | None]:
         """Completions of each source in a group of `group_size`; None = all that are recorded.
 

@@ -57,10 +57,10 @@ def test_an_updates_metrics_reach_the_host_in_one_transfer(monkeypatch):
         meter.add(torch.empty(size, device="meta"), torch.empty(7, device="meta"))
     monkeypatch.setattr(torch.Tensor, "cpu", lambda self: transfers.append(self.device.type) or torch.zeros(self.shape))
     finite = torch.empty((), dtype=torch.bool, device="meta")
-    log_ratios, entropy, gradients_are_finite = meter.collect([[0, 4, 2], [1, 3]], 5, finite, DataRanks())
+    collected = meter.collect([[0, 4, 2], [1, 3]], 5, finite, DataRanks())
     assert transfers == ["meta"]
-    assert log_ratios.shape == (5,)
-    assert (entropy, gradients_are_finite) == (0.0, True)
+    assert collected.log_ratios.shape == (5,)
+    assert (collected.entropy, collected.gradients_are_finite) == (0.0, True)
 
 
 def test_what_is_logged_lies_in_host_memory(make_module, fit):
