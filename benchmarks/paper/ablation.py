@@ -34,13 +34,11 @@ def run(options: Options, execute: Execute) -> None:
         options.cell(
             configs,
             {"task": task, "reference": reference, "variant": variant},
-            {"model.reference": reference, "model.beta": BETA}
-            | settings
-            | ({} if options.configs else CONSTANT),
+            {"model.reference": reference, "model.beta": BETA} | settings | ({} if options.configs else CONSTANT),
             seed,
             updates=UPDATES,
             learning_rate=None if options.configs else LEARNING_RATE,
-            meter={"evaluations": EVALUATIONS},
+            meter={"evaluations": EVALUATIONS, "completions": 8},
         )
         for task, configs in options.tasks("sums").items()
         for reference in REFERENCES
