@@ -23,24 +23,27 @@ SAYS = {
 }
 REFERENCES = ("previous", "frozen")
 SEEDS = (0, 1, 2)
-UPDATES, EVALUATIONS = 320, 9
-LEARNING_RATE, BETA = 1e-3, 0.1
+UPDATES, EVALUATIONS = 200, 9
+LEARNING_RATES, BETA = (3e-4, 1e-3), 0.1
+LABELS = ("task", "learning_rate", "reference", "variant")
 CURVES = (("accuracy", "accuracy"), ("entropy", "entropy, nats a token"), ("kl", "KL to the start, nats"))
 
 
 def run(options: Options, execute: Execute) -> None:
-    """Every variant with every reference on every seed."""
+    """Every variant with every reference, at every learning rate and on every seed."""
+    rates = options.learning_rates or ((None,) if options.configs else LEARNING_RATES)  # None = the config's
     cells = [
         options.cell(
             configs,
-            {"task": task, "reference": reference, "variant": variant},
+            {"task": task, "learning_rate": rate, "reference": reference, "variant": variant},
             {"model.reference": reference, "model.beta": BETA} | settings | ({} if options.configs else CONSTANT),
             seed,
             updates=UPDATES,
-            learning_rate=None if options.configs else LEARNING_RATE,
+            learning_rate=rate,
             meter={"evaluations": EVALUATIONS, "completions": 8},
         )
         for task, configs in options.tasks("sums").items()
+        for rate in rates
         for reference in REFERENCES
         for variant, settings in VARIANTS.items()
         for seed in options.seeds or SEEDS
@@ -51,13 +54,13 @@ def run(options: Options, execute: Execute) -> None:
 def table(rows: list[Row]) -> str:
     """Best and last accuracy, and how far it went."""
     lines = []
-    for labels, found in group_by(rows, "task", "reference", "variant").items():
+    for labels, found in group_by(rows, *LABELS).items():
         measured = [estimate([best_accuracy(row) for row in found])]
         measured += [estimate([end(name)(row) for row in found]) for name in ("accuracy", "entropy", "kl")]
         largest = max((point["log_ratio_max"] for row in found for point in row["trace"]), default=0.0)
         lines.append([*labels, *measured, f"{largest:.1f}", count_diverged(found)])
-    header = ["task", "reference", "objective", "best accuracy", "at the end", "entropy, nats a token"]
-    header += ["KL to the start, nats", "largest log-ratio in training, nats", "diverged"]
+    header = ["task", "learning rate", "reference", "objective", "best accuracy", "at the end"]
+    header += ["entropy, nats a token", "KL to the start, nats", "largest log-ratio in training, nats", "diverged"]
     return markdown(header, lines)
 
 
@@ -68,9 +71,9 @@ def count_diverged(rows: list[Row]) -> str:
 
 
 def claims(rows: list[Row]) -> list[Claim]:
-    """The paper's four, for each reference; not decided where seeds disagree."""
+    """The paper's four, for each reference and learning rate; not decided where seeds disagree."""
     found = []
-    for (task, reference, variant), same in group_by(rows, "task", "reference", "variant").items():
+    for (task, rate, reference, variant), same in group_by(rows, *LABELS).items():
         diverged = [divergence(row) is not None for row in same]
         seen = [not value for value in diverged] if variant == WHOLE else diverged
         if variant == "without both":
@@ -78,22 +81,32 @@ def claims(rows: list[Row]) -> list[Claim]:
         curve = f"accuracy {estimate([row['start']['accuracy'] for row in same]).mean:.3f} at the start, "
         curve += f"{estimate([best_accuracy(row) for row in same])} at best, "
         curve += f"{estimate([end('accuracy')(row) for row in same])} at the end"
-        measured = f"{task}, reference {reference}: {count_diverged(same)} diverged, {curve}"
+        measured = f"{task}: {count_diverged(same)} diverged, {curve}"
         holds = True if all(seen) else None if any(seen) else False
-        found.append(Claim(f"{SAYS[variant]} (reference: {reference})", measured, holds))
+        where = f"(reference: {reference}, {rate_text(rate)})"
+        found.append(Claim(f"{SAYS[variant]} {where}", measured, holds))
     return found
+
+
+def rate_text(rate: float | None) -> str:
+    """A learning rate, in words."""
+    return "the config's learning rate" if rate is None else f"learning rate {rate:g}"
 
 
 def plot(rows: list[Row], figure: Any) -> None:
     """Accuracy, entropy and KL over updates, means over seeds; dashed with the frozen reference."""
-    for axis, (name, label) in zip(figure.subplots(1, len(CURVES)), CURVES, strict=True):
-        for (reference, variant), same in group_by(rows, "reference", "variant").items():
-            points = curve(same, name)
-            color = f"C{list(VARIANTS).index(variant)}"
-            style = "-" if reference == REFERENCES[0] else "--"
-            axis.plot(list(points), list(points.values()), style, color=color, label=f"{variant}, {reference}")
-        axis.set(xlabel="update", ylabel=label)
-        axis.grid(alpha=0.3)
+    rates = group_by(rows, "learning_rate")
+    figure.set_size_inches(12, 3.6 * len(rates))
+    all_axes = figure.subplots(len(rates), len(CURVES), squeeze=False)
+    for axes, ((rate,), found) in zip(all_axes, rates.items(), strict=True):
+        for axis, (name, label) in zip(axes, CURVES, strict=True):
+            for (reference, variant), same in group_by(found, "reference", "variant").items():
+                points = curve(same, name)
+                color = f"C{list(VARIANTS).index(variant)}"
+                style = "-" if reference == REFERENCES[0] else "--"
+                axis.plot(list(points), list(points.values()), style, color=color, label=f"{variant}, {reference}")
+            axis.set(xlabel="update", ylabel=label, title=rate_text(rate))
+            axis.grid(alpha=0.3)
     figure.axes[0].legend(fontsize=7)
 
 
@@ -111,6 +124,7 @@ ABOUT = f"""
 GVPO's loss is a reward term, a variance term (against collapse: it keeps exploring) and a covariance term (near the
 reference). The paper leaves out one or both, with the previous policy as the reference. Here that, and the same with
 the frozen one: {UPDATES} updates of 8 prompts with 8 completions, 4 updates a rollout, beta {BETA:g}, and a learning
-rate that stays at {LEARNING_RATE:g}, since one that falls to zero would hide divergence. {RULE}
+rate that stays at {" or ".join(f"{rate:g}" for rate in LEARNING_RATES)}, since one that falls to zero would hide
+divergence. {RULE}
 """
 EXPERIMENT = Experiment("ablation", "The ablation: without Var, without Cov", ABOUT, run, table, claims, plot)

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from benchmarks.paper import ablation, beta, stability
+from benchmarks.paper import ablation, beta, lengths, stability
 from benchmarks.paper.cells import ROOT
 from benchmarks.paper.tables import Claim, markdown
 
-EXPERIMENTS = {module.EXPERIMENT.name: module.EXPERIMENT for module in (beta, ablation, stability)}
+EXPERIMENTS = {module.EXPERIMENT.name: module.EXPERIMENT for module in (beta, ablation, stability, lengths)}
 PAGE = ROOT / "docs" / "results.md"
 HEAD = """# The paper's claims, measured
 

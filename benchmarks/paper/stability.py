@@ -17,7 +17,7 @@ COMPARED: dict[str, dict[str, Any]] = {
     "PG + KL": METHODS["PG + KL"] | {"model.reference": "frozen"},
 }
 OURS, OTHERS = ("GVPO, frozen", "GVPO, previous"), ("GRPO", "PG + KL")
-LEARNING_RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 UPDATES_PER_ROLLOUT = (1, 4, 16)
 SEEDS = (0, 1)
 UPDATES = 64
@@ -41,9 +41,9 @@ def run(options: Options, execute: Execute) -> None:
             meter={"completions": 8},
         )
         for task, configs in options.tasks("sums").items()
+        for rate in options.grid(LEARNING_RATES)
         for method, settings in COMPARED.items()
         for number in UPDATES_PER_ROLLOUT
-        for rate in options.grid(LEARNING_RATES)
         for seed in options.seeds or SEEDS
     ]
     execute(cells)
