@@ -12,47 +12,19 @@ import argparse
 import json
 import random
 from pathlib import Path
+from typing import Any
 
-import torch
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
+from benchmarks.tiny_policy import character_tokenizer, save_policy, tiny_qwen2
 from benchmarks.warm_up import Pair, warm_up
 
 LARGEST = 19  # sums of two numbers below 20
 ALL_SUMS = [(a, b) for a in range(LARGEST + 1) for b in range(LARGEST + 1)]
 PROBABILITY_RIGHT = 0.4
 NUM_VALIDATION = 80
-
-
-def make_tokenizer() -> PreTrainedTokenizerFast:
-    """One token a character."""
-    vocabulary = {token: i for i, token in enumerate(["<pad>", "<eos>", "<unk>", *"0123456789+="])}
-    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
-    tokenizer.decoder = decoders.Fuse()
-    return PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="<eos>", unk_token="<unk>", model_max_length=32
-    )
-
-
-def make_model(tokenizer: PreTrainedTokenizerFast, seed: int) -> Qwen2ForCausalLM:
-    """About 0.6 million parameters."""
-    torch.manual_seed(seed)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=128,
-        intermediate_size=256,
-        num_hidden_layers=4,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=32,
-        tie_word_embeddings=False,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    return Qwen2ForCausalLM(config)
+CHARACTERS, CONTEXT = "0123456789+=", 32
+SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "tie_word_embeddings": False}  # 0.6 M
 
 
 def noisy_sums(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> list[Pair]:
@@ -63,6 +35,15 @@ def noisy_sums(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> list[P
         completion = [*tokenizer(str(answer))["input_ids"], tokenizer.eos_token_id]
         pairs.append((tokenizer(f"{a}+{b}=")["input_ids"], completion))
     return pairs
+
+
+def make_policy(folder: Path, sizes: dict[str, Any], *, steps: int, seed: int) -> None:
+    """Train a policy of these sizes and save it."""
+    tokenizer = character_tokenizer(CHARACTERS, CONTEXT)
+    model = tiny_qwen2(tokenizer, seed, **sizes)
+    rng = random.Random(seed)
+    warm_up(model, lambda: noisy_sums(tokenizer, rng), steps=steps, lr=2e-3, pad_token_id=tokenizer.pad_token_id)
+    save_policy(model, tokenizer, folder)
 
 
 def write_sums(folder: Path, seed: int) -> None:
@@ -83,19 +64,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     write_sums(arguments.folder / "sums", arguments.seed)
-    tokenizer = make_tokenizer()
-    model = make_model(tokenizer, arguments.seed)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
-    rng = random.Random(arguments.seed)
-    warm_up(
-        model,
-        lambda: noisy_sums(tokenizer, rng),
-        steps=arguments.steps,
-        lr=2e-3,
-        pad_token_id=tokenizer.pad_token_id,
-    )
-    tokenizer.save_pretrained(arguments.folder / "model")
-    model.half().save_pretrained(arguments.folder / "model")
+    make_policy(arguments.folder / "model", SIZES, steps=arguments.steps, seed=arguments.seed)
 
 
 if __name__ == "__main__":

@@ -11,10 +11,10 @@ import argparse
 import random
 from pathlib import Path
 
-import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+from transformers import PreTrainedTokenizerFast
 
+from benchmarks.tiny_policy import save_policy, tiny_qwen2
 from benchmarks.warm_up import Pair, warm_up
 from gvpo_lightning.rewards import last_number
 from gvpo_lightning.rollout.generation import encode_prompt
@@ -22,6 +22,7 @@ from gvpo_lightning.splits import cut_split, load_splits
 
 NUM_TRAIN = 7_473
 MAX_PROMPT_TOKENS = 192
+SIZES = {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 2, "tie_word_embeddings": True}
 CHAT_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -44,25 +45,6 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return fast
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen2ForCausalLM:
-    """Tied embeddings, two layers."""
-    torch.manual_seed(0)
-    config = Qwen2Config(
-        vocab_size=len(tokenizer),
-        hidden_size=96,
-        intermediate_size=256,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        pad_token_id=tokenizer.pad_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        bos_token_id=None,
-    )
-    return Qwen2ForCausalLM(config)
-
-
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -75,8 +57,7 @@ def main() -> None:
     rows = cut_split(load_splits(arguments.path, arguments.name), f"train[:{NUM_TRAIN}]")
     questions = list(rows[arguments.question])
     tokenizer = make_tokenizer(questions)
-    model = make_model(tokenizer)
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters")
+    model = tiny_qwen2(tokenizer, seed=0, **SIZES)
 
     pairs: list[Pair] = []
     for question, answer in zip(questions, rows["answer"], strict=True):
@@ -86,8 +67,7 @@ def main() -> None:
             pairs.append((prompt, [*tokenizer(f"{number:.10g}")["input_ids"], tokenizer.eos_token_id]))
     rng = random.Random(0)
     warm_up(model, lambda: rng.sample(pairs, 32), steps=arguments.steps, lr=2e-3, pad_token_id=tokenizer.pad_token_id)
-    tokenizer.save_pretrained(arguments.folder)
-    model.half().save_pretrained(arguments.folder)
+    save_policy(model, tokenizer, arguments.folder)
 
 
 if __name__ == "__main__":
