@@ -141,6 +141,7 @@ def dropped_completion() -> CompletionBatch:
     """One completion that counts for nothing: what a rank runs that must step with the others."""
     batch = collate_completions([[0]], [[0]], [True], [0], pad_token_id=0)
     batch.drop(torch.ones(1, dtype=torch.bool))
+    batch.sampler_logprobs = torch.zeros_like(batch.reference_logprobs)  # whoever needs them may take them
     return batch
 
 

@@ -48,8 +48,8 @@ def collect_rollout(module: "GVPOModule", rows: list[Row], index: int) -> Rollou
         groups, failures = reward_shares(module, rows, fresh, recorded)
     rollout = assemble_rollout(index, prompts, prompt_ids, groups, module.sources.names)
     rollout.failures = failures
-    module.objective.check_rewards(rollout.batch)
     flat_groups = drop_by_settings(rollout, module.rollout_settings)
+    module.objective.check_rewards(rollout.batch)
     with module.timed("reference"):
         score_rollout(module, rollout, groups)
         if module.objective.needs_sampler_logprobs:
@@ -152,7 +152,7 @@ def score_rollout(module: "GVPOModule", rollout: Rollout, groups: Groups) -> Non
 def score_rows(
     module: "GVPOModule", batch: CompletionBatch, marked: Tensor, values: Tensor, scorer: AbstractContextManager[Any]
 ) -> None:
-    """Fill the marked rows of `values`, (S, T), with log-probs under the model that `scorer` gives; marked: (S,) bool."""
+    """Fill the rows of (S, T) `values` that are `marked`, (S,) bool, with log-probs under the model of `scorer`."""
     rows, ranks = marked.nonzero().squeeze(-1), module.data_ranks
     if not len(rows):
         return

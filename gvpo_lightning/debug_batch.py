@@ -17,7 +17,9 @@ from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
+from gvpo_lightning.batch import CompletionBatch
 from gvpo_lightning.head import completion_logprobs
+from gvpo_lightning.objective_kinds import Objective, make_objective
 from gvpo_lightning.objectives import gvpo_loss
 from gvpo_lightning.offending import OffendingUpdate, load_offending_update, not_finite_parameters
 from gvpo_lightning.saved_weights import load_weights
@@ -57,6 +59,11 @@ def debug_batch(module: "GVPOModule", batch: str | Path, ckpt_path: str | Path |
         FileNotFoundError, ValueError: one of the files is not there or not what it should be.
     """
     update = load_offending_update(batch)
+    kind, saved = module.objective_settings.kind, update.settings.get("objective", "gvpo")
+    if kind != saved:
+        raise ValueError(
+            f"{str(batch)!r} is an update of objective: {saved}, the config says {kind}: give the config of that run."
+        )
     module.loading = replace(module.loading, dtype="float32", attn_implementation=None)
     module.configure_model()
     if ckpt_path is not None:
@@ -86,17 +93,10 @@ def recompute(module: "GVPOModule", update: OffendingUpdate, group: int) -> Grou
         padding_free=module.padding_free,
     )
     token_ratios = (logprobs - part.reference_logprobs).detach()
-    result = gvpo_loss(
-        logprobs,
-        part.reference_logprobs,
-        part.completion_mask,
-        part.rewards,
-        part.group_ids,
-        update.settings["beta"],
-        num_groups=update.settings["num_groups"],
-    )
+    objective = make_objective(module.objective_settings, update.settings["beta"], module.generation.max_new_tokens)
+    loss = share_of_loss(objective, logprobs, part, update, rows)
     module.policy.zero_grad()
-    result.loss.backward()
+    loss.backward()
     norms = [parameter.grad.norm() for parameter in module.policy.parameters() if parameter.grad is not None]
     bad = not_finite_parameters(module.policy)["gradients"]
     module.policy.zero_grad()
@@ -104,10 +104,20 @@ def recompute(module: "GVPOModule", update: OffendingUpdate, group: int) -> Grou
         rows=rows,
         log_ratios=token_ratios.sum(dim=1).cpu(),
         bad_tokens=(~torch.isfinite(token_ratios) & part.completion_mask).cpu(),
-        loss=float(result.loss.detach()),
+        loss=float(loss.detach()),
         gradient_norm=float(torch.stack(norms).norm()) if norms else 0.0,
         bad_gradients=bad,
     )
+
+
+def share_of_loss(
+    objective: Objective, logprobs: Tensor, part: CompletionBatch, update: OffendingUpdate, rows: Tensor
+) -> Tensor:
+    """One group's share of the update's loss; where it is not GVPO's, of this rank's part of the update."""
+    if not objective.is_fused:
+        return objective.loss(logprobs, part, objective.terms(update.batch).select(rows.tolist())).loss
+    columns = (part.reference_logprobs, part.completion_mask, part.rewards, part.group_ids, objective.beta)
+    return gvpo_loss(logprobs, *columns, num_groups=update.settings["num_groups"]).loss
 
 
 def completions_table(update: OffendingUpdate, groups: Iterable[GroupFindings], tokenizer: Any) -> Table:

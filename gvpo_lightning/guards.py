@@ -53,8 +53,8 @@ class Guard:
                 "on policy",
                 f"objective: {objective} takes completions to be the policy's at model.temperature={temperature}, but "
                 f"they are sampled with temperature={settings.temperature}, top_k={settings.top_k}, top_p="
-                f"{settings.top_p}, min_p={settings.min_p}: its gradient is biased. Set the temperatures equal, top_k=0, "
-                "top_p=1.0 and min_p=0.0.",
+                f"{settings.top_p}, min_p={settings.min_p}: its gradient is biased. Set the temperatures equal, "
+                "top_k=0, top_p=1.0 and min_p=0.0.",
             )
 
     def negligible(self, fractions: Mapping[str, float], vocab_size: int) -> None:

@@ -32,7 +32,10 @@ NOT_SECRET = re.compile(
 )
 URL = re.compile(r"([A-Za-z][\w+.-]*)://(?:[^/\s]*@)?([^\s?#]*)(?:[?#]\S*)?")
 PATH = re.compile(r"(?:(?<![^=,:])(?:/|~|[A-Za-z]:[\\/])|(?<![^=,:])[^=,:]*\.\.[\\/])[^=,]*")
-HYPERPARAMETERS = ("beta", "temperature", "loading", "lora", "reference_settings", "rollout_settings", "generation")
+HYPERPARAMETERS = (
+    *("objective_settings", "beta", "temperature", "loading", "lora"),
+    *("reference_settings", "rollout_settings", "generation"),
+)
 
 TEMPLATE = """---
 {{ card_data }}
@@ -40,12 +43,14 @@ TEMPLATE = """---
 
 # {{ title }}
 
-{{ origin }} trained with **GVPO**, Group Variance Policy Optimization
+{% if objective != "gvpo" %}{{ origin }} trained with the objective **{{ objective }}** of `gvpo_lightning`,
+for comparison with GVPO.
+{% else %}{{ origin }} trained with **GVPO**, Group Variance Policy Optimization
 ([arXiv 2504.19599](https://arxiv.org/abs/2504.19599)). For every prompt a group of completions is sampled and rewarded;
 the policy is trained such that its implicit rewards, `beta * log(policy / reference)`, differ within the group as the
 rewards do. The one optimum of that loss is the reference, reweighted by `exp(reward / beta)`: the solution of
 KL-constrained reward maximisation.
-
+{% endif %}
 ## How to load it
 
 ```python
@@ -118,6 +123,9 @@ def write_card(
         template_str=TEMPLATE,
         title=f"{name}-gvpo",
         origin=origin[kind],
+        objective=objective_settings.kind
+        if (objective_settings := getattr(module, "objective_settings", None))
+        else "gvpo",
         code=_loading_code(source if _is_hub_id(source) else "BASE", kind, _brings_code(module)),
         results="\n".join(f"| {key} | {value} |" for key, value in _numbers(summary or {})),
         config=shown,

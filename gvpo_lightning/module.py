@@ -436,7 +436,7 @@ class GVPOModule(SamplingModule):
         metrics["update/passes"] = 2.0 if loss.needs_two_passes else 1.0
         # in host memory, or progress bar and loggers would wait for the device
         metrics = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in metrics.items()}
-        names = [name for name in ("reward/mean", "loss", "residual/rms") if name in metrics]
+        names: list[str] = [name for name in ("reward/mean", "loss", "residual/rms") if name in metrics]
         shown = {name: metrics.pop(name) for name in names}
         self.log_dict(shown, prog_bar=True, batch_size=1)  # these are over all ranks already
         self.log_dict(metrics, batch_size=1)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gvpo_lightning import module as training
+from gvpo_lightning import update_loss
 from gvpo_lightning.head import completion_logprobs
 from gvpo_lightning.reference import score
 from gvpo_lightning.rollout.sampling import Rollout, RolloutSettings
@@ -12,14 +12,14 @@ from gvpo_lightning.rollout.sampling import Rollout, RolloutSettings
 @pytest.fixture
 def records(monkeypatch):
     """Each micro-batch that is trained, with the policy's log-probs at that moment."""
-    found, right = [], training.completion_loss
+    found, right = [], update_loss.completion_loss
 
     def spy(policy, batch, *arguments, **options):
         result = right(policy, batch, *arguments, **options)
         found.append((batch, batch.unpack(result.token_logprobs)))
         return result
 
-    monkeypatch.setattr(training, "completion_loss", spy)
+    monkeypatch.setattr(update_loss, "completion_loss", spy)
     return found
 
 

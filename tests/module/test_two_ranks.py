@@ -7,6 +7,8 @@ import torch
 
 from gvpo_lightning.batch import CompletionBatch
 from gvpo_lightning.head import completion_logprobs
+from gvpo_lightning.objective_kinds import make_objective
+from gvpo_lightning.objective_settings import ObjectiveSettings
 from gvpo_lightning.policy import load_policy
 from tests.forked import run_ranks
 from tests.module.two_ranks_script import RUNS, main
@@ -62,7 +64,17 @@ def big_batch(policy, batch, rows):
     return torch.stack(losses).mean(), entropies[part.completion_mask].mean()
 
 
-def check_updates(ranks, policy):
+def big_batch_of(objective, policy, batch, rows):
+    """The same of another objective, whose loss is tested where it is."""
+    if objective == "gvpo":
+        return big_batch(policy, batch, rows)
+    part = batch.select(torch.tensor(rows))
+    logprobs, entropies = completion_logprobs(policy, part, return_entropy=True)
+    function = make_objective(ObjectiveSettings(objective), 0.5, 4)
+    return function.loss(logprobs, part, function.terms(part)).loss, entropies[part.completion_mask].mean()
+
+
+def check_updates(ranks, policy, objective):
     """Each update moved the weights by one big batch's gradient, and trained every group of two or more once."""
     states = [{name: p.detach().clone() for name, p in policy.named_parameters()}, *ranks[0]["weights"]]
     steps = itertools.pairwise(states)
@@ -73,7 +85,7 @@ def check_updates(ranks, policy):
             rows = [row for part in parts for micro_batch in part for row in micro_batch]
             before, after = next(steps)
             policy.load_state_dict(before)
-            loss, entropy = big_batch(policy, batch, rows)
+            loss, entropy = big_batch_of(objective, policy, batch, rows)
             gradients = torch.autograd.grad(loss, list(policy.parameters()))
             for name, gradient in zip(before, gradients, strict=True):
                 torch.testing.assert_close(after[name], before[name] - 0.1 * gradient, atol=2e-7, rtol=1e-5)
@@ -111,7 +123,7 @@ def run(results, arithmetic):
         ranks = results[name]
         assert len(ranks[0]["weights"]) == RUNS[name].updates
         check_agreement(ranks)
-        check_updates(ranks, load_policy(str(arithmetic / "model")))
+        check_updates(ranks, load_policy(str(arithmetic / "model")), RUNS[name].objective)
         return ranks
 
     return checked
@@ -130,6 +142,13 @@ def test_update_over_two_ranks_is_that_of_one_big_batch(run, name):
     within = [any(is_cut(micro_batches, ids) for micro_batches in update) for update, ids in updates]
     between = [is_cut([list(itertools.chain(*rows)) for rows in update], ids) for update, ids in updates]
     assert any(within) == any(between) == (name == "uneven")
+
+
+@pytest.mark.parametrize("objective", ["dpo", "policy_gradient"])
+def test_other_objectives_over_two_ranks_are_those_of_one_big_batch(run, objective):
+    ranks = run(objective)
+    assert any(is_cut([list(itertools.chain(*rows)) for rows in update], ids) for update, ids in updates_of(ranks))
+    assert ranks[0]["metrics"]["update/passes"] == (2 if objective == "dpo" else 1)
 
 
 def test_a_group_that_two_ranks_share_unequally_trains_as_a_whole_one(run):

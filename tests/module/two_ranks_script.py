@@ -15,6 +15,7 @@ from gvpo_lightning import (
     RolloutSettings,
     SourceSettings,
 )
+from gvpo_lightning.objective_settings import ObjectiveKind
 from gvpo_lightning.rewards import Reward
 
 
@@ -51,6 +52,7 @@ class Run:
     ranks: int = 2
     accumulate: int = 2
     updates: int = 4
+    objective: ObjectiveKind = "gvpo"
 
 
 RUNS = {
@@ -62,6 +64,15 @@ RUNS = {
         accumulate=3,
         updates=12,
     ),
+    # the same without replay, of an objective that couples groups and of one that does not
+    **{
+        kind: Run(
+            RolloutSettings(group_size=4, prompts_per_rollout=7, prompts_per_update=4, micro_batch_size=3),
+            accumulate=3,
+            objective=kind,
+        )
+        for kind in ("dpo", "policy_gradient")
+    },
     # one group, of which three completions are kept: two are trained on one rank, one on the other
     "spanning": Run(
         RolloutSettings(group_size=8, prompts_per_rollout=1, prompts_per_update=1), reward=few, accumulate=1
@@ -87,6 +98,7 @@ def train(model: str, folder: Path, name: str) -> None:
         sources=SourceSettings(replay=ReplaySettings(run.replay) if run.replay else None),
         generation=GenerationSettings(max_new_tokens=4),
         optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        objective=run.objective,
     )
     prompts = [{"prompt": f"{n}+{n % 7}="} for n in range(24)]
     trainer = L.Trainer(

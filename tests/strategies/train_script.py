@@ -67,6 +67,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "compiled": {"torch_compile": True, "gradient_checkpointing": True},
     "turns": {},
     "other": {},
+    "dpo": {"objective": "dpo"},
+    "sft": {"objective": "sft"},  # whose loss is not one of known coefficients where groups are cut
 }
 
 
