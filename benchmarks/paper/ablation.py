@@ -23,7 +23,7 @@ SAYS = {
 }
 REFERENCES = ("previous", "frozen")
 SEEDS = (0, 1, 2)
-UPDATES, EVALUATIONS = 200, 9
+UPDATES, EVALUATIONS = 200, 7
 LEARNING_RATES, BETA = (3e-4, 1e-3), 0.1
 LABELS = ("task", "learning_rate", "reference", "variant")
 CURVES = (("accuracy", "accuracy"), ("entropy", "entropy, nats a token"), ("kl", "KL to the start, nats"))
