@@ -3,7 +3,7 @@
     python -m benchmarks.paper.make_tasks               # all; writes benchmarks/paper/tasks/<task>/
     python -m benchmarks.paper.make_tasks countdown     # one; each takes under 4 minutes on one core
 
-* countdown: "3 5 8=16:" -> an expression such as "8+5+3"; the policy picks any expression of the numbers, and a right
+* countdown: "3,5,8=16:" -> an expression such as "8+5+3"; the policy picks any expression of the numbers, and a right
   one a little more often than chance.
 * sums_small: the sums of configs/arithmetic for a policy with a 14th of the parameters.
 * chains: "c7+4=" -> to 7, add 4 as often as c, the third letter, says, modulo 10: "a1b5c9", or with the addend said
@@ -61,7 +61,7 @@ def countdown_rows(rng: random.Random) -> list[dict[str, Any]]:
 
 def countdown_row(numbers: list[int], target: int) -> dict[str, Any]:
     """One prompt with its columns."""
-    return {"prompt": f"{' '.join(map(str, numbers))}={target}:", "numbers": numbers, "target": target}
+    return {"prompt": f"{','.join(map(str, numbers))}={target}:", "numbers": numbers, "target": target}
 
 
 def countdown_texts(progress: float, table: list[Choices], rng: random.Random) -> list[Text]:
@@ -79,7 +79,7 @@ def make_countdown(folder: Path, seed: int) -> None:
     rows = countdown_rows(random.Random(seed))
     write_rows(folder / "data", rows)
     table = [(row, row["answers"], expressions(row["numbers"])) for row in rows]
-    tokenizer = character_tokenizer("0123456789+-*=: ", context=32)
+    tokenizer = character_tokenizer("0123456789+-*=:,", context=32)
     rng = random.Random(seed)
     model = tiny_qwen2(tokenizer, seed, hidden_size=96, intermediate_size=192, num_hidden_layers=4)
     train(model, tokenizer, lambda progress: countdown_texts(progress, table, rng), steps=1600)
@@ -161,10 +161,10 @@ def train(
 
 
 def make_sums_small(folder: Path, seed: int) -> None:
-    """0.04 million parameters, trained as configs/arithmetic's were, on the same sums."""
+    """0.04 million parameters, trained as configs/arithmetic's were, on the same sums with more noise."""
     sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "tie_word_embeddings": False}
     make_arithmetic.write_sums(folder / "data", seed)
-    make_arithmetic.make_policy(folder / "model", sizes, steps=3000, seed=seed)
+    make_arithmetic.make_policy(folder / "model", sizes, right=0.25, steps=2500, seed=seed)
 
 
 MAKERS: dict[str, Callable[[Path, int], None]] = {
