@@ -50,7 +50,7 @@ def run(options: Options, execute: Execute) -> None:
             seed,
             updates=UPDATES,
             learning_rate=None if options.configs else LEARNING_RATE,
-            meter={"length_parts": len(PARTS)},
+            meter={"length_parts": len(PARTS), "completions": 8},
         )
         for task, configs in options.tasks("chains").items()
         for method, settings in VARIANTS.items()
