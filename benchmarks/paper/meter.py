@@ -11,6 +11,8 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from benchmarks.paper.by_length import LengthMeter
+from gvpo_lightning.batch import CompletionBatch
 from gvpo_lightning.callbacks.optimality import answer_probabilities, optimal_accuracy, validation_rows
 from gvpo_lightning.head import completion_logprobs
 from gvpo_lightning.module import GVPOModule
@@ -42,6 +44,8 @@ class PaperMeter(L.Callback):
         completions: of each validation prompt, sampled at the module's own temperature, at start and end.
         answers: the column with a prompt's right answer, or the list of all of them, as the reward accepts them; then
             accuracies are exact.
+        length_parts: in how many parts, from short completions to long ones, `start` and `end` are also measured, as
+            `by_length` (see `LengthMeter`).
     """
 
     def __init__(
@@ -51,10 +55,13 @@ class PaperMeter(L.Callback):
         evaluations: int = 0,
         completions: int = 16,
         answers: str | None = None,
+        length_parts: int = 0,
     ) -> None:
         self.output, self.answers = Path(output), answers
         self.max_points, self.num_evaluations, self.completions = max_points, evaluations, completions
         self.record: dict[str, Any] = {"start": None, "end": None, "evaluations": [], "trace": [], "stopped": None}
+        self.length_parts = length_parts
+        self._lengths: LengthMeter | None = None
         self._base: Any = None
         self._rows: list[Row] = []
         self._gradient_norm = self._log_ratio = 0.0
@@ -122,9 +129,14 @@ class PaperMeter(L.Callback):
         self.record["seconds"] = dict(module.seconds)
         self.output.write_text(json.dumps(self.record))
 
-    def _measure(self, module: GVPOModule, completions: int) -> dict[str, float]:
+    def _measure(self, module: GVPOModule, completions: int) -> dict[str, Any]:
         base: AbstractContextManager[Any] = module.reference.applied(module.policy)
-        measured = measure(module, self._rows, completions, base if self._base is None else nullcontext(self._base))
+        batch = sample_kept(module, self._rows, completions)
+        measured = measure(module, batch, base if self._base is None else nullcontext(self._base))
+        if self.length_parts and self._lengths is None:
+            self._lengths = LengthMeter(module, batch, len(self._rows), self.length_parts)
+        if self._lengths is not None:
+            measured["by_length"] = self._lengths.measure(module, batch)
         if self.answers is not None:
             measured["accuracy"] = float(right_probabilities(module, module.policy, self._rows, self.answers).mean())
         return measured
@@ -140,20 +152,22 @@ def is_time(update: int, last: int, points: int) -> bool:
     return points > 0 and update * points // last != (update - 1) * points // last
 
 
+def sample_kept(module: GVPOModule, rows: list[Row], completions: int) -> CompletionBatch:
+    """Completions of each prompt, at the module's temperature, from the whole distribution; group ids count `rows`."""
+    generation = replace(module.generation, temperature=module.temperature, top_k=0, top_p=1.0, min_p=0.0)
+    batch = module.sample(rows, "paper", num_completions=completions, generation=generation).batch
+    return batch.select(batch.kept.nonzero().squeeze(-1))
+
+
 @torch.no_grad()
-def measure(
-    module: GVPOModule, rows: list[Row], completions: int, base: AbstractContextManager[Any]
-) -> dict[str, float]:
-    """A policy on prompts: `completions` of each are sampled at the module's temperature, from the whole distribution.
+def measure(module: GVPOModule, batch: CompletionBatch, base: AbstractContextManager[Any]) -> dict[str, Any]:
+    """A policy, from completions that it has just sampled.
 
     Returns:
         `accuracy` and `sampled_reward`, both their mean reward; `kl`, KL(policy || base) in nats a completion, and
         `entropy` in nats a token, both estimated from them;
         `length` in tokens; `truncated`, a share.
     """
-    generation = replace(module.generation, temperature=module.temperature, top_k=0, top_p=1.0, min_p=0.0)
-    batch = module.sample(rows, "paper", num_completions=completions, generation=generation).batch
-    batch = batch.select(batch.kept.nonzero().squeeze(-1))
     settings: dict[str, Any] = {"temperature": module.temperature, "batch_size": module.generation.batch_size}
     with module.trainer.precision_plugin.forward_context():
         own, entropy = score(module.policy, batch, **settings), mean_entropy(module, batch)
@@ -170,7 +184,7 @@ def measure(
     }
 
 
-def mean_entropy(module: GVPOModule, batch: Any) -> float:
+def mean_entropy(module: GVPOModule, batch: CompletionBatch) -> float:
     """Nats a token, over the batch's tokens."""
     total = 0.0
     for rows in torch.arange(len(batch)).split(module.generation.batch_size):

@@ -9,6 +9,7 @@ from benchmarks.paper.cells import Cell
 
 TASKS = {name: (f"benchmarks/paper/tasks/{name}.yaml",) for name in ("sums", "sums_small", "countdown", "chains")}
 ANSWERS = {"sums": "answer", "sums_small": "answer", "countdown": "answers"}  # columns with all that is right
+CONSTANT = {"model.lr_scheduler": None}  # settings of a learning rate that does not fall, which would hide divergence
 # `gvpo fit` settings; each method's strength of the pull to the reference is its own paper's
 METHODS: dict[str, dict[str, Any]] = {
     "SFT": {"model.objective": "sft", "model.beta": 0.1},
@@ -71,13 +72,13 @@ class Options:
         """A cell of `updates` optimizer updates, unless the command line or its config decides.
 
         Args:
-            learning_rate: falls linearly to nearly 0; None leaves the config's.
+            learning_rate: falls linearly to nearly 0, unless `settings` have a schedule; None leaves the config's.
         """
         number = self.updates or (None if self.configs else updates)
         if number is not None:
             settings = {"trainer.max_steps": number, "trainer.max_epochs": -1} | settings
         if number is not None and not self.configs:
-            settings = settings | {"model.lr_scheduler": linear_to_zero(number)}
+            settings = {"model.lr_scheduler": linear_to_zero(number)} | settings
         if learning_rate is not None:
             settings = settings | {"model.optimizer.init_args.lr": learning_rate}
         column = next((column for task, column in ANSWERS.items() if configs == TASKS[task]), None)

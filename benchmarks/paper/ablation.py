@@ -1,0 +1,130 @@
+"""The paper's ablation: what GVPO is without its variance term, without its covariance term, and without both."""
+
+from typing import Any
+
+from benchmarks.paper.cells import Execute, Row
+from benchmarks.paper.divergence import RULE, best_accuracy, divergence, has_learned
+from benchmarks.paper.experiment import Experiment
+from benchmarks.paper.options import CONSTANT, Options
+from benchmarks.paper.tables import Claim, end, estimate, group_by, markdown
+
+WHOLE = "GVPO"
+VARIANTS: dict[str, dict[str, Any]] = {
+    WHOLE: {},
+    "without Var": {"model.objective": {"kind": "gvpo", "variance_term": False}},
+    "without Cov": {"model.objective": {"kind": "gvpo", "covariance_term": False}},
+    "without both": {"model.objective": {"kind": "gvpo", "variance_term": False, "covariance_term": False}},
+}
+SAYS = {
+    WHOLE: "Whole GVPO does not diverge",
+    "without Var": "Without the variance term training diverges",
+    "without Cov": "Without the covariance term training diverges",
+    "without both": "Without both terms training first learns, then diverges",
+}
+REFERENCES = ("previous", "frozen")
+SEEDS = (0, 1, 2)
+UPDATES, EVALUATIONS = 200, 7
+LEARNING_RATES, BETA = (3e-4, 1e-3), 0.1
+LABELS = ("task", "learning_rate", "reference", "variant")
+CURVES = (("accuracy", "accuracy"), ("entropy", "entropy, nats a token"), ("kl", "KL to the start, nats"))
+
+
+def run(options: Options, execute: Execute) -> None:
+    """Every variant with every reference, at every learning rate and on every seed."""
+    rates = options.learning_rates or ((None,) if options.configs else LEARNING_RATES)  # None = the config's
+    cells = [
+        options.cell(
+            configs,
+            {"task": task, "learning_rate": rate, "reference": reference, "variant": variant},
+            {"model.reference": reference, "model.beta": BETA} | settings | ({} if options.configs else CONSTANT),
+            seed,
+            updates=UPDATES,
+            learning_rate=rate,
+            meter={"evaluations": EVALUATIONS, "completions": 8},
+        )
+        for task, configs in options.tasks("sums").items()
+        for rate in rates
+        for reference in REFERENCES
+        for variant, settings in VARIANTS.items()
+        for seed in options.seeds or SEEDS
+    ]
+    execute(cells)
+
+
+def table(rows: list[Row]) -> str:
+    """Best and last accuracy, and how far it went."""
+    lines = []
+    for labels, found in group_by(rows, *LABELS).items():
+        measured = [estimate([best_accuracy(row) for row in found])]
+        measured += [estimate([end(name)(row) for row in found]) for name in ("accuracy", "entropy", "kl")]
+        largest = max((point["log_ratio_max"] for row in found for point in row["trace"]), default=0.0)
+        lines.append([*labels, *measured, f"{largest:.1f}", count_diverged(found)])
+    header = ["task", "learning rate", "reference", "objective", "best accuracy", "at the end"]
+    header += ["entropy, nats a token", "KL to the start, nats", "largest log-ratio in training, nats", "diverged"]
+    return markdown(header, lines)
+
+
+def count_diverged(rows: list[Row]) -> str:
+    """How many, and why."""
+    reasons = [reason for row in rows if (reason := divergence(row))]
+    return f"{len(reasons)} of {len(rows)}" + (f" ({'; '.join(reasons)})" if reasons else "")
+
+
+def claims(rows: list[Row]) -> list[Claim]:
+    """The paper's four, for each reference and learning rate; not decided where seeds disagree."""
+    found = []
+    for (task, rate, reference, variant), same in group_by(rows, *LABELS).items():
+        diverged = [divergence(row) is not None for row in same]
+        seen = [not value for value in diverged] if variant == WHOLE else diverged
+        if variant == "without both":
+            seen = [value and has_learned(row) for value, row in zip(diverged, same, strict=True)]
+        curve = f"accuracy {estimate([row['start']['accuracy'] for row in same]).mean:.3f} at the start, "
+        curve += f"{estimate([best_accuracy(row) for row in same])} at best, "
+        curve += f"{estimate([end('accuracy')(row) for row in same])} at the end"
+        measured = f"{task}: {count_diverged(same)} diverged, {curve}"
+        holds = True if all(seen) else None if any(seen) else False
+        where = f"(reference: {reference}, {rate_text(rate)})"
+        found.append(Claim(f"{SAYS[variant]} {where}", measured, holds))
+    return found
+
+
+def rate_text(rate: float | None) -> str:
+    """A learning rate, in words."""
+    return "the config's learning rate" if rate is None else f"learning rate {rate:g}"
+
+
+def plot(rows: list[Row], figure: Any) -> None:
+    """Accuracy, entropy and KL over updates, means over seeds; dashed with the frozen reference."""
+    rates = group_by(rows, "learning_rate")
+    figure.set_size_inches(12, 3.6 * len(rates))
+    all_axes = figure.subplots(len(rates), len(CURVES), squeeze=False)
+    for axes, ((rate,), found) in zip(all_axes, rates.items(), strict=True):
+        for axis, (name, label) in zip(axes, CURVES, strict=True):
+            for (reference, variant), same in group_by(found, "reference", "variant").items():
+                points = curve(same, name)
+                color = f"C{list(VARIANTS).index(variant)}"
+                style = "-" if reference == REFERENCES[0] else "--"
+                axis.plot(list(points), list(points.values()), style, color=color, label=f"{variant}, {reference}")
+            axis.set(xlabel="update", ylabel=label, title=rate_text(rate))
+            axis.grid(alpha=0.3)
+    figure.axes[0].legend(fontsize=7)
+
+
+def curve(rows: list[Row], name: str) -> dict[int, float]:
+    """The mean over the runs that were measured at an update, by update."""
+    values: dict[int, list[float]] = {}
+    for row in rows:
+        last = max([0, *(point["update"] for point in row["trace"])])
+        for at in ({"update": 0, **row["start"]}, *row["evaluations"], {"update": last, **row["end"]}):
+            values.setdefault(at["update"], []).append(at[name])
+    return {update: estimate(found).mean for update, found in sorted(values.items())}
+
+
+ABOUT = f"""
+GVPO's loss is a reward term, a variance term (against collapse: it keeps exploring) and a covariance term (near the
+reference). The paper leaves out one or both, with the previous policy as the reference. Here that, and the same with
+the frozen one: {UPDATES} updates of 8 prompts with 8 completions, 4 updates a rollout, beta {BETA:g}, and a learning
+rate that stays at {" or ".join(f"{rate:g}" for rate in LEARNING_RATES)}, since one that falls to zero would hide
+divergence. {RULE}
+"""
+EXPERIMENT = Experiment("ablation", "The ablation: without Var, without Cov", ABOUT, run, table, claims, plot)
