@@ -99,7 +99,6 @@ def test_what_is_missing_or_not_finite_becomes_nan(value):
         (torch.ones(2, 1), "must return numbers or None"),
         ("ab", "must return numbers or None"),
     ],
-    ids=repr,
 )
 def test_answers_that_are_no_rewards(values, message):
     with pytest.raises(ValueError, match=message):

@@ -165,7 +165,7 @@ class EverySecondThenTheRest(Sampler):
         ({"batch_size": 4, "drop_last": True}, list(range(8))),
         ({"batch_sampler": [[5, 6], [1], [9, 8, 7]]}, [5, 6, 1, 9, 8, 7]),
     ],
-    ids=str,
+    ids=["its own order", "sampler", "list as sampler", "whole batches", "batch sampler"],
 )
 def test_a_dataloaders_own_order_is_kept(make_module, arguments, expected):
     loader = RolloutLoader(DataLoader(rows(10), **arguments), make_module())
