@@ -4,6 +4,7 @@ import faulthandler
 import multiprocessing as mp
 import os
 import socket
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,6 +24,14 @@ def free_port() -> int:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]
+
+
+def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
+    """Wait for what must come, however busy the machine is; AssertionError where it does not."""
+    limit = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < limit, f"nothing for {seconds:g} s"
+        time.sleep(0.01)
 
 
 def enter_rank(folder: str | Path, rank: int, world: int, port: int) -> None:

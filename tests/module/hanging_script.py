@@ -20,7 +20,7 @@ def train(model: str) -> None:
         hangs_where_told,
         rollout=RolloutSettings(group_size=8, prompts_per_rollout=4, prompts_per_update=2),
         generation=GenerationSettings(max_new_tokens=1),
-        reward_settings=RewardSettings(num_workers=1, timeout=1.0, max_failed_fraction=0.9),
+        reward_settings=RewardSettings(num_workers=1, timeout=2.0, max_failed_fraction=0.9),
     )
     module.configure_model()
     normal_(module.policy.get_output_embeddings().weight, std=0.001)  # all texts are as likely

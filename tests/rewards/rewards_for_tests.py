@@ -12,6 +12,11 @@ import sys
 import time
 
 
+def child_of(asking: int) -> list[str]:
+    """The command of a child that the reward starts for the process that asks it."""
+    return ["sleep", f"1000.{asking}"]
+
+
 def by_text(prompts, completions, answer, **columns):
     """What a completion says is what becomes of it."""
     return [_meet(completion, a) for completion, a in zip(completions, answer, strict=True)]
@@ -26,7 +31,7 @@ def _meet(completion, answer):
     if completion == "hang in C":  # and hold the interpreter's lock
         re.match(r"(a+)+$", "a" * 40 + "b")
     if completion == "hang with a child":
-        subprocess.run(["sleep", "1234.5"], check=True)
+        subprocess.run(child_of(os.getppid()), check=True)
     if completion == "die":
         os._exit(3)
     if completion == "crash":

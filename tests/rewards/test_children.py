@@ -17,7 +17,7 @@ def ask():
 
     def ask(reward, completions):
         if reward not in asked:
-            asked[reward] = Rewards(reward, RewardSettings(num_workers=1, timeout=5.0))
+            asked[reward] = Rewards(reward, RewardSettings(num_workers=1, timeout=60.0))
         found, tally = asked[reward](["p"] * len(completions), completions, {})
         assert not tally.counts
         return [rewarded.total for rewarded in found]

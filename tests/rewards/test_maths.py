@@ -300,10 +300,18 @@ def test_last_boxed_of_a_long_text():
 
 
 def test_imports_are_no_part_of_a_completions_time_limit():
-    rewards = Rewards(BoxedMath(), RewardSettings(num_workers=1, timeout=0.5))
+    """Nothing is left to import, which takes longer than any answer."""
+
+    class Importing(BoxedMath):
+        def __call__(self, prompts, completions, **columns):
+            before = set(sys.modules)
+            assert super().__call__(prompts, completions, **columns) == [1.0]
+            return [float(len(set(sys.modules) - before))]
+
+    rewards = Rewards(Importing(), RewardSettings(num_workers=1))
     found, _ = rewards(["p"] * 3, [r"\boxed{\frac12}"] * 3, {"answer": ["0.5"] * 3})
     rewards.close()
-    assert [rewarded.total for rewarded in found] == [1.0] * 3
+    assert [rewarded.total for rewarded in found] == [0.0] * 3
 
 
 @pytest.mark.parametrize("text", [" " * 50_000, "7" * 50_000, "\\text{" * 10_000, "\\, " * 15_000, "√" * 50_000])

@@ -3,7 +3,6 @@
 import json
 import pickle
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -29,7 +28,7 @@ class Handler(BaseHTTPRequestHandler):
             self.close_connection = True
             return
         if text == "late":
-            time.sleep(2.0)
+            self.server.let_go.wait()
         answers = {"two": {"rewards": [1, 2]}, "none": {"rewards": [None]}, "text": {"rewards": ["high"]}, "bare": 1.0}
         data = json.dumps(answers.get(text, {"rewards": [len(text)]})).encode() if text != "no json" else b"<html>"
         self.send_response(200)
@@ -44,11 +43,12 @@ class Handler(BaseHTTPRequestHandler):
 @pytest.fixture
 def server():
     with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as running:
-        running.lock, running.seen = threading.Lock(), []
+        running.lock, running.seen, running.let_go = threading.Lock(), [], threading.Event()
         running.url = f"http://127.0.0.1:{running.server_port}/reward"
         thread = threading.Thread(target=running.serve_forever, args=(0.02,), daemon=True)
         thread.start()
         yield running
+        running.let_go.set()
         running.shutdown()
 
 
@@ -105,9 +105,9 @@ def test_other_answers_are_failures(server, text, message):
 
 
 def test_late_answers_and_a_server_that_is_not_there(server):
-    found, _ = ask(RemoteReward(server.url, retries=1, timeout=0.7), ["fine", "late"])
+    found, _ = ask(RemoteReward(server.url, retries=1, timeout=2.0), ["fine", "late"])
     assert [rewarded.failure for rewarded in found] == [None, "reward_raised"]
-    found, _ = ask(RemoteReward(server.url, timeout=10), ["fine", "late"], timeout=0.8)
+    found, _ = ask(RemoteReward(server.url, timeout=1000), ["fine", "late"], timeout=2.0)
     assert [rewarded.failure for rewarded in found] == [None, "reward_timeout"]
     found, tally = ask(RemoteReward("http://127.0.0.1:9/"), ["a"])
     assert found[0].failure == "reward_raised"

@@ -33,7 +33,7 @@ def test_a_pattern_that_is_none_is_refused():
 
 
 def test_a_pattern_that_never_ends_costs_its_completion_alone():
-    rewards = Rewards(Format(r"(a+)+"), RewardSettings(num_workers=1, timeout=0.5))
+    rewards = Rewards(Format(r"(a+)+"), RewardSettings(num_workers=1, timeout=2.0))
     found, _ = rewards(["p"] * 3, ["a", "a" * 40 + "b", "b"], {})
     assert [rewarded.failure for rewarded in found] == [None, "reward_timeout", None]
     assert [found[0].total, found[2].total] == [1.0, 0.0]

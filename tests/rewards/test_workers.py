@@ -17,7 +17,8 @@ import pytest
 from gvpo_lightning.rewards import ExactAnswer, Format, Rewards, RewardSettings
 from gvpo_lightning.rewards.progress import advance
 from gvpo_lightning.rewards.protocol import RewardContractError
-from tests.rewards.rewards_for_tests import batch_size, by_text, modules, patient, process_id
+from tests.forked import wait_until
+from tests.rewards.rewards_for_tests import batch_size, by_text, child_of, modules, patient, process_id
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +61,7 @@ FATES = {
 
 def test_each_way_to_fail_costs_its_completion_alone_and_is_counted(make):
     texts = [text for fate in FATES for text in ("7", fate, "8")]
-    found, tally = ask(make(by_text, timeout=1.0), texts)
+    found, tally = ask(make(by_text, num_workers=4, timeout=2.0), texts)
     for text, rewarded in zip(texts, found, strict=True):
         assert rewarded.failure == FATES.get(text)
         if text in FATES:
@@ -74,22 +75,23 @@ def test_each_way_to_fail_costs_its_completion_alone_and_is_counted(make):
         ("by_text", "reward_not_finite"): 2,
     }
     assert tally.asked == 30
-    assert not subprocess.run(["pgrep", "-f", "sleep 1234.5"], capture_output=True, check=False).stdout
+    child = ["pgrep", "-fx", " ".join(child_of(os.getpid()))]
+    wait_until(lambda: not subprocess.run(child, capture_output=True, check=False).stdout)
 
 
 @pytest.mark.parametrize(
     ("text", "shown"),
     [
         ("raise", ["in _meet", "KeyError: 'no such answer'", "on the prompt 'p', completion 'raise'"]),
-        ("hang", ["longer than 0.5 s (reward_settings.timeout)", "in _meet"]),
-        ("hang in C", ["longer than 0.5 s", "in _meet"]),
+        ("hang", ["longer than 2 s (reward_settings.timeout)", "in _meet"]),
+        ("hang in C", ["longer than 2 s", "in _meet"]),
         ("die", ["its process ended with status 3", "completion 'die'"]),
         ("crash", ["its process ended with status -11", "Segmentation fault", "in _meet"]),
         ("nan", ["it returned nan"]),
     ],
 )
 def test_the_first_failure_is_shown_with_its_place(make, text, shown):
-    _, tally = ask(make(by_text, timeout=0.5, num_workers=1), ["7", text])
+    _, tally = ask(make(by_text, timeout=2.0, num_workers=1), ["7", text])
     ((name, description),) = tally.descriptions()
     assert name == "by_text"
     assert description.startswith(f"The reward by_text has failed on 50.0% of 2 completions ({FATES[text]} 1).")
@@ -113,6 +115,8 @@ def test_the_results_do_not_depend_on_the_number_of_workers(make):
 
 def test_work_is_spread_and_processes_stay(make):
     rewards = make(process_id, num_workers=3)
+    rewards.start()
+    rewards.wait_until_loaded()  # or the first of them might do all the work
     first, second = ({rewarded.total for rewarded in ask(rewards, ["7"] * 60)[0]} for _ in range(2))
     assert first == second
     assert len(first) == 3
@@ -176,13 +180,13 @@ def test_what_a_worker_can_not_load_stops_at_once(make, tmp_path, monkeypatch):
 def test_a_reward_that_warms_up_does_so_before_its_time_limits_begin(make):
     class Slow:
         def warm_up(self):
-            time.sleep(1.2)
+            time.sleep(2.5)
             self.is_warm = True
 
         def __call__(self, prompts, completions, **columns):
             return [float(self.is_warm)]
 
-    assert [rewarded.total for rewarded in ask(make(Slow(), timeout=0.8), ["7"] * 4)[0]] == [1.0] * 4
+    assert [rewarded.total for rewarded in ask(make(Slow(), timeout=2.0), ["7"] * 4)[0]] == [1.0] * 4
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
@@ -201,7 +205,7 @@ def test_an_idle_worker_that_has_been_killed_is_replaced_without_blame(make):
     rewards = make(process_id, num_workers=1)
     ((pid,),) = [{rewarded.total for rewarded in ask(rewards, ["7"])[0]}]
     os.kill(int(pid), signal.SIGKILL)
-    time.sleep(0.1)
+    wait_until(lambda: is_gone(int(pid)))
     found, tally = ask(rewards, ["7", "8"])
     assert not tally.counts
     assert {rewarded.total for rewarded in found} != {pid}
@@ -212,8 +216,14 @@ def test_an_interrupt_ends_the_workers(make):
     rewards = make(by_text, timeout=100.0)
     rewards.start()
     rewards.wait_until_loaded()
-    pids = [worker.process.pid for worker in rewards._pool._workers]
-    threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+    workers = list(rewards._pool._workers)
+    pids = [worker.process.pid for worker in workers]
+
+    def interrupt():
+        wait_until(lambda: all(worker.task is not None for worker in workers))
+        os.kill(os.getpid(), signal.SIGINT)
+
+    threading.Thread(target=interrupt).start()
     with pytest.raises(KeyboardInterrupt):
         ask(rewards, ["hang"] * 4)
     signal.signal(signal.SIGINT, before)
@@ -281,38 +291,38 @@ def test_workers_end_with_a_killed_run_even_where_they_hang(script):
     assert process.stdout.readline() == "started\n"
     pids = process.stdout.readline().split()
     assert len(pids) == 2
-    time.sleep(0.3)
+    time.sleep(0.3)  # so that they are at their completions, most likely
     assert not any(is_gone(pid) for pid in pids)
     process.kill()
     process.wait()
-    deadline = time.monotonic() + 5
-    while not all(is_gone(pid) for pid in pids) and time.monotonic() < deadline:
-        time.sleep(0.02)
-    assert all(is_gone(pid) for pid in pids)
+    wait_until(lambda: all(is_gone(pid) for pid in pids))
 
 
 @pytest.mark.parametrize(("shown", "enough"), [(True, True), (True, False), (False, True)])
 def test_slow_rewards_show_a_bar(make, monkeypatch, capfd, shown, enough):
-    monkeypatch.setattr("gvpo_lightning.rewards.progress.SLOW", 0.5 if enough else 100.0)
-    rewards = make(by_text, timeout=1.2, num_workers=1)
+    monkeypatch.setattr("gvpo_lightning.rewards.progress.SLOW", 0.2 if enough else 1000.0)
+    rewards = make(by_text, timeout=2.0, num_workers=1)
     rewards.shows_progress = shown
     ask(rewards, ["7", "hang", "8"])
     assert ("rewards: " in capfd.readouterr().err) == (shown and enough)
 
 
 def test_the_bar_of_other_rewards_tells_the_time_and_what_they_tell_it(make, monkeypatch, capfd):
+    shown = []
+
+    def is_shown(text):
+        shown.append(capfd.readouterr().err)
+        return text in "".join(shown)
+
     def slow(prompts, completions, **columns):
-        for _ in completions:
-            time.sleep(0.5)
-            advance(1)
+        advance(2)
+        wait_until(lambda: is_shown("2/3"))
         return [1.0] * len(completions)
 
     slow.in_process = True
     monkeypatch.setattr("gvpo_lightning.rewards.progress.SLOW", 0.2)
-    rewards = make([slow, patient], timeout=0.8)
+    rewards = make([slow, patient], timeout=2.0)
     rewards.shows_progress = True
     ask(rewards, ["7", "hang", "8"])
-    shown = capfd.readouterr().err
-    assert "slow: " in shown
-    assert "2/3" in shown
-    assert "patient: " in shown
+    assert is_shown("slow: ")
+    assert is_shown("patient: ")
