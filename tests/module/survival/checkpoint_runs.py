@@ -34,7 +34,7 @@ def network(folder: Path, strategy: str = "single", steps: int = 4, callback=Non
     torch.set_num_threads(1)
     trainer = L.Trainer(
         accelerator="cpu",
-        strategy=make_strategy(strategy, 30.0),
+        strategy=make_strategy(strategy, 120.0),
         devices=1 if strategy == "single" else 2,
         max_steps=steps,
         logger=False,

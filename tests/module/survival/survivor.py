@@ -10,20 +10,23 @@ from hashlib import sha256
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from tests.forked import FORK, enter_rank, free_port
+from tests.forked import FORK, enter_rank, free_port, wait_until
 
 PHASES = ("rollout", "reward", "training", "checkpoint")
 
 
 class Crew:
-    """The processes of one run, one a rank; what rank 0 or the rank `watch` reports can be waited for."""
+    """The processes of one run, one a rank; what rank 0 or the rank `watch` reports can be waited for.
+
+    That rank goes on from a phase's begin once its report has been read: a busy machine does not let it get ahead.
+    """
 
     def __init__(self, folder: Path, model: Path, strategy: str = "single", watch: int = 0, **options) -> None:
         folder.mkdir(exist_ok=True)
         self.folder = folder
         world = 1 if strategy == "single" else 2
         port = free_port()
-        self.reports, end = FORK.Pipe(duplex=False)
+        self.reports, end = FORK.Pipe()
         self.processes = [
             FORK.Process(
                 target=survive,
@@ -47,19 +50,21 @@ class Crew:
     def next_report(self) -> str | None:
         """The next phase, or None once the watched process has ended."""
         try:
-            return self.reports.recv_bytes().decode()
-        except (EOFError, ConnectionResetError):
+            report = self.reports.recv_bytes().decode()
+            self.reports.send_bytes(b"read")
+        except (EOFError, ConnectionError):
             return None
+        return report
 
     def signal(self, number: int, *ranks: int) -> None:
         for rank in ranks:
             os.kill(self.processes[rank].pid, number)
 
-    def end(self, timeout: float = 60.0) -> list[int]:
+    def end(self, timeout: float = 120.0) -> list[int]:
         """Every process's exit code; those that are still there after the time are killed, and fail the test."""
         with contextlib.suppress(EOFError, OSError):
-            while self.reports.poll(timeout):
-                self.reports.recv_bytes()
+            while self.reports.poll(timeout) and self.next_report() is not None:
+                pass
         limit = time.monotonic() + timeout
         for process in self.processes:
             process.join(max(0.0, limit - time.monotonic()))
@@ -100,14 +105,14 @@ def train(
     strategy: str,
     reports: Connection | None,
     *,
-    timeout: float = 30.0,
-    sleep: tuple[int, float] = (-1, 0.0),
+    timeout: float = 120.0,
+    sleep: int = -1,
     fail: int = -1,
     validate: bool = False,
     max_steps: int = 10,
     **trainer_arguments,
 ) -> None:
-    """Train; `sleep`: a rank and the seconds its second reward takes; `fail`: one whose rewards raise from then on."""
+    """Train; `sleep`: a rank whose second reward takes until the file `wake` is there; `fail`: one whose raise then."""
     import lightning as L
     import torch
 
@@ -131,12 +136,15 @@ def train(
     def enter(phase: str) -> None:
         if reports is not None:
             reports.send_bytes(phase.encode())
+            reports.recv_bytes()
 
     def reward(prompts, completions, answer):
         nonlocal num_rewards
         num_rewards += 1
         enter("reward")
-        time.sleep(sleep[1] if sleep[0] == rank and num_rewards == 2 else 0.02)
+        time.sleep(0.02)
+        if sleep == rank and num_rewards == 2:
+            wait_until((folder / "wake").exists, 200.0)
         if fail == rank and num_rewards >= 2:
             raise KeyError("no such answer")
         enter("rollout")

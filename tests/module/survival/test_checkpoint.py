@@ -4,7 +4,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 import subprocess
 from datetime import timedelta
 from pathlib import Path
@@ -18,17 +17,15 @@ from gvpo_lightning.callbacks import RunCheckpoint
 from gvpo_lightning.callbacks.whole import PARTIAL, CheckpointError
 from gvpo_lightning.reference import ReferenceSettings
 from gvpo_lightning.rollout.sampling import RolloutSettings
+from tests.forked import FORK, free_port
 from tests.module.survival.checkpoint_runs import fit as fit_network
 from tests.module.survival.checkpoint_runs import network
-from tests.module.survival.survivor import FORK
 
 
 def run_network(folder: Path, strategy: str = "single", steps: int = 2, **dying) -> list[int]:
     """Exit codes of a run of every rank."""
     folder.mkdir(exist_ok=True)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     processes = [
         FORK.Process(target=fit_network, args=(str(folder), rank, port, strategy, steps), kwargs=dying)
         for rank in range(1 if strategy == "single" else 2)
@@ -36,7 +33,7 @@ def run_network(folder: Path, strategy: str = "single", steps: int = 2, **dying)
     for process in processes:
         process.start()
     for process in processes:
-        process.join(60)
+        process.join(180)
         process.kill()
     return [process.exitcode for process in processes]
 

@@ -62,18 +62,18 @@ def is_gone(pid: int, within: float) -> bool:
 def test_the_other_rank_never_hangs_and_the_run_goes_on_bitwise(launch, through, tmp_path):
     process, second = launch(2)
     os.kill(second, signal.SIGKILL)
-    assert process.wait(40) != 0
+    assert process.wait(200) != 0
     process, second = launch(2)
     process.kill()
-    assert is_gone(second, within=40)
+    assert is_gone(second, within=200)
     process, second = launch(1)
     os.kill(second, signal.SIGTERM)
-    assert process.wait(40) == 143
-    assert is_gone(second, within=10)
+    assert process.wait(200) == 143
+    assert is_gone(second, within=60)
     process, second = launch(1)
     process.terminate()
-    assert process.wait(40) == 143
-    assert is_gone(second, within=10)
+    assert process.wait(200) == 143
+    assert is_gone(second, within=60)
     process, _ = launch(100)
-    assert process.wait(60) == 0
+    assert process.wait(200) == 0
     assert_the_same_as(through("ddp"), tmp_path / "run", ranks=2)

@@ -1,21 +1,20 @@
 """Errors within training name where they came, and which of them another rank is to blame for."""
 
-import time
-
 import pytest
 
 
 def test_a_rank_that_is_late_ends_the_others_with_an_error_that_names_the_step(crew):
     """Rank 1's second reward takes longer than a collective operation may: rank 0 does not wait for it."""
-    run = crew("ddp", timeout=2.0, sleep=(1, 6.0))
-    assert run.wait_for("reward", 2)
-    started = time.monotonic()
-    run.processes[0].join(30)
+    run = crew("ddp", timeout=5.0, sleep=1)
+    while run.next_report() is not None:
+        pass
+    run.processes[0].join(60)
     assert run.processes[0].exitcode == 1
-    assert 1 < time.monotonic() - started < 5.5
+    assert run.processes[1].is_alive()
+    (run.folder / "wake").touch()
     place = "on rank 0 of 2, in rollout 1, update 2, micro-batch 0 of 3 (phase: reward)"
     assert f"Another rank is late or dead: {place}, a collective operation went without it" in run.errors()
-    assert "which waits 2 s at most" in run.errors()
+    assert "which waits 5 s at most" in run.errors()
     assert set(run.end()) == {1}
 
 
