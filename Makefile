@@ -10,11 +10,13 @@ export OMP_NUM_THREADS ?= 1
 demo: .venv/ready
 	$(BIN)/gvpo fit --config configs/arithmetic.yaml
 
+# two processes, as most tests wait for others of their own; a file's tests stay together, and share what they train
+PARALLEL := -n logical --maxprocesses 2 --dist loadfile
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL)
 
 test-all: .venv/ready
-	$(BIN)/python -m pytest -m "not gpu and not vllm"
+	$(BIN)/python -m pytest $(PARALLEL) -m "not gpu and not vllm"
 
 # On a machine with a GPU, from a source checkout: no .venv and no network, each under 8 minutes. What they measure
 # lands in benchmarks/results/ as it comes.

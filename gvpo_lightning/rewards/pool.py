@@ -77,12 +77,16 @@ class Worker:
         """Where in its code it is, or was when it crashed; empty where that can't be known."""
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGUSR1)
-            until = time.monotonic() + 0.5
-            while not os.fstat(self.trace.fileno()).st_size and time.monotonic() < until:
+            until = time.monotonic() + 1.0
+            while not self._has_whole_stack() and time.monotonic() < until:
                 time.sleep(0.01)
-            time.sleep(0.02)  # for the rest of it
         self.trace.seek(0)
         return self.trace.read().decode(errors="replace").strip()
+
+    def _has_whole_stack(self) -> bool:
+        """Whether the stack ends where all of them do: it is written line by line, and those that are deep are cut."""
+        written = os.pread(self.trace.fileno(), 1_000_000, 0)  # a seek would move the process's own place
+        return written.endswith((b" in <module>\n", b"  ...\n"))
 
     def kill(self) -> int:
         """End it, and what it has started that stays in its session's process group; returns its status."""
