@@ -1,11 +1,5 @@
-"""Trains policies in several processes and saves distributed checkpoints of them. Run by test_export.
+"""Trains policies in several processes and saves distributed checkpoints of them. Run by test_export."""
 
-    sharded_script.py {fsdp2|tp|fsdp1} MODEL_FOLDER…
-
-In each folder: `last.ckpt`, and `full.pt` with the whole weights as the strategy itself gathers them.
-"""
-
-import sys
 from pathlib import Path
 
 import lightning as L
@@ -20,6 +14,8 @@ from gvpo_lightning.sharding import full_state_dict
 def reward(prompts, completions, **columns):
     return [len(set(text)) / 4 for text in completions]
 
+
+RANKS = {"fsdp1": 2, "fsdp2": 2, "tp": 4}
 
 reward.in_process = True  # quicker than to start workers that import this file
 
@@ -49,7 +45,7 @@ def train(kind: str, folder: Path) -> None:
     trainer = L.Trainer(
         accelerator="cpu",
         strategy=strategy(kind),
-        devices=4 if kind == "tp" else 2,
+        devices=RANKS[kind],
         max_steps=2,
         logger=False,
         enable_checkpointing=False,
@@ -64,6 +60,8 @@ def train(kind: str, folder: Path) -> None:
         torch.save(full, folder / "full.pt")
 
 
-if __name__ == "__main__":
-    for path in sys.argv[2:]:
-        train(sys.argv[1], Path(path))
+def main(kind: str, *folders: Path) -> None:
+    """On each rank; each folder gets `last.ckpt`, and `full.pt`: the whole weights as the strategy gathers them."""
+    torch.set_num_threads(1)
+    for folder in folders:
+        train(kind, folder)

@@ -22,6 +22,8 @@ from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.policy import load_tokenizer
 from gvpo_lightning.rewards import ExactAnswer
 from gvpo_lightning.saved_weights import FileWeights, FolderWeights, load_weights
+from tests.export import sharded_script
+from tests.forked import run_ranks
 
 
 def script(name, *arguments) -> str:
@@ -77,7 +79,9 @@ def trained(request, arithmetic, tmp_path_factory):
     root = tmp_path_factory.mktemp(request.param)
     for tied in (False, True):
         save_policy(root / f"{'tied' if tied else 'untied'}", arithmetic, tie_word_embeddings=tied)
-    script("sharded_script.py", request.param, root / "untied", root / "tied")
+    run_ranks(
+        root, sharded_script.RANKS[request.param], sharded_script.main, request.param, root / "untied", root / "tied"
+    )
     return root
 
 

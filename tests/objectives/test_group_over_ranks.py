@@ -1,14 +1,15 @@
 """Groups cut over two real processes: the mean over the ranks is what one process computes of the whole batch."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 
 from gvpo_lightning import objectives
+from tests import forked
 from tests.objectives.builders import Batch, assert_same, gradient, naive_loss, random_batch
 
 WORLD_SIZE, NUM_ROWS, NOBODY = 2, 11, -1
@@ -37,9 +38,10 @@ CASES = {
 NUM_GROUPS = (None, 5)
 
 
-def work(rank: int, folder: str, mutate) -> None:
+def work(folder: str, mutate) -> None:
     """One rank: its results for every case, written for the tests to judge."""
     torch.set_num_threads(1)
+    rank = int(os.environ["LOCAL_RANK"])
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=WORLD_SIZE)
     if mutate is not None:
         mutate(pytest.MonkeyPatch())
@@ -61,7 +63,7 @@ def work(rank: int, folder: str, mutate) -> None:
 
 def run_ranks(folder: Path, mutate=None) -> list[dict]:
     """The results of every rank; `mutate` is a module's function that spoils the code in each process."""
-    mp.spawn(work, (str(folder), mutate), nprocs=WORLD_SIZE)
+    forked.run_ranks(folder, WORLD_SIZE, work, str(folder), mutate)
     return [torch.load(folder / f"rank{rank}.pt") for rank in range(WORLD_SIZE)]
 
 
