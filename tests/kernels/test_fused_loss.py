@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -66,7 +66,7 @@ def test_error_budget(options, dtype, implementation, device):
 @pytest.mark.usefixtures("_small_pieces")
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @given(data=st.data())
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=15)
 def test_any_batch(data, implementation, device):
     lengths = data.draw(st.lists(st.integers(0, 30), max_size=7), "lengths")
     groups = data.draw(st.lists(st.integers(0, 2), min_size=len(lengths), max_size=len(lengths)), "groups")

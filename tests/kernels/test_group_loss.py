@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gvpo_kernels import group_loss, gvpo_loss
@@ -60,7 +60,7 @@ def test_definition(implementation):
 
 @pytest.mark.usefixtures("_poisoned")
 @given(data=st.data())
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=25)
 def test_any_groups(data, device):
     lengths = data.draw(st.lists(st.integers(0, 90), min_size=0, max_size=12), "lengths")
     groups = data.draw(st.lists(st.integers(0, 4), min_size=len(lengths), max_size=len(lengths)), "groups")

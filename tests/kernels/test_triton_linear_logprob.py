@@ -4,7 +4,7 @@ import logging
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import gvpo_kernels.inputs
@@ -17,7 +17,7 @@ HEADS = {
     "temperature": {"temperature": 0.6},
     "bias and soft cap": {"bias": True, "softcap": 2.0, "temperature": 1.7},
 }
-quick = settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+quick = settings(max_examples=20)
 
 
 @pytest.mark.usefixtures("_small_pieces", "_poisoned")

@@ -127,7 +127,7 @@ CASES = {
 }
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, database=None)
+@settings(max_examples=40, derandomize=True, database=None)
 @given(case=st.fixed_dictionaries(CASES))
 def test_any_cut_has_the_gradient_of_one_big_batch(policies, case):
     exact, _ = policies

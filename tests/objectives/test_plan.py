@@ -176,7 +176,7 @@ def cut_rollouts(draw):
     return group_sizes, *numbers, draw(st.integers(0, 10)), limits
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=200, derandomize=True, database=None)
 @given(cut_rollouts())
 def test_any_cut_has_the_gradient_of_one_big_batch(case):
     check_plan(*case)
@@ -286,7 +286,7 @@ def test_a_step_in_which_one_rank_has_much_is_one_in_which_all_have():
     assert loads(groups, update) == [12, 10, 5]
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, database=None)
+@settings(max_examples=60, derandomize=True, database=None)
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=6), st.sampled_from([(1, 1), (1, 2), (2, 1), (1, 3), (3, 1)]))
 def test_no_other_packing_of_equal_groups_has_a_smaller_largest_micro_batch(lengths, cut):
     num_ranks, accumulate = cut
@@ -417,7 +417,7 @@ def test_wrong_sizes_name_their_numbers_and_every_mend_works(change):
         assert error(**sizes | mend) is None, f"{message} was followed"
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=200, derandomize=True, database=None)
 @given(
     st.fixed_dictionaries({name: st.integers(1, 30) for name in RIGHT}), st.sets(st.sampled_from(["size", "tokens"]))
 )
@@ -437,7 +437,7 @@ def test_following_the_advice_ends(sizes, without):
     follow(sizes, set())
 
 
-@settings(max_examples=200, deadline=None, derandomize=True, database=None)
+@settings(max_examples=200, derandomize=True, database=None)
 @given(
     st.integers(1, 4),
     st.integers(1, 24),
