@@ -139,7 +139,11 @@ def test_offsets_beyond_int32(tmp_path, device):
     torch.testing.assert_close(logits.clone(), expected, rtol=1e-5, atol=1e-6)
 
 
-# 5: more rows than a CUDA grid's second axis holds
+# 5: more rows than a CUDA grid's second axis holds; interpreted, no grid has a limit and they take long
+INTERPRETED = () if torch.cuda.is_available() else (pytest.mark.slow,)
+
+
+@pytest.mark.parametrize("implementation", ["torch", pytest.param("triton", marks=INTERPRETED)])
 def test_more_than_65535_rows(implementation, device, monkeypatch):
     monkeypatch.undo()  # the budgets that ship: few launches
     problem = make_problem(66_000, 5, 2, device=device).to(torch.float32)
