@@ -213,8 +213,8 @@ class GVPOCLI(LightningCLI):
         """Do nothing: Lightning would let the checkpoint's settings override the command line."""
 
 
-def main(args: ArgsType = None) -> None:
-    """The `gvpo` command; `args` for calls from Python.
+def main(args: ArgsType = None, cli: type[GVPOCLI] = GVPOCLI) -> None:
+    """The `gvpo` command; `args` for calls from Python, `cli` for one that does more or less.
 
     A mistake in the settings or the data ends it with one line on stderr and exit status 2, a checkpoint that can't
     be written with one line and status 1, SIGTERM with status 143 (`callbacks.Preemption`).
@@ -226,7 +226,7 @@ def main(args: ArgsType = None) -> None:
     try:
         if isinstance(words, list) and words[:1] == ["regrade"]:
             return regrade.main(words[1:])
-        GVPOCLI(
+        cli(
             GVPOModule,
             PromptDataModule,
             trainer_class=GVPOTrainer,

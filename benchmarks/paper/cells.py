@@ -18,12 +18,16 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from lightning.pytorch import Trainer
 
 from benchmarks.recording import Recording
+from gvpo_lightning.callbacks import CompletionsTable, MemoryEstimate, RunSummary
+from gvpo_lightning.cli import GVPOCLI, main
 
 ROOT = Path(__file__).parent.parent.parent
 Row = dict[str, Any]
 Execute = Callable[["Sequence[Cell]"], list[Row]]
+SHOWING = (CompletionsTable, MemoryEstimate, RunSummary)
 QUIET = {
     "trainer.enable_progress_bar": False,
     "trainer.enable_model_summary": False,
@@ -74,14 +78,27 @@ class Cell:
         ]
 
 
+class CellCLI(GVPOCLI):
+    """`gvpo fit` alone, without what measures or shows a run besides PaperMeter."""
+
+    @staticmethod
+    def subcommands() -> dict[str, set[str]]:
+        """The one: a parser of each would take longer than some cells."""
+        return {"fit": GVPOCLI.subcommands()["fit"]}
+
+    def instantiate_trainer(self, **kwargs: Any) -> Trainer:
+        """Without the callbacks that every other run has."""
+        trainer: Any = super().instantiate_trainer(**kwargs)
+        trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, SHOWING)]
+        return trainer
+
+
 def run_cell(cell: Cell) -> Row:
     """Train it; the row of the results, with `start`, `end`, `trace` and `evaluations` of `PaperMeter`.
 
     Raises:
         RuntimeError: the run failed by more than a policy that diverged; with the end of what it printed.
     """
-    from gvpo_lightning.cli import main
-
     started = time.perf_counter()
     with contextlib.ExitStack() as stack:
         folder = Path(cell.keep or stack.enter_context(tempfile.TemporaryDirectory()))
@@ -90,7 +107,7 @@ def run_cell(cell: Cell) -> Row:
         with log.open("w") as file, contextlib.redirect_stdout(file), contextlib.redirect_stderr(file):
             error: BaseException | None = None
             try:
-                main(cell.arguments(folder, output))
+                main(cell.arguments(folder, output), CellCLI)
             except (Exception, SystemExit) as raised:
                 error = raised
         if error is not None and not output.exists():
