@@ -27,6 +27,7 @@ def measure(
             "data.validation_split": setting(configs, f"data.{role}_split", role),
             "data.batch_size": PROMPTS,
             "trainer.limit_val_batches": 1,
+            "trainer.inference_mode": False,  # `score` takes no inference tensors
             "trainer.callbacks+": json.dumps(meter),
             "trainer.default_root_dir": str(folder),
         }
