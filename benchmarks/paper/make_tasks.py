@@ -35,7 +35,8 @@ Text = tuple[str, str]  # a prompt and a completion
 Choices = tuple[dict[str, Any], list[str], list[str]]  # a row of countdown, its right completions, all of them
 
 LARGEST_TARGET = 99
-SHARE_RIGHT = 0.05  # of countdown's completions, beside those that are right by chance
+MOST_ANSWERS = 4
+SHARE_RIGHT = 0.08  # of countdown's completions, beside those that are right by chance
 
 MIN_TERMS, MAX_TERMS = 2, 24
 PROBABILITY_WRONG = 0.07  # of a sum in a chain
@@ -46,7 +47,7 @@ STYLES = (0.1, 0.5, 0.9)  # how often a chain says the addend again
 
 
 def countdown_rows(rng: random.Random) -> list[dict[str, Any]]:
-    """Every set of three numbers below 10 with every target that some expression of them has, shuffled.
+    """Every set of three numbers below 10 with every target that a few expressions of them have, shuffled.
 
     `answers` are all that are right.
     """
@@ -56,7 +57,8 @@ def countdown_rows(rng: random.Random) -> list[dict[str, Any]]:
         rows += [(list(numbers), target) for target in sorted(targets) if 0 <= target <= LARGEST_TARGET]
     rng.shuffle(rows)
     fresh = [countdown_row(rng.sample(numbers, 3), target) for numbers, target in rows]
-    return [row | {"answers": right_answers(row)} for row in fresh]
+    rows = [row | {"answers": right_answers(row)} for row in fresh]
+    return [row for row in rows if len(row["answers"]) <= MOST_ANSWERS]
 
 
 def countdown_row(numbers: list[int], target: int) -> dict[str, Any]:
@@ -66,7 +68,7 @@ def countdown_row(numbers: list[int], target: int) -> dict[str, Any]:
 
 def countdown_texts(progress: float, table: list[Choices], rng: random.Random) -> list[Text]:
     """128 prompts; at first all completions are right, which is how to learn the rule, at last few."""
-    share = SHARE_RIGHT if progress > 0.75 else 1.0
+    share = SHARE_RIGHT if progress > 0.7 else 1.0
     texts = []
     for row, right, all_of_them in rng.sample(table, 128):
         fresh = countdown_row(rng.sample(row["numbers"], 3), row["target"])

@@ -20,7 +20,7 @@ OURS, OTHERS = ("GVPO, frozen", "GVPO, previous"), ("GRPO", "PG + KL")
 LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
 UPDATES_PER_ROLLOUT = (1, 4, 16)
 SEEDS = (0, 1)
-UPDATES = 64
+UPDATES, EVALUATIONS = 64, 3
 MARGIN = 0.02  # of accuracy: less is no loss
 NOTHING = 1e-3  # nats, of a log-ratio
 
@@ -38,7 +38,7 @@ def run(options: Options, execute: Execute) -> None:
             seed,
             updates=UPDATES,
             learning_rate=rate,
-            meter={"completions": 8},
+            meter={"completions": 4, "evaluations": EVALUATIONS},
         )
         for task, configs in options.tasks("sums").items()
         for rate in options.grid(LEARNING_RATES)
