@@ -4,6 +4,7 @@ What has been measured stays in the experiment's JSON, so that an interrupted ex
 """
 
 import contextlib
+import functools
 import hashlib
 import json
 import multiprocessing
@@ -49,7 +50,7 @@ class Cell:
         settings: dotted keys of `gvpo fit` and values, laid over them.
         seed: of everything.
         meter: arguments of `PaperMeter`.
-        keep: a folder for what the run leaves, such as its export/; None deletes it.
+        keep: a folder for what the run leaves, with the trained policy in export/; None keeps nothing.
     """
 
     labels: dict[str, Any]
@@ -69,7 +70,10 @@ class Cell:
     def arguments(self, folder: Path, output: Path) -> list[str]:
         """Of the `gvpo` command."""
         settings = QUIET | self.settings | {"seed_everything": self.seed, "trainer.default_root_dir": str(folder)}
-        meter = {"class_path": "benchmarks.paper.meter.PaperMeter", "init_args": {"output": str(output)} | self.meter}
+        measuring = {"output": str(output)} | self.meter
+        if self.keep is not None:
+            measuring["export"] = str(folder / "export")
+        meter = {"class_path": "benchmarks.paper.meter.PaperMeter", "init_args": measuring}
         return [
             "fit",
             *(f"--config={ROOT / path}" for path in self.configs),
@@ -148,6 +152,7 @@ def rows_of(cells: Sequence[Cell], jobs: int) -> Generator[Row]:
         pool.shutdown(cancel_futures=True)
 
 
+@functools.cache  # as it was when the first cell began
 def commit() -> str:
     """The commit that is checked out, with a + where the code or the configs differ from it."""
     git = ["git", "-C", str(ROOT)]

@@ -10,10 +10,10 @@ from benchmarks.paper.options import METHODS, Options
 from benchmarks.paper.prepare import Configs, setting
 from benchmarks.paper.tables import Claim, Estimate, decide, end, estimate, group_by, markdown, paired_difference
 
-GROUP_SIZES = (2, 4, 8, 16, 32, 64)
+GROUP_SIZES = (2, 4, 8, 16, 64)
 COMPARED = ("GVPO", "GRPO")
 SEEDS = (0, 1, 2)
-UPDATES = 60
+UPDATES = 40
 LEARNING_RATES = {"GVPO": 1e-3, "GRPO": 1e-3}
 PROMPTS = 4  # of an update, where all group sizes have as many
 SAMPLES = 128  # completions of an update, where all group sizes have as many

@@ -46,6 +46,7 @@ class PaperMeter(L.Callback):
             accuracies are exact.
         length_parts: in how many parts, from short completions to long ones, `start` and `end` are also measured, as
             `by_length` (see `LengthMeter`).
+        export: a folder for the trained policy.
     """
 
     def __init__(
@@ -53,14 +54,15 @@ class PaperMeter(L.Callback):
         output: str,
         max_points: int = 25,
         evaluations: int = 0,
-        completions: int = 16,
+        completions: int = 8,
         answers: str | None = None,
         length_parts: int = 0,
+        export: str | None = None,
     ) -> None:
         self.output, self.answers = Path(output), answers
         self.max_points, self.num_evaluations, self.completions = max_points, evaluations, completions
         self.record: dict[str, Any] = {"start": None, "end": None, "evaluations": [], "trace": [], "stopped": None}
-        self.length_parts = length_parts
+        self.length_parts, self.export = length_parts, export
         self._lengths: LengthMeter | None = None
         self._base: Any = None
         self._rows: list[Row] = []
@@ -115,7 +117,10 @@ class PaperMeter(L.Callback):
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure and write."""
+        assert isinstance(pl_module, GVPOModule)
         self._finish(pl_module)
+        if self.export is not None:
+            pl_module.export(Path(self.export))
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """A policy that has diverged is a result, and is measured as it is."""

@@ -14,7 +14,7 @@ REPLAYED = {"2:6": 0.25, "4:4": 0.5, "6:2": 0.75}  # of a group, from the run's 
 MIXTURES = (FRESH, *REPLAYED, RECORDED, SHOWN)
 SEEDS = (0, 1, 2)
 BETA = METHODS["GVPO"]["model.beta"]
-UPDATES = 160  # four passes over 320 prompts: in the first there is nothing to replay
+UPDATES = 120  # three passes over 320 prompts: in the first there is nothing to replay
 LEARNING_RATE = 1e-3
 IN_FILE = 32  # completions of each prompt, of which a group gets 8, others in every rollout
 MARGIN = 0.03  # of accuracy, by which a mixture may be below fresh completions and still be as good
@@ -38,7 +38,7 @@ def run(options: Options, execute: Execute) -> None:
                     seed,
                     updates=UPDATES,
                     learning_rate=None if options.configs else LEARNING_RATE,
-                    meter={"evaluations": 4},
+                    meter={"evaluations": 2},
                 )
                 for seed in options.seeds or SEEDS
             ]
@@ -132,7 +132,7 @@ ABOUT = f"""
 Figure 4 of the paper: groups of 8 with historical and fresh completions as 0:8 to 4:4; GVPO is robust. Here also 6:2
 and 8:0, {UPDATES} updates each, beta {BETA}, learning rate {LEARNING_RATE:g} linear to zero, chosen for fresh
 completions and kept. What is historical: of *2:6, 4:4, 6:2* completions that this run has sampled for the same prompt
-in earlier rollouts, drawn uniformly (`sources.replay`); as long as a prompt has none, in the first of the four passes
+in earlier rollouts, drawn uniformly (`sources.replay`); as long as a prompt has none, in the first of the three passes
 over the sums, its whole group is fresh, so that the share over the run is smaller (in the table). Of *8:0* what the
 policy said before training, when it was the reference: {IN_FILE} completions of each prompt, 8 of them drawn for each
 group (`gvpo predict`, `sources.file`); nothing is sampled. *1 shown* is 7 fresh ones and one right answer from the

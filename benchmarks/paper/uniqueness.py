@@ -25,7 +25,7 @@ from benchmarks.paper.tables import Claim, Estimate, estimate, markdown
 SEEDS = (0, 1, 2, 3, 4)  # of the starts, and of their runs
 NOISE = 0.5  # on each weight, in units of its matrix's RMS
 BETA = 1.0  # of all methods
-UPDATES = 160
+UPDATES = 120
 LEARNING_RATE = 5e-4
 IN_FILE = 32  # completions of a prompt
 SELF, FILE, HOT = "own", "file", "hot + own"
