@@ -42,7 +42,6 @@ from gvpo_lightning.export import export_checkpoint
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.reference_cache import fill_cache
 
-SUBCOMMANDS = ("fit", "validate", "test", "predict", "reference", "export", "debug-batch")
 MODEL_ALONE = ("export", "debug-batch")  # of a config with trainer and data these use the model's part
 NOT_THE_MODEL = ("trainer", "data", "completions_table", "run_summary")
 
@@ -237,7 +236,7 @@ def main(args: ArgsType = None, cli: type[GVPOCLI] = GVPOCLI) -> None:
             trainer_defaults={"callbacks": [MemoryEstimate(), PredictionWriter(), BenchmarkReport()]},
             # without the pages of usage that jsonargparse prints in front of its own errors
             parser_kwargs={"exit_on_error": False, "description": "And `gvpo regrade`, which has a --help of its own."}
-            | {name: {"exit_on_error": False} for name in SUBCOMMANDS},
+            | {name: {"exit_on_error": False} for name in cli.subcommands()},
         )
     except (ValueError, FileNotFoundError, argparse.ArgumentError, MisconfigurationException, CheckpointError) as error:
         message = " ".join([str(error), *getattr(error, "__notes__", ())])
