@@ -166,7 +166,7 @@ def make_sums_small(folder: Path, seed: int) -> None:
     """0.04 million parameters, trained as configs/arithmetic's were, on the same sums with more noise."""
     sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "tie_word_embeddings": False}
     make_arithmetic.write_sums(folder / "data", seed)
-    make_arithmetic.make_policy(folder / "model", sizes, right=0.25, steps=2500, seed=seed)
+    make_arithmetic.make_policy(folder / "model", sizes, right=0.25, steps=1500, seed=seed)
 
 
 MAKERS: dict[str, Callable[[Path, int], None]] = {
