@@ -4,7 +4,7 @@
     python -m benchmarks.paper.make_tasks countdown     # one; each takes under 4 minutes on one core
 
 * countdown: "3,5,8=16:" -> an expression such as "8+5+3"; the policy picks any expression of the numbers, and a right
-  one a little more often than chance.
+  one a little more often than chance. It knows how to be right: that is what it does where a prompt ends in "!".
 * sums_small: the sums of configs/arithmetic for a policy with a 14th of the parameters.
 * chains: "c7+4=" -> to 7, add 4 as often as c, the third letter, says, modulo 10: "a1b5c9", or with the addend said
   again before some of the sums: "a4=1b5c4=9"; each sum may go wrong by chance.
@@ -67,12 +67,13 @@ def countdown_row(numbers: list[int], target: int) -> dict[str, Any]:
 
 
 def countdown_texts(progress: float, table: list[Choices], rng: random.Random) -> list[Text]:
-    """128 prompts; at first all completions are right, which is how to learn the rule, at last few."""
-    share = SHARE_RIGHT if progress > 0.7 else 1.0
+    """128 prompts, at first of the kind that has right answers alone, then of both kinds."""
     texts = []
     for row, right, all_of_them in rng.sample(table, 128):
-        fresh = countdown_row(rng.sample(row["numbers"], 3), row["target"])
-        texts.append((fresh["prompt"], rng.choice(right if rng.random() < share else all_of_them)))
+        prompt = countdown_row(rng.sample(row["numbers"], 3), row["target"])["prompt"]
+        is_shown = progress < 0.4 or rng.random() < 0.5
+        choices = right if is_shown or rng.random() < SHARE_RIGHT else all_of_them
+        texts.append((prompt.replace(":", "!") if is_shown else prompt, rng.choice(choices)))
     return texts
 
 
@@ -81,10 +82,10 @@ def make_countdown(folder: Path, seed: int) -> None:
     rows = countdown_rows(random.Random(seed))
     write_rows(folder / "data", rows)
     table = [(row, row["answers"], expressions(row["numbers"])) for row in rows]
-    tokenizer = character_tokenizer("0123456789+-*=:,", context=32)
+    tokenizer = character_tokenizer("0123456789+-*=:,!", context=32)
     rng = random.Random(seed)
     model = tiny_qwen2(tokenizer, seed, hidden_size=96, intermediate_size=192, num_hidden_layers=4)
-    train(model, tokenizer, lambda progress: countdown_texts(progress, table, rng), steps=1600)
+    train(model, tokenizer, lambda progress: countdown_texts(progress, table, rng), steps=1400)
     save_policy(model, tokenizer, folder / "model")
 
 
@@ -166,7 +167,7 @@ def make_sums_small(folder: Path, seed: int) -> None:
     """0.04 million parameters, trained as configs/arithmetic's were, on the same sums with more noise."""
     sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "tie_word_embeddings": False}
     make_arithmetic.write_sums(folder / "data", seed)
-    make_arithmetic.make_policy(folder / "model", sizes, right=0.25, steps=2500, seed=seed)
+    make_arithmetic.make_policy(folder / "model", sizes, right=0.25, steps=1500, seed=seed)
 
 
 MAKERS: dict[str, Callable[[Path, int], None]] = {
