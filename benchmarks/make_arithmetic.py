@@ -27,22 +27,23 @@ CHARACTERS, CONTEXT = "0123456789+=", 32
 SIZES = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 4, "tie_word_embeddings": False}  # 0.6 M
 
 
-def noisy_sums(tokenizer: PreTrainedTokenizerFast, rng: random.Random) -> list[Pair]:
-    """256 of all sums with fresh noise on their answers."""
+def noisy_sums(tokenizer: PreTrainedTokenizerFast, right: float, rng: random.Random) -> list[Pair]:
+    """256 of all sums with fresh noise on their answers, each of which is right with probability `right`."""
     pairs = []
     for a, b in rng.sample(ALL_SUMS, 256):
-        answer = a + b if rng.random() < PROBABILITY_RIGHT else rng.randint(0, 2 * LARGEST)
+        answer = a + b if rng.random() < right else rng.randint(0, 2 * LARGEST)
         completion = [*tokenizer(str(answer))["input_ids"], tokenizer.eos_token_id]
         pairs.append((tokenizer(f"{a}+{b}=")["input_ids"], completion))
     return pairs
 
 
-def make_policy(folder: Path, sizes: dict[str, Any], *, steps: int, seed: int) -> None:
+def make_policy(folder: Path, sizes: dict[str, Any], *, right: float, steps: int, seed: int) -> None:
     """Train a policy of these sizes and save it."""
     tokenizer = character_tokenizer(CHARACTERS, CONTEXT)
     model = tiny_qwen2(tokenizer, seed, **sizes)
     rng = random.Random(seed)
-    warm_up(model, lambda: noisy_sums(tokenizer, rng), steps=steps, lr=2e-3, pad_token_id=tokenizer.pad_token_id)
+    pad_token_id = tokenizer.pad_token_id
+    warm_up(model, lambda: noisy_sums(tokenizer, right, rng), steps=steps, lr=2e-3, pad_token_id=pad_token_id)
     save_policy(model, tokenizer, folder)
 
 
@@ -64,7 +65,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
     write_sums(arguments.folder / "sums", arguments.seed)
-    make_policy(arguments.folder / "model", SIZES, steps=arguments.steps, seed=arguments.seed)
+    make_policy(arguments.folder / "model", SIZES, right=PROBABILITY_RIGHT, steps=arguments.steps, seed=arguments.seed)
 
 
 if __name__ == "__main__":

@@ -3,11 +3,11 @@
     python -m benchmarks.paper.make_tasks               # all; writes benchmarks/paper/tasks/<task>/
     python -m benchmarks.paper.make_tasks countdown     # one; each takes under 4 minutes on one core
 
-* countdown: "3 5 8=16:" -> an expression such as "8+5+3"; the policy picks any expression of the numbers, and a right
+* countdown: "3,5,8=16:" -> an expression such as "8+5+3"; the policy picks any expression of the numbers, and a right
   one a little more often than chance.
 * sums_small: the sums of configs/arithmetic for a policy with a 14th of the parameters.
-* chains: "a3b5c2=" -> the running sums modulo 10, "b8c0", each after its term's letter and perhaps the term: "b5=8c0";
-  each may go wrong by chance.
+* chains: "c7+4=" -> to 7, add 4 as often as c, the third letter, says, modulo 10: "a1b5c9", or with the addend said
+  again before some of the sums: "a4=1b5c4=9"; each sum may go wrong by chance.
 
 `sums` has nothing to be made: it is configs/arithmetic.
 """
@@ -35,34 +35,40 @@ Text = tuple[str, str]  # a prompt and a completion
 Choices = tuple[dict[str, Any], list[str], list[str]]  # a row of countdown, its right completions, all of them
 
 LARGEST_TARGET = 99
-SHARE_RIGHT = 0.05  # of countdown's completions, beside those that are right by chance
+MOST_ANSWERS = 4
+SHARE_RIGHT = 0.08  # of countdown's completions, beside those that are right by chance
 
 MIN_TERMS, MAX_TERMS = 2, 24
-PROBABILITY_WRONG = 0.07  # of a term in a chain
-STYLES = (0.1, 0.5, 0.9)  # how often a chain repeats the term in front of its sum
+PROBABILITY_WRONG = 0.07  # of a sum in a chain
+STYLES = (0.1, 0.5, 0.9)  # how often a chain says the addend again
 
 
 # -- countdown --------------------------------------------------------------------------------------------
 
 
 def countdown_rows(rng: random.Random) -> list[dict[str, Any]]:
-    """Every set of three numbers below 10 with every target that some expression of them has, shuffled."""
+    """Every set of three numbers below 10 with every target that a few expressions of them have, shuffled.
+
+    `answers` are all that are right.
+    """
     rows = []
     for numbers in itertools.combinations(range(1, 10), 3):
         targets = {value for text in expressions(numbers) if (value := evaluate(text)) is not None}
         rows += [(list(numbers), target) for target in sorted(targets) if 0 <= target <= LARGEST_TARGET]
     rng.shuffle(rows)
-    return [countdown_row(rng.sample(numbers, 3), target) for numbers, target in rows]
+    fresh = [countdown_row(rng.sample(numbers, 3), target) for numbers, target in rows]
+    rows = [row | {"answers": right_answers(row)} for row in fresh]
+    return [row for row in rows if len(row["answers"]) <= MOST_ANSWERS]
 
 
 def countdown_row(numbers: list[int], target: int) -> dict[str, Any]:
     """One prompt with its columns."""
-    return {"prompt": f"{' '.join(map(str, numbers))}={target}:", "numbers": numbers, "target": target}
+    return {"prompt": f"{','.join(map(str, numbers))}={target}:", "numbers": numbers, "target": target}
 
 
 def countdown_texts(progress: float, table: list[Choices], rng: random.Random) -> list[Text]:
     """128 prompts; at first all completions are right, which is how to learn the rule, at last few."""
-    share = SHARE_RIGHT if progress > 0.75 else 1.0
+    share = SHARE_RIGHT if progress > 0.7 else 1.0
     texts = []
     for row, right, all_of_them in rng.sample(table, 128):
         fresh = countdown_row(rng.sample(row["numbers"], 3), row["target"])
@@ -74,8 +80,8 @@ def make_countdown(folder: Path, seed: int) -> None:
     """0.3 million parameters."""
     rows = countdown_rows(random.Random(seed))
     write_rows(folder / "data", rows)
-    table = [(row, right_answers(row), expressions(row["numbers"])) for row in rows]
-    tokenizer = character_tokenizer("0123456789+-*=: ", context=32)
+    table = [(row, row["answers"], expressions(row["numbers"])) for row in rows]
+    tokenizer = character_tokenizer("0123456789+-*=:,", context=32)
     rng = random.Random(seed)
     model = tiny_qwen2(tokenizer, seed, hidden_size=96, intermediate_size=192, num_hidden_layers=4)
     train(model, tokenizer, lambda progress: countdown_texts(progress, table, rng), steps=1600)
@@ -85,58 +91,49 @@ def make_countdown(folder: Path, seed: int) -> None:
 # -- chains -----------------------------------------------------------------------------------------------
 
 
-def chain_row(terms: list[int]) -> dict[str, Any]:
+def chain_row(num_terms: int, start: int, addend: int) -> dict[str, Any]:
     """One prompt with its columns."""
-    prompt = "".join(f"{letter}{term}" for letter, term in zip(string.ascii_lowercase, terms, strict=False))
-    return {"prompt": f"{prompt}=", "answer": str(sum(terms) % 10), "num_terms": len(terms)}
-
-
-def random_terms(num_terms: int, rng: random.Random) -> list[int]:
-    """From 1 to 9."""
-    return [rng.randint(1, 9) for _ in range(num_terms)]
+    prompt = f"{string.ascii_lowercase[num_terms - 1]}{start}+{addend}="
+    return {"prompt": prompt, "answer": str((start + num_terms * addend) % 10), "num_terms": num_terms}
 
 
 def chain_rows(rng: random.Random) -> list[dict[str, Any]]:
-    """As many different prompts of each length as are needed, lengths in turn."""
-    lengths = itertools.cycle(range(MIN_TERMS, MAX_TERMS + 1))
-    rows: dict[str, dict[str, Any]] = {}
-    while len(rows) < NUM_TRAIN + NUM_VALIDATION:
-        row = chain_row(random_terms(next(lengths), rng))
-        rows[row["prompt"]] = row
-    shuffled = list(rows.values())
-    rng.shuffle(shuffled)
-    return shuffled
+    """All prompts, shuffled."""
+    rows = [chain_row(*chain) for chain in itertools.product(range(MIN_TERMS, MAX_TERMS + 1), range(10), range(1, 10))]
+    rng.shuffle(rows)
+    return rows
 
 
-def write_chain(terms: list[int], wrong: float, rng: random.Random) -> str:
-    """Running sums in a style drawn for all of them; a term goes wrong with probability `wrong`, and stays so."""
+def write_chain(num_terms: int, total: int, addend: int, wrong: float, rng: random.Random) -> str:
+    """The sums, in one style; each goes wrong with probability `wrong`, and those after it with it."""
     echoes = rng.choice(STYLES)
-    total, parts = terms[0], []
-    for letter, term in zip(string.ascii_lowercase[1:], terms[1:], strict=False):
-        total = (total + term + (rng.randint(1, 9) if rng.random() < wrong else 0)) % 10
-        parts.append(f"{letter}{term}={total}" if rng.random() < echoes else f"{letter}{total}")
+    parts = []
+    for letter in string.ascii_lowercase[:num_terms]:
+        total = (total + addend + (rng.randint(1, 9) if rng.random() < wrong else 0)) % 10
+        parts.append(f"{letter}{addend}={total}" if rng.random() < echoes else f"{letter}{total}")
     return "".join(parts)
 
 
 def chain_texts(progress: float, rng: random.Random) -> list[Text]:
-    """Prompts of about the same length, so that little is padding; at first short ones, where nothing goes wrong."""
-    longest = min(MAX_TERMS, 4 + int(32 * progress))
-    wrong = PROBABILITY_WRONG if progress > 0.8 else 0.0
-    around = rng.randint(MIN_TERMS, longest)
+    """Prompts of about the same length, so that little is padding; at first nothing goes wrong."""
+    wrong = PROBABILITY_WRONG if progress > 0.7 else 0.0
+    around = rng.randint(MIN_TERMS, MAX_TERMS)
     texts = []
-    for _ in range(1152 // (around + 6)):
-        terms = random_terms(min(longest, max(MIN_TERMS, around + rng.randint(-1, 1))), rng)
-        texts.append((chain_row(terms)["prompt"], write_chain(terms, wrong, rng)))
+    for _ in range(1200 // (around + 4)):
+        num_terms = min(MAX_TERMS, max(MIN_TERMS, around + rng.randint(-2, 2)))
+        start, addend = rng.randint(0, 9), rng.randint(1, 9)
+        text = write_chain(num_terms, start, addend, wrong, rng)
+        texts.append((chain_row(num_terms, start, addend)["prompt"], text))
     return texts
 
 
 def make_chains(folder: Path, seed: int) -> None:
     """0.26 million parameters."""
     write_rows(folder / "data", chain_rows(random.Random(seed)))
-    tokenizer = character_tokenizer("0123456789=" + string.ascii_lowercase[:MAX_TERMS], context=160)
+    tokenizer = character_tokenizer("0123456789+=" + string.ascii_lowercase[:MAX_TERMS], context=128)
     rng = random.Random(seed)
     model = tiny_qwen2(tokenizer, seed, hidden_size=96, intermediate_size=192, num_hidden_layers=3)
-    train(model, tokenizer, lambda progress: chain_texts(progress, rng), steps=1000)
+    train(model, tokenizer, lambda progress: chain_texts(progress, rng), steps=800)
     save_policy(model, tokenizer, folder / "model")
 
 
@@ -166,10 +163,10 @@ def train(
 
 
 def make_sums_small(folder: Path, seed: int) -> None:
-    """0.04 million parameters, trained as configs/arithmetic's were, on the same sums."""
+    """0.04 million parameters, trained as configs/arithmetic's were, on the same sums with more noise."""
     sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "tie_word_embeddings": False}
     make_arithmetic.write_sums(folder / "data", seed)
-    make_arithmetic.make_policy(folder / "model", sizes, steps=3000, seed=seed)
+    make_arithmetic.make_policy(folder / "model", sizes, right=0.25, steps=1500, seed=seed)
 
 
 MAKERS: dict[str, Callable[[Path, int], None]] = {

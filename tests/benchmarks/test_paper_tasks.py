@@ -8,7 +8,7 @@ import yaml
 from benchmarks.paper.rewards import chain_answer, countdown, evaluate, expressions, right_answers
 
 TASKS = ("sums", "sums_small", "countdown", "chains")
-BASES = {"sums": (0.42, 4), "sums_small": (0.25, 4), "countdown": (0.11, 8), "chains": (0.45, 128)}
+BASES = {"sums": (0.42, 4), "sums_small": (0.25, 4), "countdown": (0.11, 8), "chains": (0.45, 112)}
 
 
 @pytest.fixture(scope="module")
@@ -35,11 +35,11 @@ def test_expressions_have_their_value(text, value):
     assert evaluate(text) == value
 
 
-@pytest.mark.parametrize(
-    "text",
-    ["", "+", "3+", "+3", "-3", "3++5", "3 + 5", "3+5=8", "(3+5)", "3/5", "3**5", "03+5", "0", "3.0", "3+5\n", "３+5"]
-    + ["__import__('os')", "3+x", "3+5<eos>", "1e3", "3_0"],
-)
+GARBAGE = ["", "+", "3+", "+3", "-3", "3++5", "3 + 5", "3+5=8", "(3+5)", "3/5", "3**5", "03+5", "0", "3.0", "3+5\n"]
+GARBAGE += ["３+5", "__import__('os')", "3+x", "3+5<eos>", "1e3", "3_0"]
+
+
+@pytest.mark.parametrize("text", GARBAGE)
 def test_anything_else_has_none(text):
     assert evaluate(text) is None
 
@@ -63,16 +63,16 @@ def test_right_answers_are_all_that_the_reward_takes(task):
         assert len(all_of_them) == 54  # six orders, nine pairs of operators
         rewards = countdown([""] * 54, all_of_them, numbers=[row["numbers"]] * 54, target=[row["target"]] * 54)
         assert {text for text, reward in zip(all_of_them, rewards, strict=True) if reward} == set(right)
-        assert 2 <= len(right) <= 12
+        assert row["answers"] == right
         assert all(eval(text) == row["target"] for text in right)  # Python's arithmetic
 
 
 def test_chains_have_the_right_answer(task):
     _, _, rows = task("chains")
     for row in rows["train"] + rows["validation"]:
-        terms = [int(c) for c in row["prompt"] if c.isdigit()]
-        assert row["answer"] == str(sum(terms) % 10)
-        assert row["num_terms"] == len(terms)
+        letter, start, _, addend, _ = row["prompt"]
+        assert row["num_terms"] == ord(letter) - ord("a") + 1
+        assert row["answer"] == str((int(start) + row["num_terms"] * int(addend)) % 10)
 
 
 @pytest.mark.parametrize("name", TASKS)
