@@ -93,7 +93,7 @@ def claims(rows: list[Row]) -> list[Claim]:
             if fresh is None or mixture == FRESH or (mixture,) not in groups:
                 continue
             gap = paired_difference(groups[(mixture,)], fresh, end("accuracy"))
-            shown = f"{task}: {accuracies[mixture]}, fresh {accuracies[FRESH]}; {gap.mean:+.3f} ± {gap.half or 0:.3f}"
+            shown = f"{task}: {accuracies[mixture]}, fresh {accuracies[FRESH]}; difference {gap}"
             found.append(Claim(SAYS[mixture], shown, decide(gap, MARGIN)))
     return found
 
