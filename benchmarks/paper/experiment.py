@@ -1,5 +1,6 @@
 """What an experiment is, and how one is run, shown and kept."""
 
+import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -59,6 +60,7 @@ def perform(experiment: Experiment, options: Options, output: Path, jobs: int, r
         return found
 
     experiment.run(options, execute)
+    rows = json.loads(json.dumps(rows).replace(str(options.folder), "FOLDER"))  # which is gone by then
     recording.rows = rows  # in the experiment's order, without those of other options
     recording.header["claims"] = [asdict(claim) for claim in experiment.claims(rows)]
     recording.write()

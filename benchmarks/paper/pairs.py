@@ -9,7 +9,7 @@ from benchmarks.paper.prepare import Configs, run_apart, run_gvpo, setting
 from benchmarks.paper.tables import estimate, group_by
 
 SPLITS = ("training", "held-out")
-PROMPTS, COMPLETIONS = 32, 8  # that policies are compared on: of each split, and of each prompt
+PROMPTS, COMPLETIONS = 32, 4  # that policies are compared on: of each split, and of each prompt
 
 
 def measure(

@@ -58,16 +58,20 @@ def paired_difference(first: Sequence[Row], second: Sequence[Row], value: Callab
 
 
 def decide(difference: Estimate, margin: float = 0.0) -> bool | None:
-    """Whether a difference is above -margin (True) or below it (False), if its interval tells."""
-    half = difference.half or 0.0
+    """Whether a difference is above -margin (True) or below it (False), if its interval tells; one seed has none."""
+    half = difference.half
+    if half is None:
+        return None
     if difference.mean - half > -margin:
         return True
     return False if difference.mean + half < -margin else None
 
 
 def decide_below(value: Estimate, bound: float) -> bool | None:
-    """Whether a mean is below a bound, where its interval tells."""
-    half = value.half or 0.0
+    """Whether a mean is below a bound, where its interval tells; one seed has none."""
+    half = value.half
+    if half is None:
+        return None
     return True if value.mean + half < bound else False if value.mean - half > bound else None
 
 
