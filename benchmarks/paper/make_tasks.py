@@ -51,12 +51,12 @@ def countdown_rows(rng: random.Random) -> list[dict[str, Any]]:
 
     `answers` are all that are right.
     """
-    rows = []
+    pairs: list[tuple[list[int], int]] = []
     for numbers in itertools.combinations(range(1, 10), 3):
         targets = {value for text in expressions(numbers) if (value := evaluate(text)) is not None}
-        rows += [(list(numbers), target) for target in sorted(targets) if 0 <= target <= LARGEST_TARGET]
-    rng.shuffle(rows)
-    fresh = [countdown_row(rng.sample(numbers, 3), target) for numbers, target in rows]
+        pairs += [(list(numbers), target) for target in sorted(targets) if 0 <= target <= LARGEST_TARGET]
+    rng.shuffle(pairs)
+    fresh = [countdown_row(rng.sample(numbers, 3), target) for numbers, target in pairs]
     rows = [row | {"answers": right_answers(row)} for row in fresh]
     return [row for row in rows if len(row["answers"]) <= MOST_ANSWERS]
 
@@ -180,12 +180,14 @@ MAKERS: dict[str, Callable[[Path, int], None]] = {
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tasks", nargs="*", choices=[*MAKERS, []], default=list(MAKERS), metavar="task")
+    parser.add_argument("tasks", nargs="*", metavar="task", help=f"of {', '.join(MAKERS)}; default: all")
     parser.add_argument("--folder", type=Path, default=TASKS)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
+    if unknown := set(arguments.tasks) - set(MAKERS):
+        parser.error(f"there is nothing to make for {sorted(unknown)}: choose from {', '.join(MAKERS)}")
     torch.set_num_threads(1)  # tiny tensors, and the same bits on any number of cores
-    for task in arguments.tasks:
+    for task in arguments.tasks or MAKERS:
         print(f"{task}:", flush=True)
         MAKERS[task](arguments.folder / task, arguments.seed)
 

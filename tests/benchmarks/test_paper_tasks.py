@@ -8,7 +8,7 @@ import yaml
 from benchmarks.paper.rewards import chain_answer, countdown, evaluate, expressions, right_answers
 
 TASKS = ("sums", "sums_small", "countdown", "chains")
-BASES = {"sums": (0.42, 4), "sums_small": (0.25, 4), "countdown": (0.11, 8), "chains": (0.45, 112)}
+BASES = {"sums": (0.35, 0.49), "sums_small": (0.16, 0.3), "countdown": (0.03, 0.12), "chains": (0.32, 0.48)}
 
 
 @pytest.fixture(scope="module")
@@ -92,15 +92,32 @@ def test_policy_starts_where_the_task_says(name, task):
     from gvpo_lightning.rollout.sampling import sample_rollout
 
     settings, policy, rows = task(name)
-    accuracy, longest = BASES[name]
-    assert settings["model"]["generation"]["max_new_tokens"] == longest
+    low, high = BASES[name]
     reward = {"countdown": countdown, "chains": chain_answer}.get(name, ExactAnswer())
-    sampler = GenerationSettings(max_new_tokens=longest)
+    sampler = GenerationSettings(**settings["model"]["generation"])
     model, tokenizer = load_policy(policy), load_tokenizer(policy)
-    batch = sample_rollout(model, tokenizer, rows["validation"][:64], 4, sampler, Rewards(reward), seed=0).batch
-    assert batch.rewards.mean() == pytest.approx(accuracy, abs=0.08)
-    assert not batch.truncated.float().mean() > 0.02
-    if name == "chains":  # of one prompt as of all
-        lengths = batch.lengths.view(64, 4).double()
+    assert all(tokenizer.decode(tokenizer(row["prompt"])["input_ids"]) == row["prompt"] for row in rows["train"])
+    batch = sample_rollout(model, tokenizer, rows["validation"][:48], 4, sampler, Rewards(reward), seed=0).batch
+    assert low < batch.rewards.mean() < high
+    assert batch.truncated.float().mean() < 0.02
+    if name == "chains":  # within a group as among prompts
+        lengths = batch.lengths.view(48, 4).double()
         assert (lengths.amax(1) / lengths.amin(1)).mean() > 1.4
         assert batch.lengths.max() > 60 > 10 > batch.lengths.min()
+
+
+def test_exact_probability_of_a_right_expression(task):
+    import torch
+
+    from gvpo_lightning.callbacks.optimality import answer_probabilities
+    from gvpo_lightning.policy import load_policy, load_tokenizer
+
+    _, policy, rows = task("countdown")
+    some = rows["validation"][:12]
+    model, tokenizer = load_policy(policy), load_tokenizer(policy)
+    prompts, texts = zip(*[(row["prompt"], text) for row in some for text in expressions(row["numbers"])], strict=True)
+    right = torch.tensor([text in row["answers"] for row in some for text in expressions(row["numbers"])])
+    exact = answer_probabilities(model, tokenizer, list(prompts), list(texts), batch_size=512)
+    assert exact[right].min() > 1e-4  # the reference has support wherever there is a reward
+    assert 0.95 < exact.sum() / 12 <= 1  # it hardly writes anything but expressions of the numbers
+    assert 0.03 < exact[right].sum() / 12 < 0.12
