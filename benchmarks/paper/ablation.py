@@ -3,10 +3,11 @@
 from typing import Any
 
 from benchmarks.paper.cells import Execute, Row
-from benchmarks.paper.divergence import RULE, best_accuracy, divergence, has_learned
+from benchmarks.paper.divergence import RULE, best_accuracy, divergence, has_learned, largest_of
 from benchmarks.paper.experiment import Experiment
-from benchmarks.paper.options import CONSTANT, Options
-from benchmarks.paper.tables import Claim, end, estimate, group_by, markdown
+from benchmarks.paper.options import CONSTANT, TASKS, Options
+from benchmarks.paper.prepare import setting
+from benchmarks.paper.tables import Claim, curve, end, estimate, group_by, markdown
 
 WHOLE = "GVPO"
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -22,10 +23,15 @@ SAYS = {
     "without both": "Without both terms training first learns, then diverges",
 }
 REFERENCES = ("previous", "frozen")
+OF_THE_PAPER = "previous"
 SEEDS = (0, 1)
 UPDATES, EVALUATIONS = 160, 7
 LEARNING_RATES, BETA = (3e-4, 1e-3), 0.1
 LABELS = ("task", "learning_rate", "reference", "variant")
+PROMPTS, COMPLETIONS = (
+    setting(TASKS["sums"], f"model.rollout.{name}", 8) for name in ("prompts_per_update", "group_size")
+)
+UPDATES_A_ROLLOUT = setting(TASKS["sums"], "model.rollout.prompts_per_rollout", 32) // PROMPTS
 CURVES = (("accuracy", "accuracy"), ("entropy", "entropy, nats a token"), ("kl", "KL to the start, nats"))
 
 
@@ -57,7 +63,7 @@ def table(rows: list[Row]) -> str:
     for labels, found in group_by(rows, *LABELS).items():
         measured = [estimate([best_accuracy(row) for row in found])]
         measured += [estimate([end(name)(row) for row in found]) for name in ("accuracy", "entropy", "kl")]
-        largest = max((point["log_ratio_max"] for row in found for point in row["trace"]), default=0.0)
+        largest = max((largest_of(row, "log_ratio_max") for row in found), default=0.0)
         lines.append([*labels, *measured, f"{largest:.1f}", count_diverged(found)])
     header = ["task", "learning rate", "reference", "objective", "best accuracy", "at the end"]
     header += ["entropy, nats a token", "KL to the start, nats", "largest log-ratio in training, nats", "diverged"]
@@ -71,21 +77,28 @@ def count_diverged(rows: list[Row]) -> str:
 
 
 def claims(rows: list[Row]) -> list[Claim]:
-    """The paper's four, for each reference and learning rate; not decided where seeds disagree."""
+    """The paper's four with the previous policy as reference, and the same of the frozen one."""
     found = []
     for (task, rate, reference, variant), same in group_by(rows, *LABELS).items():
         diverged = [divergence(row) is not None for row in same]
         seen = [not value for value in diverged] if variant == WHOLE else diverged
         if variant == "without both":
             seen = [value and has_learned(row) for value, row in zip(diverged, same, strict=True)]
-        curve = f"accuracy {estimate([row['start']['accuracy'] for row in same]).mean:.3f} at the start, "
-        curve += f"{estimate([best_accuracy(row) for row in same])} at best, "
-        curve += f"{estimate([end('accuracy')(row) for row in same])} at the end"
-        measured = f"{task}: {count_diverged(same)} diverged, {curve}"
-        holds = True if all(seen) else None if any(seen) else False
+        way = f"accuracy {estimate([row['start']['accuracy'] for row in same]).mean:.3f} at the start, "
+        way += f"{estimate([best_accuracy(row) for row in same])} at best, "
+        way += f"{estimate([end('accuracy')(row) for row in same])} at the end"
+        measured = f"{task}: {count_diverged(same)} diverged, {way}"
+        source = "paper" if reference == OF_THE_PAPER else "ours"
         where = f"(reference: {reference}, {rate_text(rate)})"
-        found.append(Claim(f"{SAYS[variant]} {where}", measured, holds))
+        found.append(Claim(f"{SAYS[variant]} {where}", measured, unanimous(seen), source))
     return found
+
+
+def unanimous(seen: list[bool]) -> bool | None:
+    """What all runs show; None where they disagree, or there is one alone."""
+    if len(seen) < 2:
+        return None
+    return True if all(seen) else None if any(seen) else False
 
 
 def rate_text(rate: float | None) -> str:
@@ -110,21 +123,16 @@ def plot(rows: list[Row], figure: Any) -> None:
     figure.axes[0].legend(fontsize=7)
 
 
-def curve(rows: list[Row], name: str) -> dict[int, float]:
-    """The mean over the runs that were measured at an update, by update."""
-    values: dict[int, list[float]] = {}
-    for row in rows:
-        last = max([0, *(point["update"] for point in row["trace"])])
-        for at in ({"update": 0, **row["start"]}, *row["evaluations"], {"update": last, **row["end"]}):
-            values.setdefault(at["update"], []).append(at[name])
-    return {update: estimate(found).mean for update, found in sorted(values.items())}
-
-
 ABOUT = f"""
 GVPO's loss is a reward term, a variance term (against collapse: it keeps exploring) and a covariance term (near the
-reference). The paper leaves out one or both, with the previous policy as the reference. Here that, and the same with
-the frozen one: {UPDATES} updates of 8 prompts with 8 completions, 4 updates a rollout, beta {BETA:g}, and a learning
-rate that stays at {" or ".join(f"{rate:g}" for rate in LEARNING_RATES)}, since one that falls to zero would hide
-divergence. {RULE}
+reference). The paper leaves out one or both, with the previous policy as the reference. Here that, and, as a question
+of this page, the same with the frozen one: {UPDATES} updates of {PROMPTS} prompts with {COMPLETIONS} completions,
+{UPDATES_A_ROLLOUT} updates a rollout, beta {BETA:g}, and a learning rate that stays at
+{" or ".join(f"{rate:g}" for rate in LEARNING_RATES)}, since one that falls to zero would hide divergence. What the
+loss itself says: without the variance term (and without both) it is linear in the policy's log-probs, so unbounded
+below, and nothing but the end of training stops it; without the covariance term it is bounded, and has an optimum,
+exp(R / beta) / Z, in which the reference does not occur: nothing holds it near its start, but it need not lose
+accuracy. {RULE} {len(SEEDS)} runs have no interval worth the name: a claim is decided where all of them diverged, or
+none.
 """
 EXPERIMENT = Experiment("ablation", "The ablation: without Var, without Cov", ABOUT, run, table, claims, plot)

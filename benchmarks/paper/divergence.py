@@ -1,23 +1,35 @@
 """When a run counts as diverged: bounds that were set before any run was looked at."""
 
-from benchmarks.paper.cells import Row
+import inspect
+import math
 
-LOST = 0.5  # of a run's best accuracy, the start's included: what ends below it has lost what it knew
+from benchmarks.paper.cells import Row
+from benchmarks.paper.tables import points_of
+from gvpo_lightning.module import GVPOModule
+
+LOST = 0.5  # of a run's best accuracy, the start's included: what ends further below it has lost what it knew
 FAR = 2.0  # nats a token from the start; to be right always needs about 0.6 of the sums' policy
 LEARNED = 0.1  # of accuracy above the start, at some time: the run has learned something
+SKIPPED = inspect.signature(GVPOModule.__init__).parameters["max_skipped_updates"].default + 1  # the last one stops
 RULE = (
-    f"A run counts as diverged if it was stopped (6 updates in a row not finite), if it ends below {LOST:g} of its own "
-    f"best accuracy, or if it ends more than {FAR:g} nats a token from where it started (KL). It has learned if its "
+    f"A run counts as diverged if it was stopped ({SKIPPED} updates in a row not finite), if it ends "
+    f"below {LOST:g} of its own best accuracy, or if it ends more than {FAR:g} nats a token from where it started (KL). It has learned if its "
     f"best accuracy is at least {LEARNED:g} above its start."
 )
 
 
 def divergence(row: Row) -> str | None:
-    """Why a run counts as diverged, or None."""
-    if row["stopped"]:
+    """Why a run counts as diverged, or None.
+
+    Rewards may be negative: what counts is the loss against the larger of the best one's size and the start's, which
+    for accuracies is the best accuracy.
+    """
+    if row["stopped"] or row["end"] is None:
         return "stopped"
     end, best = row["end"], best_accuracy(row)
-    if end["accuracy"] < LOST * best:
+    if not all(math.isfinite(end[name]) for name in ("accuracy", "kl")):
+        return "not finite"
+    if best - end["accuracy"] > LOST * max(abs(best), abs(row["start"]["accuracy"])):
         return f"accuracy {best:.2f} -> {end['accuracy']:.2f}"
     if end["kl"] > FAR * end["length"]:
         return f"KL {end['kl'] / end['length']:.1f} nats a token"
@@ -26,9 +38,14 @@ def divergence(row: Row) -> str | None:
 
 def best_accuracy(row: Row) -> float:
     """The highest that was measured, at the start, on the way or at the end."""
-    return max(float(at["accuracy"]) for at in (row["start"], *row["evaluations"], row["end"]))
+    return max(float(at["accuracy"]) for at in points_of(row) if math.isfinite(at["accuracy"]))
 
 
 def has_learned(row: Row) -> bool:
     """Whether it was better than its start at some time."""
     return best_accuracy(row) >= row["start"]["accuracy"] + LEARNED
+
+
+def largest_of(row: Row, name: str) -> float:
+    """Of the whole trace, of what is a number; 0 without any."""
+    return max((float(point[name]) for point in row["trace"] if not math.isnan(point[name])), default=0.0)
