@@ -2,7 +2,7 @@
 
     python -m benchmarks.paper table1        # writes benchmarks/results/paper/table1.{json,md,png}
     python -m benchmarks.paper all           # one after another
-    python -m benchmarks.paper page          # docs/results.md from what has been measured
+    python -m benchmarks.paper page          # tables, figures and docs/results.md from what has been measured
     python -m benchmarks.paper beta --updates 200 --output outputs/paper \\
         --config configs/bases/gpu.yaml configs/bases/gsm8k.yaml configs/qwen2.5_0.5b_gsm8k.yaml
 
@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.paper.cells import ROOT
-from benchmarks.paper.experiment import PAGE_RESULTS, perform
+from benchmarks.paper.experiment import PAGE_RESULTS, conclude_again, perform
 from benchmarks.paper.options import Options
 from benchmarks.paper.page import EXPERIMENTS, write_page
 
@@ -56,6 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if asked.config and not asked.learning_rates and asked.name in ("all", "table1", "stability"):
         parser.error("--config needs --learning-rates here, for example 3e-7 1e-6 3e-6: ours fit tiny policies only.")
     if asked.name == "page":
+        for experiment in EXPERIMENTS.values():
+            conclude_again(experiment, asked.output / experiment.name)
         write_page(asked.output)
         return
     configs = None if asked.config is None else tuple(str(Path(path).resolve()) for path in asked.config)

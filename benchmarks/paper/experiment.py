@@ -64,11 +64,27 @@ def perform(experiment: Experiment, options: Options, output: Path, jobs: int, r
     experiment.run(options, execute)
     rows = json.loads(json.dumps(rows).replace(str(options.folder), "FOLDER"))  # which is gone by then
     recording.rows = rows  # in the experiment's order, without those of other options
-    recording.header["claims"] = [asdict(claim) for claim in experiment.claims(rows)]
-    recording.write()
-    output.with_suffix(".md").write_text(experiment.table(rows) + "\n")
-    draw(experiment, rows, output.with_suffix(".png"))
+    conclude(experiment, recording, output)
     return rows
+
+
+def conclude(experiment: Experiment, recording: Recording, output: Path) -> None:
+    """Write claims into `output`.json, and the table and the figure beside it, from the rows."""
+    recording.header["claims"] = [asdict(claim) for claim in experiment.claims(recording.rows)]
+    recording.write()
+    output.with_suffix(".md").write_text(experiment.table(recording.rows) + "\n")
+    draw(experiment, recording.rows, output.with_suffix(".png"))
+
+
+def conclude_again(experiment: Experiment, output: Path) -> None:
+    """The same of rows that were measured before, where that was to its end."""
+    path = output.with_suffix(".json")
+    record = json.loads(path.read_text()) if path.exists() else {}
+    if "claims" in record:
+        recording = Recording(path, "cpu")
+        recording.rows = record.pop("rows")
+        recording.header = record  # when and where they were measured
+        conclude(experiment, recording, output)
 
 
 def show(row: Row) -> None:

@@ -84,7 +84,8 @@ class PaperMeter(L.Callback):
             self._base = copy.deepcopy(pl_module.policy)
         self.record["start"] = self._measure(pl_module, self.completions)
         self.record["predicted"] = None
-        if self.answers is not None and pl_module.reference.is_fixed and pl_module.beta > 0:
+        leads_there = pl_module.objective_settings.kind in ("gvpo", "policy_gradient") and pl_module.beta > 0
+        if self.answers is not None and pl_module.reference.is_fixed and leads_there:
             with pl_module.reference.applied(pl_module.policy) as reference:
                 p = right_probabilities(pl_module, reference, self._rows, self.answers)
             self.record["predicted"] = float(optimal_accuracy(p, pl_module.beta).mean())
