@@ -160,6 +160,54 @@ def test_negative_rewards_are_no_weights(make_module, fit):
         fit(module, max_steps=1)
 
 
+def negative(prompts, completions, **columns):
+    return [-0.25 * len(text) for text in completions]
+
+
+def test_negative_rewards_of_a_rollout_that_is_resumed_are_no_weights_either(make_module, fit, tmp_path):
+    rollout = RolloutSettings(**SIZES)
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(make_module(rollout=rollout, reward=negative), callbacks=[saver], enable_checkpointing=True, max_steps=1)
+    module = make_module(rollout=rollout, reward=negative, objective="sft")
+    with pytest.raises(ValueError, match="which must be >= 0, got -"):
+        fit(module, ckpt_path=tmp_path / "step=1.ckpt", max_steps=2)
+
+
+def small(prompts, completions, **columns):
+    return [0.001 * sum(c in "56789" for c in text) for text in completions]
+
+
+@pytest.mark.parametrize("name", ["length", "grpo", "policy_gradient", "dpo"])
+def test_what_does_not_train_gvpos_residual_is_not_said_to_explode(make_module, fit, name):
+    """beta l is far from rewards of thousandths after a few steps of Adam, whatever is well or not."""
+    rollout = RolloutSettings(**SIZES)
+    module = make_module(objective=OBJECTIVES[name], reward=small, rollout=rollout, beta=5.0)
+    said = []
+    module.guard.say = lambda what, _: said.append(what)
+    logged = fit(module, max_steps=4).callback_metrics
+    assert float(logged["residual/rms"]) > 10 * float(logged["reward/spread"])
+    assert "exploding" not in said
+
+
+def test_a_penalty_to_the_policy_that_has_sampled_is_refused(make_module):
+    with pytest.raises(ValueError, match=r"previous and beta=0\.5: .* always 0\. Set reference: frozen, or beta: 0"):
+        make_module(objective="policy_gradient", reference="previous", beta=0.5)
+    make_module(objective="policy_gradient", reference="previous", beta=0.0)
+    make_module(objective="grpo", reference="previous", beta=0.5)
+
+
+@pytest.mark.parametrize("overlaid", [False, True])
+def test_a_setting_beside_a_kinds_bare_name_is_refused_and_not_taken_for_gvpos(tmp_path, capsys, overlaid):
+    settings = ["--model.objective=grpo", "--model.objective.clip=0.2"]
+    if overlaid:
+        for number, value in enumerate(("grpo", "{clip: 0.2}")):
+            (tmp_path / f"{number}.yaml").write_text(f"model: {{objective: {value}}}")
+            settings[number] = f"--config={tmp_path / f'{number}.yaml'}"
+    with pytest.raises(SystemExit):
+        main(["debug-batch", "--model.policy=none", "--batch=none", *settings])
+    assert "--model.objective.kind grpo --model.objective.clip 0.2, or" in capsys.readouterr().err
+
+
 def test_an_update_in_which_nothing_is_right_moves_nothing(make_module, fit, weights):
     module = make_module(objective="sft", reward=lambda prompts, completions, **_: [0.0] * len(completions))
     before = weights(module)

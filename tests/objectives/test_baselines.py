@@ -242,6 +242,28 @@ def test_grpo_is_its_definition_written_in_loops(kind):
     assert clipped
 
 
+@pytest.mark.parametrize(
+    ("advantage", "loss", "gradient"), [(2.0, -2.0 * (1 + CLIP), 0.0), (0.0, 0.0, 0.0), (-2.0, math.inf, math.inf)]
+)
+@pytest.mark.parametrize("kind", ["policy_gradient", "grpo"])
+def test_a_ratio_that_overflows_counts_only_where_clipping_leaves_it(kind, advantage, loss, gradient):
+    """e^90 is inf in float32; inf * 0 and its gradient would be NaN. Beside it stands a usual one."""
+    tokens = 100 if kind == "policy_gradient" else 1
+    ratios = torch.tensor([90.0, 0.1])
+    policy = torch.full((2, tokens), -1.0, requires_grad=True)
+    sampler = policy.detach() - ratios[:, None] / tokens
+    mask, advantages = torch.ones(2, tokens, dtype=torch.bool), torch.tensor([advantage, 1.0])
+    options = {"clip": CLIP, "denominator": 1}
+    if kind == "grpo":
+        found = objectives.grpo_loss(policy, sampler, sampler, mask, advantages, beta=0.0, **options)
+    else:
+        found = objectives.policy_gradient_loss(policy, sampler, mask, advantages, **options)
+    (own,) = torch.autograd.grad(found.loss, policy)
+    assert float(found.loss.detach()) == pytest.approx(loss - math.exp(0.1), rel=1e-5)
+    assert int(found.num_clipped) == (advantage > 0)
+    assert_same(own, torch.tensor([[gradient], [-math.exp(0.1)]]).expand(2, tokens), atol=1e-5)
+
+
 def test_on_policy_the_policy_gradient_is_gvpos_over_beta():
     """Completion by completion, not only on average: (R - beta l) centred is -d, and k / (k - 1) / k is 1 / (k - 1)."""
     policy, batch = random_update(shift=0.0)
@@ -399,7 +421,15 @@ def test_lengths_are_the_completions_tokens():
     [
         ({"kind": "ppo"}, "objective must be one of"),
         ({"kind": "dpo", "clip": 0.1}, r"objective\.clip belongs to the kinds .*, got 0\.1 with 'dpo'"),
+        ({"kind": "dpo", "clip": 0.2}, r"objective\.clip belongs to the kinds .*, got 0\.2 with 'dpo'"),
+        (
+            {"clip": 0.2},
+            r"--model\.objective\.kind grpo --model\.objective\.clip 0\.2, or .*\{kind: grpo, clip: 0\.2\}",
+        ),
         ({"kind": "grpo", "variance_term": False}, r"objective\.variance_term belongs"),
+        ({"kind": "grpo", "covariance_term": True}, r"objective\.covariance_term belongs"),
+        ({"kind": "dpo", "length_exponent": 0.0}, r"objective\.length_exponent belongs"),
+        ({"kind": "rloo"}, "got 'rloo'; RLOO is 'policy_gradient'"),
         ({"kind": "sft", "length_exponent": 1.0}, r"objective\.length_exponent belongs"),
         ({"kind": "grpo", "clip": 0.0}, r"objective\.clip must be > 0, got 0\.0"),
         ({"length_exponent": 1.0, "covariance_term": False}, r"length_exponent=1\.0 needs both terms"),
@@ -408,6 +438,30 @@ def test_lengths_are_the_completions_tokens():
 def test_settings_that_do_not_fit_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         ObjectiveSettings(**settings)
+
+
+def test_settings_that_are_left_out_are_the_usual_ones_of_the_kind():
+    assert ObjectiveSettings() == ObjectiveSettings("gvpo", None, True, True, 0.0)
+    assert ObjectiveSettings("dr_grpo") == ObjectiveSettings("dr_grpo", 0.2)
+    assert (ObjectiveSettings("sft").clip, ObjectiveSettings("grpo").variance_term) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        ({}, "gvpo"),
+        ({"variance_term": True}, "gvpo"),
+        ({"covariance_term": False}, "gvpo (covariance_term: False)"),
+        ({"length_exponent": 0.5}, "gvpo (length_exponent: 0.5)"),
+        ({"kind": "grpo", "clip": 0.2}, "grpo"),
+        ({"kind": "grpo", "clip": 0.3}, "grpo (clip: 0.3)"),
+        ({"kind": "dpo"}, "dpo"),
+    ],
+)
+def test_an_objectives_name_says_what_is_unusual(settings, shown):
+    objective = ObjectiveSettings(**settings)
+    assert str(objective) == shown
+    assert objective.is_gvpo == (shown == "gvpo")
 
 
 @pytest.mark.parametrize("kind", ["gvpo", "dpo", "grpo", "dr_grpo", "policy_gradient", "sft"])
