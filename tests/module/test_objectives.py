@@ -6,8 +6,10 @@ import math
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
 
 from gvpo_lightning import ObjectiveSettings, SourceSettings
+from gvpo_lightning.callbacks import OptimalityMeter
 from gvpo_lightning.cli import main
 from gvpo_lightning.head import completion_logprobs
 from gvpo_lightning.objective_kinds import make_objective
@@ -154,6 +156,34 @@ def test_another_sampler_than_the_policy_is_warned_of(make_module, fit):
         fit(make_module(objective="grpo", generation=generation), max_steps=1)
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"), [("gvpo", "GVPO's optimum is then not unique"), ("dpo", "that is not trained")]
+)
+def test_a_sampler_that_cuts_takes_from_each_objective_its_own(make_module, fit, kind, said):
+    generation = GenerationSettings(max_new_tokens=4, top_k=3)
+    with pytest.warns(UserWarning, match=f"never draws some of what the reference allows: {said}"):
+        fit(make_module(objective=kind, generation=generation), max_steps=1)
+
+
+PREDICTED = {
+    "gvpo": (ObjectiveSettings(), True),
+    "policy_gradient": (ObjectiveSettings("policy_gradient"), True),
+    "dr_grpo": (ObjectiveSettings("dr_grpo"), True),
+    **{name: (OBJECTIVES[name], False) for name in ("no variance term", "length", "grpo", "dpo", "sft")},
+}
+
+
+@pytest.mark.parametrize("name", PREDICTED)
+def test_an_accuracy_is_predicted_only_where_the_optimum_is_known(make_module, fit, name):
+    objective, is_predicted = PREDICTED[name]
+    meter = OptimalityMeter()
+    rows = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(4)]
+    loader = DataLoader(rows, batch_size=4, collate_fn=list)
+    fit(make_module(objective=objective), val_dataloaders=loader, callbacks=[meter], max_steps=1, limit_val_batches=1)
+    assert (meter.predicted is not None) == is_predicted
+    assert meter.reached is not None
+
+
 def test_negative_rewards_are_no_weights(make_module, fit):
     module = make_module(objective="sft", reward=lambda prompts, completions, **_: [-0.25] * len(completions))
     with pytest.raises(ValueError, match=r"which must be >= 0, got -0\.25"):
@@ -251,6 +281,7 @@ def test_the_update_that_a_run_stopped_at_can_be_looked_into(
     ]
     main([*arguments, "--model.objective=grpo"])
     assert "objective grpo" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        main(arguments)
-    assert "is an update of objective: grpo, the config says gvpo" in capsys.readouterr().err
+    for others, named in (([], "gvpo"), (["--model.objective={kind: grpo, clip: 0.3}"], "grpo (clip: 0.3)")):
+        with pytest.raises(SystemExit):
+            main([*arguments, *others])
+        assert f"is an update of objective: grpo, the config says {named}" in capsys.readouterr().err
