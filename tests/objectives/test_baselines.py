@@ -311,6 +311,23 @@ def test_ablations_have_the_coefficients_of_the_terms_that_are_left(variance_ter
     assert_same(gradient, torch.tensor(expected, dtype=torch.float64)[:, None] * batch.completion_mask)
 
 
+def test_without_the_covariance_term_the_optimum_knows_no_reference_and_without_the_variance_term_there_is_none():
+    reference = (torch.tensor([8, 4, 2, 1, 1], dtype=torch.float64) / 16).log()[:, None]
+    rewards, group = torch.tensor([0.0, 1.0, 0.3, -0.5, 0.8], dtype=torch.float64), torch.zeros(5, dtype=torch.int64)
+    mask = torch.ones(5, 1, dtype=torch.bool)
+
+    def loss(logits, **terms):
+        columns = (reference, mask, rewards, group, 0.5)
+        return objectives.gvpo_rl_loss(logits.log_softmax(0)[:, None], *columns, **terms).loss
+
+    best = rewards / 0.5
+    assert float(loss(best, covariance_term=False)) == pytest.approx(-float(rewards.var()) / 2)
+    logits = best.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(logits, covariance_term=False), logits)
+    assert_same(gradient, torch.zeros_like(gradient))
+    assert float(loss(1e4 * (rewards + 0.5 * reference[:, 0]), variance_term=False)) < -1e3
+
+
 def test_dpo_takes_all_pairs_of_a_group_and_the_mean_over_groups_that_have_some():
     sizes = (3, 2, 2)
     policy, batch = random_update(sizes, rewards=[1.0, 0.0, 0.5, 1.0, 1.0, 0.0, 2.0])  # three pairs, none, one
