@@ -77,9 +77,12 @@ def all_pairs(rows: list[Row], split: str) -> list[float]:
 
 
 def start_pairs(rows: list[Row], split: str) -> list[float]:
-    """KL of all pairs of different starts."""
+    """KL of all pairs of different starts, from each that a row began at.
+
+    `start_to` is of all starts, those of stopped runs too; only a start's distance to itself is exactly 0, unmeasured.
+    """
     by_start = {row["labels"]["start"]: row["distances"][split]["start_to"] for row in rows}
-    return [float(kl) for i, kls in enumerate(by_start.values()) for j, kl in enumerate(kls) if i != j]
+    return [float(kl) for kls in by_start.values() for kl in kls if kl != 0.0]
 
 
 def to_optimum(rows: list[Row], split: str, name: str = "optimum") -> list[float]:
