@@ -1,6 +1,7 @@
 """Distances between the policies of `uniqueness`: measured in processes of their own, and read from its rows."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,18 @@ def pairs(rows: list[Row], split: str, same_start: bool, same_sampler: bool) -> 
         and (start == row["labels"]["start"]) == same_start
         and (sampler == row["labels"]["sampler"]) == same_sampler
     ]
+
+
+def among(rows: list[Row], samplers: Sequence[str]) -> list[Row]:
+    """The rows with one of these samplers, with their distances to each other alone."""
+    found = []
+    for row in (row for row in rows if row["labels"]["sampler"] in samplers):
+        kept = {
+            split: of | {"to": [other for other in of["to"] if other[1] in samplers]}
+            for split, of in row["distances"].items()
+        }
+        found.append(row | {"distances": kept})
+    return found
 
 
 def all_pairs(rows: list[Row], split: str) -> list[float]:

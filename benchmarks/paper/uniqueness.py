@@ -13,6 +13,7 @@ from benchmarks.paper.pairs import (
     SPLITS,
     add_distances,
     all_pairs,
+    among,
     by_method,
     measure,
     pairs,
@@ -132,7 +133,7 @@ def claims(rows: list[Row]) -> list[Claim]:
         says = f"GVPO's policies end at one: their distances fall below {SHRINKS} of the starts' (means)"
         found.append(Claim(says, f"from {before} to {after} nats", decide_below(left, 0.0), "theory"))
     for method in ("DPO", "GRPO"):
-        own = [row for row in ours if row["labels"]["sampler"] in SAMPLERS[method]]
+        own = among(ours, SAMPLERS[method])
         theirs = methods.get(method, [])
         if all_pairs(theirs, SPLIT) and all_pairs(own, SPLIT):
             found.append(further_apart(method, theirs, own))
