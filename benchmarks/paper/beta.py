@@ -134,8 +134,9 @@ reference is trained with {len(BETAS)} values, and GRPO with {len(KL_COEFFICIENT
 {LEARNING_RATES["GRPO"]:g}: of the grid of Table 1's experiment; not tuned on these runs, nor for each beta). The
 closed form is the exact accuracy of GVPO's one optimum, p e^(1/beta) / (p e^(1/beta) + 1 - p) averaged over the
 held-out prompts; for GRPO none is given. It changes with beta by itself: where the base is not nearly always right, a
-large beta must cost accuracy, however well it is trained. So the page says both how far accuracies are from that of
-beta {MIDDLE}, and how far beyond what the closed form changes; each interval counts by itself. KL is to the reference, in nats a completion. GRPO's
-line is shown for comparison: its coefficient is another quantity than beta, so that no claim is made of it.
+large beta must cost accuracy, however well it is trained. So what is said is how far accuracies are from that of beta
+{MIDDLE}, and then how far beyond what the closed form changes; each interval counts by itself. KL is to the reference,
+in nats a completion. GRPO's line is for comparison: its coefficient is another quantity than beta, and no claim is
+made of it.
 """
 EXPERIMENT = Experiment("beta", "Figure 2: how much depends on beta", ABOUT, run, table, claims, plot)

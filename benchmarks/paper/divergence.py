@@ -13,8 +13,8 @@ LEARNED = 0.1  # of accuracy above the start, at some time: the run has learned 
 SKIPPED = inspect.signature(GVPOModule.__init__).parameters["max_skipped_updates"].default + 1  # the last one stops
 RULE = (
     f"A run counts as diverged if it was stopped ({SKIPPED} updates in a row not finite), if it ends "
-    f"below {LOST:g} of its own best accuracy, or if it ends more than {FAR:g} nats a token from where it started (KL). It has learned if its "
-    f"best accuracy is at least {LEARNED:g} above its start."
+    f"below {LOST:g} of its own best accuracy, or if it ends more than {FAR:g} nats a token from where it started "
+    f"(KL). It has learned if its best accuracy is at least {LEARNED:g} above its start."
 )
 
 

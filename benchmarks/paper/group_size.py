@@ -124,11 +124,11 @@ def above(rows: list[Row], where: str) -> list[Claim]:
 
 def rising(rows: list[Row], where: str) -> list[Claim]:
     """The slope of GVPO's accuracy over log2 of the group size, of each seed that has all sizes."""
-    groups = group_by([row for row in rows if row["labels"]["method"] == "GVPO"], "seed")
-    sizes = sorted({row["labels"]["group_size"] for same in groups.values() for row in same})
+    ours = [row for row in rows if row["labels"]["method"] == "GVPO"]
+    sizes, seeds = sorted({row["labels"]["group_size"] for row in ours}), {row["seed"] for row in ours}
     if len(sizes) < 2:
         return []
-    slope = estimate([slope_of(same, sizes) for same in groups.values()])
+    slope = estimate([slope_of([row for row in ours if row["seed"] == seed], sizes) for seed in sorted(seeds)])
     shown = ", ".join(f"{size}: {value}" for size, value in sorted(accuracies(rows)["GVPO"].items()))
     says = f"GVPO's accuracy rises with the group size from {sizes[0]} to {sizes[-1]} (trend over all sizes)"
     return [Claim(says, f"{where}: by {slope} for each doubling; {shown}", decide(slope))]

@@ -1,6 +1,7 @@
 """Distances between the policies of `uniqueness`: measured in processes of their own, and read from its rows."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,15 +72,30 @@ def pairs(rows: list[Row], split: str, same_start: bool, same_sampler: bool) -> 
     ]
 
 
+def among(rows: list[Row], samplers: Sequence[str]) -> list[Row]:
+    """The rows with one of these samplers, with their distances to each other alone."""
+    found = []
+    for row in (row for row in rows if row["labels"]["sampler"] in samplers):
+        kept = {
+            split: of | {"to": [other for other in of["to"] if other[1] in samplers]}
+            for split, of in row["distances"].items()
+        }
+        found.append(row | {"distances": kept})
+    return found
+
+
 def all_pairs(rows: list[Row], split: str) -> list[float]:
     """KL of all pairs of different policies of one method."""
     return [kl for same in ((True, False), (False, True), (False, False)) for kl in pairs(rows, split, *same)]
 
 
 def start_pairs(rows: list[Row], split: str) -> list[float]:
-    """KL of all pairs of different starts."""
+    """KL of all pairs of different starts, from each that a row began at.
+
+    `start_to` is of all starts, those of stopped runs too; only a start's distance to itself is exactly 0, unmeasured.
+    """
     by_start = {row["labels"]["start"]: row["distances"][split]["start_to"] for row in rows}
-    return [float(kl) for i, kls in enumerate(by_start.values()) for j, kl in enumerate(kls) if i != j]
+    return [float(kl) for kls in by_start.values() for kl in kls if kl != 0.0]
 
 
 def to_optimum(rows: list[Row], split: str, name: str = "optimum") -> list[float]:

@@ -7,7 +7,20 @@ from benchmarks.paper.cells import Execute, Row
 from benchmarks.paper.experiment import Experiment
 from benchmarks.paper.options import ANSWERS, METHODS, Options
 from benchmarks.paper.prepare import record
-from benchmarks.paper.tables import Claim, Estimate, decide, end, estimate, group_by, markdown, paired_difference
+from benchmarks.paper.tables import (
+    COUNTDOWN,
+    Claim,
+    Estimate,
+    count_stopped,
+    curve,
+    decide,
+    end,
+    estimate,
+    group_by,
+    markdown,
+    paired_difference,
+    show_predicted,
+)
 
 FRESH, RECORDED, SHOWN = "0:8", "8:0", "1 shown"
 REPLAYED = {"2:6": 0.25, "4:4": 0.5, "6:2": 0.75}  # of a group, from the run's own earlier rollouts
@@ -73,11 +86,12 @@ def table(rows: list[Row]) -> str:
     """Accuracy beside the closed form's, what was replayed, and how long sampling took."""
     lines = []
     for (task, mixture), found in group_by(rows, "task", "historical:fresh").items():
-        predicted = "" if found[0]["predicted"] is None else f"{found[0]['predicted']:.3f}"
         measured = [estimate([end(name)(row) for row in found]) for name in ("accuracy", "kl")]
         replayed = estimate([replayed_share(row) for row in found]).mean
         sampling = estimate([float(row["seconds"]["rollout"]) for row in found]).mean
-        lines.append([task, mixture, measured[0], predicted, measured[1], f"{replayed:.2f}", f"{sampling:.1f}"])
+        accuracy = f"{measured[0]}{count_stopped(found)}"
+        shown = [accuracy, show_predicted(found[0]), measured[1], f"{replayed:.2f}", f"{sampling:.1f}"]
+        lines.append([task, mixture, *shown])
     header = ["task", "historical:fresh", "accuracy", "closed form", "KL to the reference, nats"]
     return markdown([*header, "replayed, share of the run", "seconds sampling"], lines)
 
@@ -94,7 +108,7 @@ def claims(rows: list[Row]) -> list[Claim]:
                 continue
             gap = paired_difference(groups[(mixture,)], fresh, end("accuracy"))
             shown = f"{task}: {accuracies[mixture]}, fresh {accuracies[FRESH]}; difference {gap}"
-            found.append(Claim(SAYS[mixture], shown, decide(gap, MARGIN)))
+            found.append(Claim(SAYS[mixture], shown, decide(gap, MARGIN), SOURCES.get(mixture, "theory")))
     return found
 
 
@@ -107,19 +121,17 @@ SAYS[RECORDED] = f"Theory, any sampler with full support: 8:0, nothing sampled, 
 SAYS[SHOWN] = f"Theory, any sampler with full support: one demonstration in 8 does no harm (within {MARGIN})"
 
 
+SOURCES = {"2:6": "paper", "4:4": "paper", "6:2": "ours"}
+
+
 def plot(rows: list[Row], figure: Any) -> None:
     """Accuracy while training, the mean over seeds, a panel for each task."""
     panels = group_by(rows, "task")
     axes = figure.subplots(1, len(panels), squeeze=False)[0]
     for axis, ((task,), found) in zip(axes, panels.items(), strict=True):
         for (mixture,), same in group_by(found, "historical:fresh").items():
-            points: dict[int, list[float]] = {}
-            for row in same:
-                last = row["trace"][-1]["update"] if row["trace"] else 0
-                for point in (row["start"] | {"update": 0}, *row["evaluations"], row["end"] | {"update": last}):
-                    points.setdefault(point["update"], []).append(point["accuracy"])
-            means = [estimate(values).mean for values in points.values()]
-            axis.plot(list(points), means, marker=".", label=mixture)
+            points = curve(same, "accuracy")
+            axis.plot(list(points), list(points.values()), marker=".", label=mixture)
         if found[0]["predicted"] is not None:
             axis.axhline(found[0]["predicted"], color="black", linestyle="--", label="closed form")
         axis.set(title=task, xlabel="optimizer updates")
@@ -130,15 +142,16 @@ def plot(rows: list[Row], figure: Any) -> None:
 
 ABOUT = f"""
 Figure 4 of the paper: groups of 8 with historical and fresh completions as 0:8 to 4:4; GVPO is robust. Here also 6:2
-and 8:0, {UPDATES} updates each, beta {BETA}, learning rate {LEARNING_RATE:g} linear to zero, chosen for fresh
-completions and kept. What is historical: of *2:6, 4:4, 6:2* completions that this run has sampled for the same prompt
-in earlier rollouts, drawn uniformly (`sources.replay`); as long as a prompt has none, in the first of the three passes
-over the sums, its whole group is fresh, so that the share over the run is smaller (in the table). Of *8:0* what the
-policy said before training, when it was the reference: {IN_FILE} completions of each prompt, 8 of them drawn for each
-group (`gvpo predict`, `sources.file`); nothing is sampled. *1 shown* is 7 fresh ones and one right answer from the
-dataset (`sources.demonstrations`), and is left out with `--config`. The closed form is the optimum's exact accuracy on
-the held-out prompts. GRPO can't take such groups: its ratios need the sampler's log-probs of every token, which people
+and 8:0, {UPDATES} updates each, beta {BETA}, learning rate {LEARNING_RATE:g} linear to zero for all mixtures and both
+tasks: it suits fresh completions on the sums (Table 1's grid shows it on both). What is historical: of *2:6, 4:4, 6:2*
+completions that this run has sampled for the same prompt in earlier rollouts, drawn uniformly (`sources.replay`); as
+long as a prompt has none, in the first of the three passes over the sums, its whole group is fresh, so that the share
+over the run is smaller (in the table). Of *8:0* what the policy said before training, when it was the reference:
+{IN_FILE} completions of each prompt, 8 of them drawn for each group (`gvpo predict`, `sources.file`); nothing is
+sampled. *1 shown* is 7 fresh ones and one right answer from the dataset (`sources.demonstrations`), and is left out
+with `--config`. The closed form is the optimum's exact accuracy on the held-out prompts.
+GRPO can't take such groups: its ratios need the sampler's log-probs of every token, which people
 don't have and most files neither, and `model.objective: grpo` refuses them; `benchmarks.sampling` has it beside GVPO
-on files that bring them along, at beta = 1.
+on files that bring them along, at beta = 1. {COUNTDOWN}
 """
 EXPERIMENT = Experiment("sources", "Figure 4: historical and other completions", ABOUT, run, table, claims, plot)

@@ -79,7 +79,7 @@ def of_phase(rows: list[Row], phase: str) -> list[Row]:
 
 def table(rows: list[Row]) -> str:
     """The methods on each task, and the grid beneath."""
-    lines = []
+    lines: list[list[Any]] = []
     for task, methods in finals(rows).items():
         start = next(iter(methods.values()))[0]["start"]
         lines.append([task, "base", "", f"{start['accuracy']:.3f}", "", "0", f"{start['entropy']:.3f}"])
@@ -157,8 +157,9 @@ Every method gets the same prompts, {UPDATES} optimizer updates of 8 prompts wit
 (four updates a rollout), AdamW without decay, gradients clipped at norm 1, and a learning rate that falls linearly to
 nearly zero; it starts at the best of {", ".join(f"{rate:g}" for rate in GRID)} for each method and task, chosen by one
 run on seed {TUNING_SEED}, which is not among the reported ones; where the best is the grid's smallest or largest, the
-table says so. The paper says that GVPO ends above GRPO and Dr.GRPO; the other methods are compared here only. SFT trains on the completions that are right, DPO on all pairs of a right and a
-wrong one. The strength of the pull to the frozen reference is each method's usual one ({BETAS}), not tuned. `sums` is
-the demo's task. {COUNTDOWN}
+table says so. SFT trains on the completions that are right, DPO on all pairs of a right and a wrong one. The strength
+of the pull to the frozen reference is each method's usual one ({BETAS}), not tuned. The paper says that GVPO ends above
+the base, {" and ".join(OF_THE_PAPER)}; with the other methods it is compared here. `sums` is the demo's task.
+{COUNTDOWN}
 """
 EXPERIMENT = Experiment("table1", "Table 1: GVPO and its alternatives", ABOUT, run, table, claims, plot)

@@ -1,11 +1,11 @@
 import pytest
 
-from benchmarks.paper.group_size import GROUP_SIZES, PROMPTS_HELD, SAMPLES_HELD, claims, rollout_settings
+from benchmarks.paper.group_size import GROUP_SIZES, PROMPTS_HELD, SAMPLES_HELD, claims, rollout_settings, table
 
 
 def row(task: str, design: str, method: str, size: int, seed: int, accuracy: float) -> dict:
     labels = {"task": task, "design": design, "method": method, "group_size": size}
-    return {"labels": labels, "seed": seed, "start": {"accuracy": 0.3}, "end": {"accuracy": accuracy}}
+    return {"labels": labels, "seed": seed, "stopped": None, "start": {"accuracy": 0.3}, "end": {"accuracy": accuracy}}
 
 
 def rows(task: str, design: str, of: dict[str, dict[int, float]]) -> list[dict]:
@@ -55,12 +55,37 @@ def test_claims_agree_contradict_or_are_undecided():
     rising = {2: 0.4, 4: 0.5, 8: 0.6}
     good = rows("sums", PROMPTS_HELD, {"GVPO": rising, "GRPO": {k: v - 0.05 for k, v in rising.items()}})
     assert [claim.holds for claim in claims(good)] == [True, True]
+    assert [claim.source for claim in claims(good)] == ["paper", "paper"]
     worse_at_one = rows("sums", PROMPTS_HELD, {"GVPO": rising, "GRPO": rising | {4: 0.55}})
     assert claims(worse_at_one)[0].holds is False
     equal = rows("sums", PROMPTS_HELD, {"GVPO": rising, "GRPO": rising})
     assert claims(equal)[0].holds is not True
     falling = rows("sums", PROMPTS_HELD, {"GVPO": rising | {8: 0.3}})
-    assert claims(falling)[1].holds is False
+    assert claims(falling)[-1].holds is False
+
+
+def test_rising_is_one_trend():
+    dips = rows("sums", PROMPTS_HELD, {"GVPO": {2: 0.4, 4: 0.39, 8: 0.6}})
+    (claim,) = claims(dips)
+    assert claim.holds is True
+    assert "by 0.100 ± 0.000 for each doubling" in claim.measured
+    assert claims(dips[:1]) == []  # one size
+    without = [row | {"end": None, "stopped": "update 3"} if row["seed"] == 0 else row for row in dips]
+    assert "(2 of 3 seeds)" in claims(without)[0].measured
+    assert "(stopped: 3)" in table(without)
+
+
+def test_one_size_of_many_contradicts_only_at_the_level_of_all():
+    accuracies = [row("sums", PROMPTS_HELD, "GVPO", k, seed, 0.5) for k in GROUP_SIZES for seed in range(3)]
+    # at one size GRPO is better by 0.1 with an interval of 0.086 at 95%: more than that at 99%
+    theirs = [
+        row("sums", PROMPTS_HELD, "GRPO", k, seed, 0.6 + 0.0346 * (seed - 1) if k == 4 else 0.4)
+        for k in GROUP_SIZES
+        for seed in range(3)
+    ]
+    assert claims(accuracies + theirs)[0].holds is None
+    only = [r for r in accuracies + theirs if r["labels"]["group_size"] == 4]
+    assert claims(only)[0].holds is False
 
 
 def test_small_against_large_is_the_largest_against_the_smallest_group():

@@ -44,6 +44,7 @@ def rows_of(methods):
         {
             "labels": {"task": "chains", "method": method},
             "seed": seed,
+            "stopped": None,
             "settings": {"model.beta": 0.1},
             "start": {"by_length": [part(10.0 * (n + 1), 0.3, 0.0, 0.0) for n in range(3)]},
             "end": {"by_length": [part(10.0 * (n + 1), *numbers) for n, numbers in enumerate(parts)]},
@@ -64,19 +65,43 @@ def test_claims_are_about_the_longest_third():
     rows = rows_of({lengths.USUAL: usual, "GVPO, beta 0.01": better, "GRPO": better, "Dr.GRPO": usual})
     claims = {claim.says: claim.holds for claim in lengths.claims(rows)}
     for words, holds in (
-        ("nats apart at every length", True),
         ("noise of the log-ratio is larger", True),
         ("GVPO, beta 0.01 is better than beta 0.1", True),
         (f"{lengths.USUAL} is at most 0.02 of accuracy worse than GRPO", False),
         (f"{lengths.USUAL} is at most 0.02 of accuracy worse than Dr.GRPO", True),
-        ("GVPO, beta 0.01 is at most 0.02 of accuracy worse than GRPO", True),
+        ("chosen on these runs) is at most 0.02 of accuracy worse than GRPO", True),
     ):
         (found,) = [value for says, value in claims.items() if words in says]
         assert found is holds, words
 
 
-def test_claim_on_separation_fails_with_one_part():
+def test_optimum_is_beside_the_separation_and_further_with_an_exponent():
     usual = [(0.9, 10.0, 1.0), (0.8, 9.5, 2.0), (0.5, 4.0, 4.0)]
-    claim = lengths.separated("chains", rows_of({lengths.USUAL: usual}))
-    assert claim.holds is False
-    assert lengths.table(rows_of({lengths.USUAL: usual})).count("\n") == 4
+    rows = rows_of({lengths.USUAL: usual, "GVPO, beta 0.1, exponent 1": usual, "GRPO": usual})
+    for row in rows[2:4]:
+        row["settings"] = lengths.VARIANTS["GVPO, beta 0.1, exponent 1"]
+    lines = lengths.table(rows).splitlines()[2:]
+    assert [line.split("|")[7].strip() for line in lines] == ["10"] * 3 + ["100", "200", "300"] + [""] * 3
+    claims = {claim.says: claim for claim in lengths.claims(rows)}
+    (helped,) = [claim for says, claim in claims.items() if "exponent 1 is better than beta" in says]
+    assert "as small a pull as beta 0.0033" in helped.measured
+    assert {claim.source for claim in claims.values()} == {"theory", "ours"}
+
+
+def test_thirds_without_a_separation_and_runs_without_an_end_are_shown():
+    from matplotlib.figure import Figure
+
+    usual = [(0.9, 10.0, 1.0), (0.8, None, 2.0), (0.5, 4.0, 4.0)]
+    rows = rows_of({lengths.USUAL: usual, "GRPO": usual})
+    rows[0] |= {"end": None, "stopped": "update 7"}
+    assert "n/a" in lengths.table(rows)
+    assert "(stopped: 1)" in lengths.table(rows)
+    assert all(claim.holds is None for claim in lengths.claims(rows))
+    lengths.plot(rows, Figure())
+
+
+def test_a_best_that_was_chosen_is_said_to_be():
+    usual, better = [(0.5, 9.0, 1.0)] * 3, [(0.7, 9.0, 1.0)] * 3
+    rows = rows_of({lengths.USUAL: usual, "GVPO, beta 0.01": better, "GRPO": usual})
+    says = [claim.says for claim in lengths.claims(rows) if "worse than GRPO" in claim.says]
+    assert ["chosen on these runs" in text for text in says] == [False, True]

@@ -46,6 +46,7 @@ def test_claims_are_about_the_same_seeds():
     noisy = [0.5, 0.7, 0.9]
     found = claims(rows({FRESH: noisy, "2:6": [v + 0.01 for v in noisy], "4:4": [v - 0.2 for v in noisy]}))
     assert [claim.holds for claim in found] == [True, False]
+    assert [claim.source for claim in found] == ["paper", "paper"]
     (undecided,) = claims(rows({FRESH: noisy, RECORDED: [0.5, 0.6, 0.9]}))
     assert undecided.holds is None
 

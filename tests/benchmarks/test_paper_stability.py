@@ -35,6 +35,29 @@ def test_collapses_are_counted():
     assert holds(claims, "GVPO, frozen diverges", "PG + KL") is None
     claims = stability.claims(grid(lambda method, number, rate: 0.05 if "GVPO" in method and rate > 2e-3 else 0.8))
     assert holds(claims, "GVPO, previous diverges", "GRPO") is False
+    one = stability.claims(grid(lambda method, number, rate: 0.05 if (method, number) == ("GRPO", 4) else 0.8))
+    assert holds(one, "GVPO, frozen diverges", "GRPO") is None  # 4 of 12 and none: p = 0.09
+    assert {claim.source for claim in one} == {"paper", "theory", "ours"}
+
+
+def test_part_of_a_grid_and_stopped_runs_are_shown():
+    from matplotlib.figure import Figure
+
+    def lost(row):
+        return row | {"end": None, "stopped": "update 3"} if row["labels"]["learning_rate"] > 2e-3 else row
+
+    rows = [lost(row) for row in grid(lambda method, number, rate: 0.8)]
+    assert stability.table(rows).count("n/a (diverged: 2)") == len(stability.COMPARED) * 3
+    assert all(number == 1e-3 for same in stability.best_rates(rows[:12]).values() for number in rates_of(same))
+    stability.plot(rows, Figure())
+    for part in (rows[:1], rows[:3], [row for row in rows if row["labels"]["method"] == "GRPO"]):
+        assert stability.table(part)
+        assert all(claim.holds in (True, False, None) for claim in stability.claims(part))
+        stability.plot(part, Figure())
+
+
+def rates_of(rows):
+    return [row["labels"]["learning_rate"] for row in rows]
 
 
 def test_old_rollouts_are_compared_at_the_best_rate_of_each():
@@ -63,8 +86,9 @@ def test_updates_are_as_large_as_the_last_config_says(tmp_path):
     texts = ("model: {rollout: {prompts_per_update: 4}}", "model: {rollout: {prompts_per_update: 6}}", "model: {}")
     for path, text in zip(paths, texts, strict=True):
         path.write_text(text)
-    assert stability.prompts_per_update([str(path) for path in paths]) == 6
-    assert stability.prompts_per_update([str(paths[2])]) == 8
+    assert stability.prompts_per_update(tuple(str(path) for path in paths)) == 6
+    paths[2].write_text("# nothing but a remark\n")
+    assert stability.prompts_per_update((str(paths[2]),)) == 8
 
 
 def test_table_and_figure_show_what_diverged():

@@ -9,7 +9,7 @@ import torch
 from benchmarks.paper.distances import distance_to_optimum, divergence, log_normalizer, sample
 from benchmarks.paper.pairs import add_distances, all_pairs, pairs, start_pairs
 from benchmarks.paper.prepare import make_start
-from benchmarks.paper.uniqueness import claims
+from benchmarks.paper.uniqueness import claims, plot, table
 from gvpo_lightning.batch import collate_completions
 from gvpo_lightning.loading import LoadingSettings
 from gvpo_lightning.policy import load_policy, load_tokenizer, prepare_policy
@@ -104,6 +104,8 @@ def rows(distance: float, optimum: float, method: str = "GVPO") -> list[dict]:
     return [
         {
             "labels": {"method": method, "start": start, "sampler": sampler},
+            "seed": start,
+            "stopped": None,
             "end": {"accuracy": 0.5},
             "distances": {
                 split: {
@@ -130,7 +132,37 @@ def test_pairs_are_of_different_policies():
 def test_claims_of_uniqueness():
     assert [c.holds for c in claims(rows(0.01, 0.02) + rows(0.5, 0.4, "GRPO"))] == [True, True, True]
     assert [c.holds for c in claims(rows(0.2, 0.06) + rows(0.1, 0.4, "GRPO"))] == [False, False, False]
-    assert claims(rows(0.02, 0.02) + rows(0.03, 0.4, "GRPO"))[-1].holds is None
+    own = rows(0.02, 0.02) + rows(0.04, 0.4, "GRPO")
+    for row in own[-3:]:  # of one start near, of another far
+        row["distances"]["training"]["to"] = [
+            [*to[:2], to[2] * (1 + row["seed"]) / 2] for to in row["distances"]["training"]["to"]
+        ]
+    assert claims(own)[-1].holds is None
+    assert [c.holds for c in claims(rows(0.01, 0.02)[:2])] == [None, None]  # one start
+
+
+def test_claims_are_about_the_samplers_that_both_have():
+    found = rows(0.01, 0.02)
+    for row in found:  # GVPO's policies from a file are far from all others
+        for of in row["distances"].values():
+            of["to"] = [[start, sampler, 9.0 if sampler == "file" else kl] for start, sampler, kl in of["to"]]
+    assert claims(found + rows(0.5, 0.4, "GRPO"))[-1].holds is True
+
+
+def test_stopped_runs_are_counted_and_starts_keep_their_places():
+    from matplotlib.figure import Figure
+
+    found = rows(0.01, 0.02)
+    for row in found[:2]:  # all of start 0
+        row |= {"end": None, "stopped": "update 3"}
+        del row["distances"]
+    assert start_pairs(found[2:], "training") == [1.0] * 4
+    assert "GVPO (stopped: 2)" in table(found)
+    plot(found, Figure())
+    gone = [{name: value for name, value in row.items() if name != "distances"} for row in found]
+    assert claims(gone) == []
+    assert table(gone)
+    plot(gone, Figure())
 
 
 def test_starts_are_the_policy_with_noise_of_the_given_size(root, tmp_path):
