@@ -30,7 +30,7 @@ COMPARED: dict[str, dict[str, Any]] = {
 }
 OURS, OTHERS = ("GVPO, frozen", "GVPO, previous"), ("GRPO", "PG + KL")
 LEARNING_RATES = (3e-4, 1e-3, 3e-3)
-UPDATES_PER_ROLLOUT = (1, 16)
+UPDATES_PER_ROLLOUT = (1, 4, 16)
 SEEDS = (0, 1)
 UPDATES, EVALUATIONS = 64, 3
 MARGIN = 0.02  # of accuracy: less is no loss
