@@ -129,10 +129,11 @@ GVPO's loss is a reward term, a variance term (against collapse: it keeps explor
 reference). The paper leaves out one or both, with the previous policy as the reference. Here that, and, as a question
 of this page, the same with the frozen one: {UPDATES} updates of {PROMPTS} prompts with {COMPLETIONS} completions,
 {UPDATES_A_ROLLOUT} updates a rollout, beta {BETA:g}, and a learning rate that stays at
-{" or ".join(f"{rate:g}" for rate in LEARNING_RATES)} (with the frozen one at the larger alone), since one that falls to zero would hide divergence. What the
-loss itself says: without the variance term (and without both) it is linear in the policy's log-probs, so unbounded
-below, and nothing but the end of training stops it; without the covariance term it is bounded, and has an optimum,
-exp(R / beta) / Z, in which the reference does not occur: nothing holds it near its start, but it need not lose
+{" or ".join(f"{rate:g}" for rate in LEARNING_RATES)} (with the frozen one at the larger alone), since
+one that falls to zero would hide divergence. What the loss itself says: without the variance term (and without both) it
+is linear in the policy's log-probs, so unbounded below, and nothing but the end of training stops it; without the
+covariance term it is bounded, and has an optimum, exp(R / beta) / Z, in which the reference does not occur: nothing
+holds it near its start, but it need not lose
 accuracy. {RULE} {len(SEEDS)} runs have no interval worth the name: a claim is decided where all of them diverged, or
 none.
 """
