@@ -51,7 +51,6 @@ def run(options: Options, execute: Execute) -> None:
                     seed,
                     updates=UPDATES,
                     learning_rate=LEARNING_RATES.get(task),  # None of a config's own task: its own
-
                     meter={"evaluations": 2},
                 )
                 for seed in options.seeds or SEEDS
@@ -147,7 +146,8 @@ Figure 4 of the paper: groups of 8 with historical and fresh completions as 0:8 
 and 8:0, {UPDATES} updates each, beta {BETA}, learning rates {RATES},
 linear to zero: what Table 1 found best for GVPO on fresh completions, for all mixtures. What is historical: of
 *2:6, 4:4, 6:2* completions that this run has sampled for the same prompt in earlier rollouts, drawn uniformly
-(`sources.replay`); as long as a prompt has none, in the first of the three passes over the sums, its whole group is fresh, so that the share
+(`sources.replay`); as long as a prompt has none, in the first of the three passes over the sums, its whole group is
+fresh, so that the share
 over the run is smaller (in the table). Of *8:0* what the policy said before training, when it was the reference:
 {IN_FILE} completions of each prompt, 8 of them drawn for each group (`gvpo predict`, `sources.file`); nothing is
 sampled. *1 shown* is 7 fresh ones and one right answer from the dataset (`sources.demonstrations`), and is left out
