@@ -196,6 +196,8 @@ def curve(rows: Iterable[Row], name: str) -> dict[int, float]:
 def draw_line(axis: Any, points: dict[Any, Estimate], label: str) -> None:
     """Means with their intervals over whatever the keys are; those without a value are left out."""
     found = {x: value for x, value in points.items() if value.count}
+    if not found:
+        return
     halves = [value.half or 0.0 for value in found.values()]
     axis.errorbar(list(found), [v.mean for v in found.values()], halves, marker="o", capsize=3, label=label)
 
