@@ -75,7 +75,8 @@ def load_position(module: "GVPOModule", state: dict[str, Any]) -> None:
     """Put the half-trained rollout back, if there was one.
 
     Raises:
-        ValueError: settings, an objective or a number of ranks with which the run can't go on from this position.
+        ValueError: settings, an objective or a number of ranks with which the run can't go on from this position, or
+            rewards that the objective has no meaning for.
     """
     units, saved = position_units(module), state["units"]
     changed = [name for name in units if units[name] != saved[name]]
@@ -111,4 +112,5 @@ def load_position(module: "GVPOModule", state: dict[str, Any]) -> None:
             "and this checkpoint was saved within one of another objective, which has none: set the objective back, or "
             "take a checkpoint saved at a rollout's end."
         )
+    module.objective.check_rewards(rollout.batch)
     module.rollout = rollout

@@ -59,10 +59,11 @@ def debug_batch(module: "GVPOModule", batch: str | Path, ckpt_path: str | Path |
         FileNotFoundError, ValueError: one of the files is not there or not what it should be.
     """
     update = load_offending_update(batch)
-    kind, saved = module.objective_settings.kind, update.settings.get("objective", "gvpo")
-    if kind != saved:
+    objective, saved = str(module.objective_settings), update.settings.get("objective", "gvpo")
+    if objective != saved:
         raise ValueError(
-            f"{str(batch)!r} is an update of objective: {saved}, the config says {kind}: give the config of that run."
+            f"{str(batch)!r} is an update of objective: {saved}, the config says {objective}: give the config of "
+            "that run."
         )
     module.loading = replace(module.loading, dtype="float32", attn_implementation=None)
     module.configure_model()

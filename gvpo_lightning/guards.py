@@ -33,16 +33,17 @@ class Guard:
             self._said.add(name)
             rank_zero_info(message)
 
-    def sampler(self, settings: GenerationSettings) -> None:
+    def sampler(self, settings: GenerationSettings, objective: str) -> None:
         """Of samplers that never draw some of what the reference allows."""
         cuts = {"top_k": settings.top_k != 0, "top_p": settings.top_p < 1, "min_p": settings.min_p > 0}
         cuts["temperature"] = settings.temperature == 0
         named = " and ".join(f"{name}={getattr(settings, name)}" for name, is_cut in cuts.items() if is_cut)
         if named:
+            what_then = "GVPO's optimum is then not unique" if objective == "gvpo" else "that is not trained"
             self.say(
                 "sampler",
-                f"Sampling with {named} never draws some of what the reference allows: GVPO's optimum is then not "
-                "unique. Set temperature > 0, top_k=0, top_p=1.0 and min_p=0.0 to keep it so.",
+                f"Sampling with {named} never draws some of what the reference allows: {what_then}. Set temperature > "
+                "0, top_k=0, top_p=1.0 and min_p=0.0 to draw all of it.",
             )
 
     def on_policy(self, settings: GenerationSettings, temperature: float, objective: str) -> None:

@@ -15,6 +15,7 @@ from huggingface_hub import ModelCard, ModelCardData
 from lightning.pytorch.cli import SaveConfigCallback
 
 from gvpo_lightning.loading import adapter_base, is_installed
+from gvpo_lightning.objective_settings import ObjectiveSettings
 
 if TYPE_CHECKING:
     from gvpo_lightning.policy_module import PolicyModule
@@ -43,8 +44,7 @@ TEMPLATE = """---
 
 # {{ title }}
 
-{% if objective != "gvpo" %}{{ origin }} trained with the objective **{{ objective }}** of `gvpo_lightning`,
-for comparison with GVPO.
+{% if objective != "gvpo" %}{{ origin }} trained with the objective **{{ objective }}** of `gvpo_lightning`.
 {% else %}{{ origin }} trained with **GVPO**, Group Variance Policy Optimization
 ([arXiv 2504.19599](https://arxiv.org/abs/2504.19599)). For every prompt a group of completions is sampled and rewarded;
 the policy is trained such that its implicit rewards, `beta * log(policy / reference)`, differ within the group as the
@@ -69,7 +69,7 @@ KL-constrained reward maximisation.
 {{ config }}{{ fence }}
 
 Versions: {{ versions }}.
-
+{% if kind == "gvpo" %}
 ## Citation
 
 ```bibtex
@@ -82,7 +82,7 @@ Versions: {{ versions }}.
   url       = {https://arxiv.org/abs/2504.19599}
 }
 ```
-"""
+{% endif %}"""
 
 
 def write_card(
@@ -103,13 +103,17 @@ def write_card(
     source: str = policy if isinstance(policy, str) else policy.name_or_path
     beneath = adapter_base(source, module.loading) if isinstance(policy, str) else None
     source = source if beneath is None else beneath[0]
+    objective = getattr(module, "objective_settings", ObjectiveSettings())
     dataset: Any = ((config or {}).get("data") or {}).get("path")
     data = ModelCardData(
         base_model=source if _is_hub_id(source) else None,
         datasets=[dataset] if _is_hub_id(dataset) else None,
         library_name="peft" if kind == "adapter" else "transformers",
         pipeline_tag="text-generation",
-        tags=["gvpo", "reinforcement-learning"] + (["lora"] if kind != "model" else []),
+        tags=[
+            *([objective.kind] if objective.kind in ("dpo", "sft") else [objective.kind, "reinforcement-learning"]),
+            *([] if kind == "model" else ["lora"]),
+        ],
     )
     name = Path(source).name or type(module.policy_source).__name__
     origin = {
@@ -121,11 +125,10 @@ def write_card(
     card = ModelCard.from_template(
         data,
         template_str=TEMPLATE,
-        title=f"{name}-gvpo",
+        title=f"{name}-{objective.kind}",
         origin=origin[kind],
-        objective=objective_settings.kind
-        if (objective_settings := getattr(module, "objective_settings", None))
-        else "gvpo",
+        objective=str(objective),
+        kind=objective.kind,
         code=_loading_code(source if _is_hub_id(source) else "BASE", kind, _brings_code(module)),
         results="\n".join(f"| {key} | {value} |" for key, value in _numbers(summary or {})),
         config=shown,

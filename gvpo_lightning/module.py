@@ -138,6 +138,7 @@ class GVPOModule(SamplingModule):
         for name, value in (("temperature", temperature), ("max_log_ratio", max_log_ratio)):
             if not value > 0:
                 raise ValueError(f"{name} must be > 0, got {value}.")
+        self.objective.check_reference(reference.kind)
         self.reference_settings = reference
         self.reference = make_reference(
             reference,
@@ -424,7 +425,8 @@ class GVPOModule(SamplingModule):
         if collected.entropy is not None and update.rows:
             metrics["entropy"] = collected.entropy / int(self.rollout.batch.lengths[list(update.rows)].sum())
         metrics |= loss.metrics(collected)
-        if self.beta and self.objective_settings.kind != "sft":  # which nothing pulls back
+        if self.objective_settings.kind == "gvpo" and not self.objective_settings.length_exponent:
+            # of others the residual may be large: it is not what they train
             self.guard.log_ratios(metrics["residual/rms"], metrics["reward/spread"])
         if is_first and "log_ratio/policy/mean" in metrics:  # only then are these the policy's own samples
             self.rollout.metrics["kl/reference"] = float(metrics["log_ratio/policy/mean"])

@@ -67,6 +67,9 @@ class Objective:
         self.settings, self.beta = settings, beta
         self.max_completion_tokens = max_completion_tokens  # that sampling may make
 
+    def check_reference(self, kind: str) -> None:
+        """Raise ValueError for a kind of reference against which beta would have no effect."""
+
     def check_rewards(self, batch: CompletionBatch) -> None:
         """Raise ValueError for rewards that this objective has no meaning for."""
 
@@ -113,6 +116,9 @@ class AblatedGVPO(GroupObjective):
     def sequence_loss(self, log_ratios: Tensor, batch: CompletionBatch, terms: UpdateTerms) -> Tensor:
         """The terms that are left."""
         reference = sum_completion_tokens(batch.reference_logprobs, batch.completion_mask).to(log_ratios.dtype)
+        settings = self.settings
+        assert settings.variance_term is not None
+        assert settings.covariance_term is not None
         return gvpo_rl_loss(
             (log_ratios + reference)[:, None],
             reference[:, None],
@@ -121,8 +127,8 @@ class AblatedGVPO(GroupObjective):
             batch.group_ids,
             self.beta,
             num_groups=max(int(terms.denominator), 1),
-            variance_term=self.settings.variance_term,
-            covariance_term=self.settings.covariance_term,
+            variance_term=settings.variance_term,
+            covariance_term=settings.covariance_term,
         ).loss
 
 
@@ -133,6 +139,7 @@ class LengthScaledGVPO(GroupObjective):
 
     def sequence_loss(self, log_ratios: Tensor, batch: CompletionBatch, terms: UpdateTerms) -> Tensor:
         """Lengths in tokens."""
+        assert self.settings.length_exponent is not None
         scales = batch.lengths.clamp(min=1).to(log_ratios.dtype).pow(-self.settings.length_exponent)
         columns = (scales, batch.kept, batch.rewards, batch.group_ids, self.beta)
         return length_scaled_gvpo_loss(log_ratios, *columns, num_groups=max(int(terms.denominator), 1)).loss
@@ -169,6 +176,7 @@ class GRPO(Objective):
     def loss(self, token_logprobs: Tensor, batch: CompletionBatch, terms: UpdateTerms) -> ObjectiveLoss:
         """Ratios are the tokens'."""
         assert batch.sampler_logprobs is not None
+        assert self.settings.clip is not None
         return grpo_loss(
             token_logprobs,
             batch.sampler_logprobs,
@@ -187,6 +195,15 @@ class PolicyGradient(Objective):
 
     needs_sampler_logprobs = True
 
+    def check_reference(self, kind: str) -> None:
+        """It must not be the policy that has sampled: the penalty is that of the samples, at the rollout's start."""
+        if kind == "previous" and self.beta:
+            raise ValueError(
+                f"objective: policy_gradient with reference: previous and beta={self.beta}: its penalty is that of the "
+                "policy at the rollout's start, which is the reference, so it is always 0. Set reference: frozen, or "
+                "beta: 0."
+            )
+
     def terms(self, batch: CompletionBatch) -> UpdateTerms:
         """The penalty is part of the reward; the denominator is the number of completions."""
         assert batch.sampler_logprobs is not None
@@ -199,6 +216,7 @@ class PolicyGradient(Objective):
     def loss(self, token_logprobs: Tensor, batch: CompletionBatch, terms: UpdateTerms) -> ObjectiveLoss:
         """Ratios are the completions'."""
         assert batch.sampler_logprobs is not None
+        assert self.settings.clip is not None
         return policy_gradient_loss(
             token_logprobs,
             batch.sampler_logprobs,
@@ -251,7 +269,7 @@ def make_objective(settings: ObjectiveSettings, beta: float, max_completion_toke
         "sft": SFT,
     }
     kind = kinds[settings.kind]
-    if not (settings.variance_term and settings.covariance_term):
+    if not settings.is_whole:
         kind = AblatedGVPO
     elif settings.length_exponent:
         kind = LengthScaledGVPO

@@ -9,6 +9,7 @@ The others are TRL's of the same names: `grpo_loss` (loss_type grpo and dr_grpo)
 argument: it is the whole update's, of which the tensors may be a part.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -84,7 +85,9 @@ def gvpo_rl_loss(
 
     The sum of the three `objective/*` metrics: its value differs from `gvpo_loss`'s by a constant of the
     batch, Var(beta log pi' + R) / 2 averaged over the groups. Without one of the regularisers it is another
-    objective, which has no optimum: training diverges (the paper's ablation).
+    objective (the paper's ablation). Without the variance term it is unbounded below. Without the covariance term it is
+    at least -Var(R) / 2, and its optimum is exp(R / beta) / Z whatever the reference: where few strings have a reward,
+    nearly uniform over all of them.
     """
     batch = prepare(token_logprobs, reference_logprobs, completion_mask, rewards, group_ids, beta, num_groups)
     terms = rl_terms(batch)
@@ -161,7 +164,7 @@ def grpo_loss(
         max_completion_tokens: a completion's tokens are summed and divided by it (Dr. GRPO); None: their mean.
     """
     log_ratio = torch.where(completion_mask, token_logprobs - sampler_logprobs, 0.0)
-    token_losses, clipped = _clipped_losses(log_ratio.exp(), advantages[:, None], clip)
+    token_losses, clipped = _clipped_losses(log_ratio, advantages[:, None], clip)
     if beta:
         to_reference = torch.where(completion_mask, reference_logprobs - token_logprobs, 0.0)
         token_losses = token_losses + beta * (to_reference.exp() - to_reference - 1)
@@ -182,12 +185,15 @@ def policy_gradient_loss(
     """The policy gradient's loss: advantages times clipped ratios of whole completions; arguments as in `grpo_loss`."""
     log_ratios = sum_completion_tokens(token_logprobs - sampler_logprobs, completion_mask)
     kept = completion_mask.any(dim=1)
-    losses, clipped = _clipped_losses(log_ratios.exp(), advantages, clip)
+    losses, clipped = _clipped_losses(log_ratios, advantages, clip)
     return ObjectiveLoss(torch.where(kept, losses, 0.0).sum() / denominator, (clipped & kept).sum())
 
 
-def _clipped_losses(ratios: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
+def _clipped_losses(log_ratios: Tensor, advantages: Tensor, clip: float) -> tuple[Tensor, Tensor]:
     """-min(r A, clip(r) A), and where the clipped one has been taken; any shape."""
+    # with A >= 0 all that is above the bound is clipped or 0, but e^89 would be inf, and its gradient 0 * inf
+    beyond = math.log1p(clip) + 1.0
+    ratios = torch.where(advantages >= 0, log_ratios.clamp(max=beyond), log_ratios).exp()
     losses = -torch.min(ratios * advantages, ratios.clamp(1 - clip, 1 + clip) * advantages)
     clipped = ((ratios < 1 - clip) & (advantages < 0)) | ((ratios > 1 + clip) & (advantages > 0))
     return losses, clipped.detach()

@@ -121,7 +121,7 @@ def save_update_of(module: "GVPOModule", update: Update, token_logprobs: Sequenc
             sources=[rollout.sources[row] for row in rows] or [""],
             settings={
                 "beta": module.beta,
-                "objective": module.objective_settings.kind,
+                "objective": str(module.objective_settings),
                 "temperature": module.temperature,
                 "max_log_ratio": module.max_log_ratio,
                 "num_groups": max(update.num_groups, 1),

@@ -41,7 +41,7 @@ def check_start(module: "GVPOModule") -> None:
     if module.objective.needs_sampler_logprobs:
         module.guard.on_policy(module.generation, module.temperature, module.objective_settings.kind)
     elif module.sources.settings.generates:
-        module.guard.sampler(module.generation)
+        module.guard.sampler(module.generation, str(module.objective_settings))
     if module.lora is not None and str(module.trainer.precision) in ("bf16-true", "16-true"):
         module.guard.say(
             "adapter precision",

@@ -30,7 +30,7 @@ class LengthMeter:
         and what `describe_part` says of the log-ratios to the start.
         """
         log_ratios = (self._score(module) - self._start).double().sum(dim=1)
-        exponent = module.objective_settings.length_exponent
+        exponent = module.objective_settings.length_exponent or 0.0
         scales = self.batch.lengths.clamp(min=1).double().pow(-exponent)
         columns = (scales, self.batch.kept, self.batch.rewards, self.batch.group_ids)
         residuals = length_scaled_gvpo_loss(log_ratios, *columns, module.beta or 1.0).residuals

@@ -4,12 +4,15 @@ What has been measured stays in the experiment's JSON, so that an interrupted ex
 """
 
 import contextlib
+import ctypes
 import functools
 import hashlib
 import json
 import multiprocessing
 import os
+import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
@@ -20,6 +23,7 @@ from typing import Any
 
 import yaml
 from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import Checkpoint, DeviceStatsMonitor, LearningRateMonitor
 
 from benchmarks.recording import Recording
 from gvpo_lightning.callbacks import CompletionsTable, MemoryEstimate, RunSummary
@@ -29,6 +33,7 @@ ROOT = Path(__file__).parent.parent.parent
 Row = dict[str, Any]
 Execute = Callable[["Sequence[Cell]"], list[Row]]
 SHOWING = (CompletionsTable, MemoryEstimate, RunSummary)
+STORING = (Checkpoint, DeviceStatsMonitor, LearningRateMonitor)  # which need checkpoints or a logger
 QUIET = {
     "trainer.enable_progress_bar": False,
     "trainer.enable_model_summary": False,
@@ -62,7 +67,7 @@ class Cell:
 
     @property
     def key(self) -> str:
-        """The same for the same run: changes with its settings and its config files, not with the code."""
+        """The same for the same run: changes with its settings and its config files, not with code, data or policy."""
         texts = [(ROOT / path).read_text() for path in self.configs]
         told = [texts, self.settings, self.seed, self.meter, self.labels]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
@@ -74,9 +79,12 @@ class Cell:
         if self.keep is not None:
             measuring["export"] = str(folder / "export")
         meter = {"class_path": "benchmarks.paper.meter.PaperMeter", "init_args": measuring}
+        # or a mapping would be laid over the one of a config
+        first = ["--model.objective=gvpo"] if isinstance(settings.get("model.objective"), dict) else []
         return [
             "fit",
             *(f"--config={ROOT / path}" for path in self.configs),
+            *first,
             *(f"--{key}={value if isinstance(value, str) else json.dumps(value)}" for key, value in settings.items()),
             f"--trainer.callbacks+={json.dumps(meter)}",
         ]
@@ -91,7 +99,9 @@ class CellCLI(GVPOCLI):
         return {"fit": GVPOCLI.subcommands()["fit"]}
 
     def instantiate_trainer(self, **kwargs: Any) -> Trainer:
-        """Without the callbacks that every other run has."""
+        """Without the callbacks that every other run has, and without what keeps things."""
+        config = self._get(self.config_init, "trainer")
+        config["callbacks"] = [c for c in config.get("callbacks") or [] if not isinstance(c, STORING)]
         trainer: Any = super().instantiate_trainer(**kwargs)
         trainer.callbacks = [c for c in trainer.callbacks if not isinstance(c, SHOWING)]
         return trainer
@@ -118,9 +128,8 @@ def run_cell(cell: Cell) -> Row:
             raise RuntimeError(f"{cell.labels}: {error}\n{log.read_text()[-2000:]}") from error
         record = json.loads(output.read_text())
     seconds = time.perf_counter() - started
-    return {"labels": cell.labels, "seed": cell.seed, "settings": cell.settings, "key": cell.key, **record} | {
-        "wall_seconds": seconds
-    }
+    told = {name: getattr(cell, name) for name in ("labels", "seed", "configs", "settings", "meter", "key")}
+    return told | record | {"wall_seconds": seconds}
 
 
 def run_cells(cells: Sequence[Cell], recording: Recording, jobs: int, show: Callable[[Row], None]) -> list[Row]:
@@ -144,12 +153,22 @@ def rows_of(cells: Sequence[Cell], jobs: int) -> Generator[Row]:
         return
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # inherited: one thread a worker
     # spawned: a forked worker would inherit threads and random state
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), end_with_parent)
     try:
         for future in as_completed([pool.submit(run_cell, cell) for cell in cells]):
             yield future.result()
+    except BaseException:  # a failed cell, an interrupt: the others are not waited for
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        raise
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def end_with_parent() -> None:
+    """In a worker, on Linux: be killed when the parent is gone, however it went."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 @functools.cache  # as it was when the first cell began
@@ -157,8 +176,9 @@ def commit() -> str:
     """The commit that is checked out, with a + where the code or the configs differ from it."""
     git = ["git", "-C", str(ROOT)]
     found = subprocess.run([*git, "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    code = ["gvpo_lightning", "kernels", "configs", "benchmarks/paper"]
-    changed = subprocess.run([*git, "diff", "--quiet", "HEAD", "--", *code], check=False).returncode
+    code = ["gvpo_lightning", "kernels", "configs", "benchmarks", ":!benchmarks/results"]
+    status = [*git, "status", "--porcelain", "--untracked-files=all", "--", *code]
+    changed = subprocess.run(status, capture_output=True, text=True, check=False).stdout.strip()
     return (found or "unknown") + ("+" if found and changed else "")
 
 

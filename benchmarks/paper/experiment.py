@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks.paper.cells import Execute, Row, commit, config_texts, run_cells
 from benchmarks.paper.options import Options
 from benchmarks.paper.tables import Claim
@@ -39,7 +41,7 @@ class Experiment:
 
 def perform(experiment: Experiment, options: Options, output: Path, jobs: int, resume: bool) -> list[Row]:
     """Run an experiment; `output`.json is written cell by cell, `output`.md and .png at its end."""
-    recording = Recording(output.with_suffix(".json"), "cpu")
+    recording = Recording(output.with_suffix(".json"), "cuda" if torch.cuda.is_available() else "cpu")
     if resume and recording.path.exists():
         recording.rows = recording.read_rows()
     configs: dict[str, Any] = {}  # read when a cell takes one
@@ -62,23 +64,37 @@ def perform(experiment: Experiment, options: Options, output: Path, jobs: int, r
     experiment.run(options, execute)
     rows = json.loads(json.dumps(rows).replace(str(options.folder), "FOLDER"))  # which is gone by then
     recording.rows = rows  # in the experiment's order, without those of other options
-    recording.header["claims"] = [asdict(claim) for claim in experiment.claims(rows)]
-    recording.write()
-    output.with_suffix(".md").write_text(experiment.table(rows) + "\n")
-    draw(experiment, rows, output.with_suffix(".png"))
+    conclude(experiment, recording, output)
     return rows
+
+
+def conclude(experiment: Experiment, recording: Recording, output: Path) -> None:
+    """Write claims into `output`.json, and the table and the figure beside it, from the rows."""
+    recording.header["claims"] = [asdict(claim) for claim in experiment.claims(recording.rows)]
+    recording.write()
+    output.with_suffix(".md").write_text(experiment.table(recording.rows) + "\n")
+    draw(experiment, recording.rows, output.with_suffix(".png"))
+
+
+def conclude_again(experiment: Experiment, output: Path) -> None:
+    """The same of rows that were measured before, where that was to its end."""
+    path = output.with_suffix(".json")
+    record = json.loads(path.read_text()) if path.exists() else {}
+    if "claims" in record:
+        recording = Recording(path, "cpu")
+        recording.rows = record.pop("rows")
+        recording.header = record  # when and where they were measured
+        conclude(experiment, recording, output)
 
 
 def show(row: Row) -> None:
     """One line as a run ends."""
     labels = ", ".join(f"{name} {value}" for name, value in row["labels"].items())
     stopped = f", stopped: {row['stopped']}" if row["stopped"] else ""
-    end = row["end"]
-    print(
-        f"{labels}, seed {row['seed']}: accuracy {row['start']['accuracy']:.3f} -> {end['accuracy']:.3f}, "
-        f"KL {end['kl']:.2f}, {row['wall_seconds']:.0f} s{stopped}",
-        flush=True,
-    )
+    start, end = row["start"], row["end"]
+    reached = "lost" if end is None else f"{end['accuracy']:.3f}, KL {end['kl']:.2f}"
+    head = f"{labels}, seed {row['seed']}: accuracy {start['accuracy']:.3f} -> {reached}"
+    print(f"{head}, {row['wall_seconds']:.0f} s{stopped}", flush=True)
 
 
 def draw(experiment: Experiment, rows: list[Row], path: Path) -> None:

@@ -24,7 +24,7 @@ from benchmarks.paper.tables import (
     paired_difference,
 )
 
-GROUP_SIZES = (2, 4, 8, 16, 64)
+GROUP_SIZES = (2, 4, 16, 64)
 COMPARED = ("GVPO", "GRPO")
 SEEDS = (0, 1, 2)
 UPDATES = 40

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -34,8 +35,9 @@ class PaperMeter(L.Callback):
 
     Writes `output`, JSON: `start` and `end` (see `measure`), `evaluations` (the same with `update`), `trace` (the
     update's own numbers, of gradient norm and log-ratio the largest since the point before), `stopped`, why training
-    ended early, or null, and `predicted`, the accuracy of the policy that maximises E[R] - beta KL for a 0/1 reward and
-    a frozen reference, p e^(1/beta) / (p e^(1/beta) + 1 - p) for each prompt, where probabilities are exact.
+    ended early, or null (of weights that are not finite there is no `end`), and `predicted`, the accuracy of the policy
+    that maximises E[R] - beta KL for a 0/1 reward and a frozen reference, p e^(1/beta) / (p e^(1/beta) + 1 - p) for a
+    prompt, where probabilities are exact and that policy is what the objective leads to.
 
     Args:
         output: the file.
@@ -67,7 +69,7 @@ class PaperMeter(L.Callback):
         self._base: Any = None
         self._rows: list[Row] = []
         self._gradient_norm = self._log_ratio = 0.0
-        self._seen = 0
+        self._seen = self._last = 0
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Keep what the policy is now, unless the reference does, and measure it."""
@@ -77,11 +79,13 @@ class PaperMeter(L.Callback):
         self._rows = validation_rows(trainer)
         if not self._rows:
             raise ValueError("The paper's experiments are measured on validation prompts: set data.validation_split.")
+        self._last = trainer.max_steps if trainer.max_steps > 0 else int(trainer.estimated_stepping_batches)
         if not pl_module.reference.is_fixed:
             self._base = copy.deepcopy(pl_module.policy)
         self.record["start"] = self._measure(pl_module, self.completions)
         self.record["predicted"] = None
-        if self.answers is not None and pl_module.reference.is_fixed and pl_module.beta > 0:
+        leads_there = pl_module.objective_settings.kind in ("gvpo", "policy_gradient") and pl_module.beta > 0
+        if self.answers is not None and pl_module.reference.is_fixed and leads_there:
             with pl_module.reference.applied(pl_module.policy) as reference:
                 p = right_probabilities(pl_module, reference, self._rows, self.answers)
             self.record["predicted"] = float(optimal_accuracy(p, pl_module.beta).mean())
@@ -98,7 +102,7 @@ class PaperMeter(L.Callback):
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """After an update, a point of the trace, or an evaluation, if it is time."""
-        update, last = trainer.global_step, trainer.max_steps
+        update, last = trainer.global_step, self._last
         if update == self._seen:  # accumulating
             return
         self._seen = update
@@ -129,10 +133,14 @@ class PaperMeter(L.Callback):
             self._finish(pl_module)
 
     def _finish(self, module: Any) -> None:
-        self.record["end"] = self._measure(module, self.completions)
+        finite = all(bool(torch.isfinite(p).all()) for p in module.policy.parameters())
+        if finite:
+            self.record["end"] = self._measure(module, self.completions)
+        else:
+            self.record["stopped"] = self.record["stopped"] or "weights that are not finite"
         self.record["skipped_updates"] = module.skipped_updates
         self.record["seconds"] = dict(module.seconds)
-        self.output.write_text(json.dumps(self.record))
+        self.output.write_text(json.dumps(without_nan(self.record), allow_nan=False))
 
     def _measure(self, module: GVPOModule, completions: int) -> dict[str, Any]:
         base: AbstractContextManager[Any] = module.reference.applied(module.policy)
@@ -145,6 +153,15 @@ class PaperMeter(L.Callback):
         if self.answers is not None:
             measured["accuracy"] = float(right_probabilities(module, module.policy, self._rows, self.answers).mean())
         return measured
+
+
+def without_nan(value: Any) -> Any:
+    """The same with null for numbers that are not finite, of which JSON knows nothing."""
+    if isinstance(value, dict):
+        return {name: without_nan(part) for name, part in value.items()}
+    if isinstance(value, list):
+        return [without_nan(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def is_log_ratio(name: str) -> bool:

@@ -21,6 +21,13 @@ METHODS: dict[str, dict[str, Any]] = {
 }
 
 
+# what experiments say of a config's objective and sources where they say nothing: GVPO on fresh completions
+FRESH_GVPO: dict[str, Any] = {
+    "model.objective": "gvpo",
+    "model.sources": {"policy": None, "replay": None, "demonstrations": None, "file": None},
+}
+
+
 @dataclass(frozen=True)
 class Options:
     """The command line.
@@ -74,6 +81,9 @@ class Options:
         Args:
             learning_rate: falls linearly to nearly 0, unless `settings` have a schedule; None leaves the config's.
         """
+        if self.configs:
+            sources = FRESH_GVPO["model.sources"] | settings.get("model.sources", {})
+            settings = FRESH_GVPO | settings | {"model.sources": sources}
         number = self.updates or (None if self.configs else updates)
         if number is not None:
             settings = {"trainer.max_steps": number, "trainer.max_epochs": -1} | settings

@@ -39,9 +39,27 @@ def summary(records: dict[str, dict[str, Any] | None]) -> str:
     found = [(name, Claim(**claim)) for name, record in records.items() if record for claim in record["claims"]]
     found.sort(key=lambda pair: {False: 0, None: 1, True: 2}[pair[1].holds])
     lines = [
-        [claim.verdict, claim.says, claim.measured, f"[{EXPERIMENTS[name].title}](#{name})"] for name, claim in found
+        [claim.verdict, claim.source, claim.says, claim.measured, f"[{EXPERIMENTS[name].title}](#{name})"]
+        for name, claim in found
     ]
-    return markdown(["", "claim", "measured here", "experiment"], lines)
+    counts = {word: sum(claim.verdict == word for _, claim in found) for word in ("agrees", "**contradicts**")}
+    head = (
+        f"{len(found)} statements: {counts['agrees']} are seen here, {counts['**contradicts**']} are contradicted; of "
+        "the others the intervals do not tell. They are the paper's, the theory's, or ours, put to learn more. Each is "
+        "judged at 95% on its own: where there is nothing but noise, one in twenty is decided all the same.\n\n"
+    )
+    return head + markdown(["", "whose", "statement", "measured here", "experiment"], lines)
+
+
+def command(name: str, record: dict[str, Any]) -> str:
+    """What was run."""
+    options = {key: value for key, value in record["options"].items() if value is not None}
+    shown = [
+        f" --{key.removesuffix('s') if key == 'configs' else key.replace('_', '-')} "
+        + " ".join(map(str, value if isinstance(value, list) else [value]))
+        for key, value in options.items()
+    ]
+    return f"python -m benchmarks.paper {name}" + "".join(shown)
 
 
 def section(name: str, record: dict[str, Any] | None) -> str:
@@ -54,7 +72,7 @@ def section(name: str, record: dict[str, Any] | None) -> str:
     seeds = sorted({row["seed"] for row in record["rows"]})
     commits = sorted({row["commit"][:12] for row in record["rows"]})
     made = (
-        f"`python -m benchmarks.paper {name}`: {len(record['rows'])} runs, seeds {', '.join(map(str, seeds))}, "
+        f"`{command(name, record)}`: {len(record['rows'])} runs, seeds {', '.join(map(str, seeds))}, "
         f"{minutes:.0f} core-minutes on {record['device']}, {record['date']}, code {', '.join(commits)}; "
         f"[numbers and configs](../benchmarks/results/paper/{name}.json)."
     )

@@ -29,7 +29,7 @@ COMPARED: dict[str, dict[str, Any]] = {
     "PG + KL": METHODS["PG + KL"] | {"model.reference": "frozen"},
 }
 OURS, OTHERS = ("GVPO, frozen", "GVPO, previous"), ("GRPO", "PG + KL")
-LEARNING_RATES = (1e-4, 3e-4, 1e-3, 3e-3)
+LEARNING_RATES = (3e-4, 1e-3, 3e-3)
 UPDATES_PER_ROLLOUT = (1, 4, 16)
 SEEDS = (0, 1)
 UPDATES, EVALUATIONS = 64, 3

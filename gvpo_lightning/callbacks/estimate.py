@@ -64,6 +64,8 @@ def run_facts(trainer: L.Trainer, module: GVPOModule) -> tuple[ModelSizes, RunFa
         checkpointing=any(getattr(part, "gradient_checkpointing", False) for part in policy.modules()),
         padding_free=module.padding_free,
         masks=attention_of(policy) in ("eager", "sdpa"),
+        couples_groups=module.objective.couples_groups,
+        scores_sampler=module.objective.needs_sampler_logprobs,
         reward_bytes=sum(reward.weight_bytes() for reward in models if callable(getattr(reward, "weight_bytes", None))),
         cuda=parameter.is_cuda,
     )

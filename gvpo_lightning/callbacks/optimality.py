@@ -25,8 +25,10 @@ class OptimalityMeter(L.Callback):
 
     For a reward of 1 for the right answer string and 0 for all else, and a frozen reference that gives the
     right answer with probability p, the optimal policy gives it with p e^(1/beta) / (p e^(1/beta) + 1 - p).
-    That is the optimum of E[reward] - beta KL(policy || reference), whatever the objective; GVPO and policy_gradient
-    have it, the others come near it or do not, and with beta 0 nothing is predicted.
+    That is the optimum of E[reward] - beta KL(policy || reference), which GVPO and policy_gradient have, and dr_grpo
+    loosely: its pull is as strong, but to another divergence. For all else nothing is predicted: grpo divides by the
+    rewards' deviation and by lengths, so its pull differs between prompts; dpo pushes pairs of one sign without end;
+    GVPO without a term or with a length exponent, and sft, have other optima; and with beta 0 nothing pulls.
     Both probabilities are teacher-forced, per validation prompt, and then averaged. Logged at every
     validation as `optimum/predicted` and `optimum/reached`; the run's summary takes both up.
 
@@ -41,11 +43,14 @@ class OptimalityMeter(L.Callback):
         self._rows: list[Row] = []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """The prediction, from the reference; none against one that moves, or is no model at hand, or does not pull."""
+        """The prediction, from the reference; none against one that moves, is no model at hand or does not pull."""
         assert isinstance(pl_module, GVPOModule)
         self._rows = validation_rows(trainer)
         if not self._rows:
             rank_zero_warn("OptimalityMeter predicts nothing: the trainer has no validation prompts at its start.")
+            return
+        objective = pl_module.objective_settings
+        if not (objective.is_gvpo or objective.kind in ("policy_gradient", "dr_grpo")):
             return
         if not (pl_module.beta and pl_module.reference.is_fixed) or pl_module.reference_settings.kind == "cached":
             return

@@ -60,6 +60,8 @@ class RunFacts:
         checkpointing: decoder layers are computed again in the backward pass.
         padding_free: a micro-batch is one row, so that a mask covers all pairs of its tokens.
         masks: attention is given a mask ("eager" and "sdpa").
+        couples_groups: the objective's gradient of a completion depends on its group's others; grpo's and sft's do not.
+        scores_sampler: completions are scored under the policy that has sampled them, as ratios to it need.
         reward_bytes: of reward models' weights, which stay beside the policy.
         cuda: on GPUs; the loss then runs in Triton, and AdamW works on all tensors at once.
     """
@@ -81,6 +83,8 @@ class RunFacts:
     checkpointing: bool = True
     padding_free: bool = False
     masks: bool = True
+    couples_groups: bool = True
+    scores_sampler: bool = False
     reward_bytes: int = 0
     cuda: bool = True
 
@@ -154,9 +158,14 @@ class RunFacts:
     @property
     def two_passes(self) -> bool:
         """Whether groups are cut over micro-batches, so that a pass without gradient comes first."""
-        return self.micro_batch < self.workload.group_size and self.workload.accumulate > 1
+        return self.couples_groups and self.micro_batch < self.workload.group_size and self.workload.accumulate > 1
 
     @property
     def scores(self) -> bool:
         """Whether completions are scored under a reference in the run."""
         return self.reference != "cached"
+
+    @property
+    def num_scorings(self) -> int:
+        """Passes over a rollout's completions without gradient, under the reference and the policy that has sampled."""
+        return self.scores + self.scores_sampler

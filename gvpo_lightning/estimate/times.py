@@ -62,7 +62,7 @@ def estimate_seconds(
     matmuls, updates = hardware.flops * hardware.matmul_share, work.updates_per_rollout
     decode = _generate_seconds if engine == "generate" else _engine_seconds
     rollout = decode(sizes, facts, hardware) / updates if work.generates else 0.0
-    reference = facts.rollout_completions * _forward_flops(sizes, facts) / matmuls / updates if facts.scores else 0.0
+    reference = facts.num_scorings * facts.rollout_completions * _forward_flops(sizes, facts) / matmuls / updates
     train = facts.micro_batch * work.accumulate * _train_flops(sizes, facts) / matmuls
     if engine == "vllm":  # which is given the weights once a rollout; what it sends itself is in its own time
         calls = [call for call in calls if (call.phase, call.what) != ("rollout", "activations")]

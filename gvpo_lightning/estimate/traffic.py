@@ -70,8 +70,8 @@ def _data_parallel(sizes: ModelSizes, facts: RunFacts) -> list[Collective]:
     if work.generates:
         width = facts.weight_bytes if facts.strategy == "fsdp1" else compute
         calls.append(Collective("rollout", "weights", "all-gather", whole * width // updates, *ranks, False))
-    if facts.scores:
-        batches = math.ceil(facts.rollout_completions / facts.micro_batch)
+    if facts.num_scorings:
+        batches = facts.num_scorings * math.ceil(facts.rollout_completions / facts.micro_batch)
         calls.append(Collective("reference", "weights", "all-gather", batches * whole * compute // updates, *ranks))
     return calls
 
@@ -91,6 +91,7 @@ def _tensor_parallel(sizes: ModelSizes, facts: RunFacts) -> list[Collective]:
     calls = [Collective("train", "activations", "all-reduce", count * trained * token, *ranks, False)]
     if work.generates:
         calls.append(Collective("rollout", "activations", "all-reduce", 2 * rollout * token, *ranks, False))
-    if facts.scores:
-        calls.append(Collective("reference", "activations", "all-reduce", 2 * rollout * token, *ranks, False))
+    if facts.num_scorings:
+        scored = facts.num_scorings * rollout
+        calls.append(Collective("reference", "activations", "all-reduce", 2 * scored * token, *ranks, False))
     return calls

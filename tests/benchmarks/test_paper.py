@@ -87,11 +87,16 @@ def two_cells(options, execute):
 
 @pytest.fixture
 def small(root, tmp_path):
-    """Options of a user's own run, of two updates."""
+    """Options of a user's own run, of two updates, with much that an experiment's cells can't use."""
     config = yaml.safe_load((root / "benchmarks/paper/tasks/sums.yaml").read_text())
     config["model"]["policy"] = str(root / config["model"]["policy"])
     config["data"]["path"] = str(root / config["data"]["path"])
-    config["trainer"]["max_steps"] = 2
+    config["trainer"] |= {"max_steps": 2, "logger": True, "enable_checkpointing": True}
+    config["trainer"]["callbacks"] = [
+        {"class_path": "gvpo_lightning.callbacks.RunCheckpoint"},
+        {"class_path": "lightning.pytorch.callbacks.LearningRateMonitor"},
+    ]
+    config["model"] |= {"objective": {"kind": "grpo", "clip": 0.3}, "sources": {"replay": {"count": 4}}}
     path = tmp_path / "own.yaml"
     path.write_text(yaml.safe_dump(config))
     return Options(tmp_path, (str(path),))
@@ -111,10 +116,20 @@ def test_results_are_kept_cell_by_cell_and_taken_up_again(jobs, small, tmp_path,
     assert [row["trace"][-1]["update"] for row in rows] == [2, 2]  # the config's own number
     assert record["configs"][small.configs[0]]["model"]["rollout"]["group_size"] == 8
     assert output.with_suffix(".md").read_text() == "2 rows\n"
+    assert all(row["trace"][-1]["residual_rms"] > 0 for row in rows)
     kept = record["rows"][0] | {"marked": True}
     output.with_suffix(".json").write_text(json.dumps(record | {"rows": [kept, record["rows"][1]]}))
     monkeypatch.setattr(cells, "run_cell", lambda cell: pytest.fail("nothing is missing"))
     assert perform(chosen, small, output, jobs=1, resume=True)[0]["marked"]
+
+
+def test_an_experiment_sets_aside_the_objective_and_the_sources_of_a_config(small):
+    settings = {
+        "model.objective": {"kind": "gvpo", "variance_term": False},
+        "model.sources": {"demonstrations": {"column": "answer", "count": 1}},
+    }
+    row = run_cell(small.cell(small.configs, {}, settings, 0, updates=2, learning_rate=None))
+    assert "replayed" not in row["trace"][-1]
 
 
 def test_a_mistake_in_the_settings_is_shown(small, tmp_path):

@@ -1,6 +1,7 @@
 """The page on many GPUs says what the estimator says, and the estimator's numbers hang together."""
 
 import json
+from dataclasses import replace
 
 import pytest
 
@@ -86,6 +87,22 @@ def test_groups_that_are_cut_cost_a_pass_more(sizes):
     )
     assert (whole.two_passes, cut.two_passes) == (False, True)
     assert estimate_seconds(sizes, cut)["train"] > 1.1 * estimate_seconds(sizes, whole)["train"]
+
+
+def test_an_objective_without_groups_has_no_pass_more_and_one_with_a_sampler_scores_twice(sizes):
+    work = Workload(256, 1024, prompts_per_rollout=8, prompts_per_update=8, accumulate=2)
+    for spread in ({"num_gpus": 8, "strategy": "fsdp2"}, {"num_gpus": 8, "tensor_parallel": 8}):
+        gvpo = RunFacts(work, **spread, reference="previous")
+        grpo = replace(gvpo, couples_groups=False, scores_sampler=True)
+        assert not grpo.two_passes
+        scored = [
+            sum(call.payload for call in estimate_traffic(sizes, facts) if call.phase == "reference")
+            for facts in (gvpo, grpo)
+        ]
+        assert scored[1] == 2 * scored[0] > 0
+        seconds = [estimate_seconds(sizes, facts) for facts in (gvpo, grpo)]
+        assert seconds[1]["reference"] == pytest.approx(2 * seconds[0]["reference"])
+        assert (seconds[1]["train"] < seconds[0]["train"]) == gvpo.two_passes
 
 
 def test_gpus_that_tensor_parallelism_does_not_divide_are_refused():

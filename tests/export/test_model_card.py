@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from gvpo_lightning import GVPOModule
+from gvpo_lightning import GVPOModule, ObjectiveSettings
 from gvpo_lightning.model_card import publishable, write_card
 
 SECRET_KEYS = ["api_key", "key", "apikey", "access_key", "hf_token", "aws_secret_access_key", "credentials", "passwd"]
@@ -88,3 +88,27 @@ def test_what_may_be_a_path_is_not_taken_for_a_name_on_the_hub(tiny_policy, toke
     front, text = card(tiny_policy, tokenizer, tmp_path, "Qwen/Qwen2.5-0.5B", {"data": {"path": "openai/gsm8k"}})
     assert (front["base_model"], front["datasets"]) == ("Qwen/Qwen2.5-0.5B", ["openai/gsm8k"])
     assert 'from_pretrained("Qwen/Qwen2.5-0.5B")' in text
+
+
+@pytest.mark.parametrize(
+    ("objective", "title", "said", "tags"),
+    [
+        (ObjectiveSettings(), "# model-gvpo", "reweighted by `exp(reward / beta)`", ["gvpo", "reinforcement-learning"]),
+        (ObjectiveSettings(length_exponent=1.0), "# model-gvpo", "**gvpo (length_exponent: 1.0)**", None),
+        (ObjectiveSettings(covariance_term=False), "# model-gvpo", "**gvpo (covariance_term: False)**", None),
+        (ObjectiveSettings("grpo"), "# model-grpo", "the objective **grpo** of", ["grpo", "reinforcement-learning"]),
+        (ObjectiveSettings("dpo"), "# model-dpo", "the objective **dpo** of", ["dpo"]),
+    ],
+)
+def test_the_optimum_is_promised_of_gvpo_alone(tiny_policy, tokenizer, tmp_path, objective, title, said, tags):
+    policy = tiny_policy(0)
+    policy.name_or_path = "model"
+    module = GVPOModule(policy, lambda prompts, completions: [0.0], tokenizer, objective=objective)
+    write_card(tmp_path, module, "model", None, None)
+    text = (tmp_path / "README.md").read_text()
+    assert title in text.splitlines()
+    assert said in text
+    assert ("The one optimum" in text) == objective.is_gvpo
+    assert ("## Citation" in text) == (objective.kind == "gvpo")
+    if tags:
+        assert yaml.safe_load(text.split("---")[1])["tags"] == tags

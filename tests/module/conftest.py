@@ -41,7 +41,7 @@ def make_module(tiny_policy, tokenizer):
 def fit(prompts, tmp_path):
     """Fits a module with a quiet CPU Trainer; keyword arguments go to the Trainer."""
 
-    def run(module, *, rows=None, ckpt_path=None, **trainer_arguments) -> L.Trainer:
+    def run(module, *, rows=None, val_dataloaders=None, ckpt_path=None, **trainer_arguments) -> L.Trainer:
         arguments = {
             "accelerator": "cpu",
             "logger": False,
@@ -52,7 +52,7 @@ def fit(prompts, tmp_path):
             "max_steps": 8,
         }
         trainer = L.Trainer(**(arguments | trainer_arguments))
-        trainer.fit(module, RolloutLoader(rows or prompts, module), ckpt_path=ckpt_path)
+        trainer.fit(module, RolloutLoader(rows or prompts, module), val_dataloaders, ckpt_path=ckpt_path)
         return trainer
 
     return run

@@ -44,6 +44,14 @@ def test_facts_are_the_runs_own(facts_of):
     assert sizes.num_layers == 2
 
 
+def test_passes_are_those_of_the_objective(facts_of):
+    found = {}
+    for objective in ("gvpo", "grpo", "dpo", "sft"):
+        _, facts = facts_of({"accumulate_grad_batches": 4}, objective=objective, rollout=RolloutSettings(8, 4, 1))
+        found[objective] = (facts.two_passes, facts.num_scorings)
+    assert found == {"gvpo": (True, 1), "grpo": (False, 2), "dpo": (True, 1), "sft": (False, 1)}
+
+
 def test_precision_optimizer_adapters_and_checkpointing_are_seen(facts_of, tiny_policy):
     peft = pytest.importorskip("peft")
     policy = tiny_policy()

@@ -6,8 +6,10 @@ import math
 import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.utils.data import DataLoader
 
 from gvpo_lightning import ObjectiveSettings, SourceSettings
+from gvpo_lightning.callbacks import OptimalityMeter
 from gvpo_lightning.cli import main
 from gvpo_lightning.head import completion_logprobs
 from gvpo_lightning.objective_kinds import make_objective
@@ -154,10 +156,86 @@ def test_another_sampler_than_the_policy_is_warned_of(make_module, fit):
         fit(make_module(objective="grpo", generation=generation), max_steps=1)
 
 
+@pytest.mark.parametrize(
+    ("kind", "said"), [("gvpo", "GVPO's optimum is then not unique"), ("dpo", "that is not trained")]
+)
+def test_a_sampler_that_cuts_takes_from_each_objective_its_own(make_module, fit, kind, said):
+    generation = GenerationSettings(max_new_tokens=4, top_k=3)
+    with pytest.warns(UserWarning, match=f"never draws some of what the reference allows: {said}"):
+        fit(make_module(objective=kind, generation=generation), max_steps=1)
+
+
+PREDICTED = {
+    "gvpo": (ObjectiveSettings(), True),
+    "policy_gradient": (ObjectiveSettings("policy_gradient"), True),
+    "dr_grpo": (ObjectiveSettings("dr_grpo"), True),
+    **{name: (OBJECTIVES[name], False) for name in ("no variance term", "length", "grpo", "dpo", "sft")},
+}
+
+
+@pytest.mark.parametrize("name", PREDICTED)
+def test_an_accuracy_is_predicted_only_where_the_optimum_is_known(make_module, fit, name):
+    objective, is_predicted = PREDICTED[name]
+    meter = OptimalityMeter()
+    rows = [{"prompt": f"{n}+1=", "answer": str(n + 1)} for n in range(4)]
+    loader = DataLoader(rows, batch_size=4, collate_fn=list)
+    fit(make_module(objective=objective), val_dataloaders=loader, callbacks=[meter], max_steps=1, limit_val_batches=1)
+    assert (meter.predicted is not None) == is_predicted
+    assert meter.reached is not None
+
+
 def test_negative_rewards_are_no_weights(make_module, fit):
     module = make_module(objective="sft", reward=lambda prompts, completions, **_: [-0.25] * len(completions))
     with pytest.raises(ValueError, match=r"which must be >= 0, got -0\.25"):
         fit(module, max_steps=1)
+
+
+def negative(prompts, completions, **columns):
+    return [-0.25 * len(text) for text in completions]
+
+
+def test_negative_rewards_of_a_rollout_that_is_resumed_are_no_weights_either(make_module, fit, tmp_path):
+    rollout = RolloutSettings(**SIZES)
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(make_module(rollout=rollout, reward=negative), callbacks=[saver], enable_checkpointing=True, max_steps=1)
+    module = make_module(rollout=rollout, reward=negative, objective="sft")
+    with pytest.raises(ValueError, match="which must be >= 0, got -"):
+        fit(module, ckpt_path=tmp_path / "step=1.ckpt", max_steps=2)
+
+
+def small(prompts, completions, **columns):
+    return [0.001 * sum(c in "56789" for c in text) for text in completions]
+
+
+@pytest.mark.parametrize("name", ["length", "grpo", "policy_gradient", "dpo"])
+def test_what_does_not_train_gvpos_residual_is_not_said_to_explode(make_module, fit, name):
+    """beta l is far from rewards of thousandths after a few steps of Adam, whatever is well or not."""
+    rollout = RolloutSettings(**SIZES)
+    module = make_module(objective=OBJECTIVES[name], reward=small, rollout=rollout, beta=5.0)
+    said = []
+    module.guard.say = lambda what, _: said.append(what)
+    logged = fit(module, max_steps=4).callback_metrics
+    assert float(logged["residual/rms"]) > 10 * float(logged["reward/spread"])
+    assert "exploding" not in said
+
+
+def test_a_penalty_to_the_policy_that_has_sampled_is_refused(make_module):
+    with pytest.raises(ValueError, match=r"previous and beta=0\.5: .* always 0\. Set reference: frozen, or beta: 0"):
+        make_module(objective="policy_gradient", reference="previous", beta=0.5)
+    make_module(objective="policy_gradient", reference="previous", beta=0.0)
+    make_module(objective="grpo", reference="previous", beta=0.5)
+
+
+@pytest.mark.parametrize("overlaid", [False, True])
+def test_a_setting_beside_a_kinds_bare_name_is_refused_and_not_taken_for_gvpos(tmp_path, capsys, overlaid):
+    settings = ["--model.objective=grpo", "--model.objective.clip=0.2"]
+    if overlaid:
+        for number, value in enumerate(("grpo", "{clip: 0.2}")):
+            (tmp_path / f"{number}.yaml").write_text(f"model: {{objective: {value}}}")
+            settings[number] = f"--config={tmp_path / f'{number}.yaml'}"
+    with pytest.raises(SystemExit):
+        main(["debug-batch", "--model.policy=none", "--batch=none", *settings])
+    assert "--model.objective.kind grpo --model.objective.clip 0.2, or" in capsys.readouterr().err
 
 
 def test_an_update_in_which_nothing_is_right_moves_nothing(make_module, fit, weights):
@@ -203,6 +281,7 @@ def test_the_update_that_a_run_stopped_at_can_be_looked_into(
     ]
     main([*arguments, "--model.objective=grpo"])
     assert "objective grpo" in capsys.readouterr().out
-    with pytest.raises(SystemExit):
-        main(arguments)
-    assert "is an update of objective: grpo, the config says gvpo" in capsys.readouterr().err
+    for others, named in (([], "gvpo"), (["--model.objective={kind: grpo, clip: 0.3}"], "grpo (clip: 0.3)")):
+        with pytest.raises(SystemExit):
+            main([*arguments, *others])
+        assert f"is an update of objective: grpo, the config says {named}" in capsys.readouterr().err

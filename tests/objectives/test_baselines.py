@@ -242,6 +242,28 @@ def test_grpo_is_its_definition_written_in_loops(kind):
     assert clipped
 
 
+@pytest.mark.parametrize(
+    ("advantage", "loss", "gradient"), [(2.0, -2.0 * (1 + CLIP), 0.0), (0.0, 0.0, 0.0), (-2.0, math.inf, math.inf)]
+)
+@pytest.mark.parametrize("kind", ["policy_gradient", "grpo"])
+def test_a_ratio_that_overflows_counts_only_where_clipping_leaves_it(kind, advantage, loss, gradient):
+    """e^90 is inf in float32; inf * 0 and its gradient would be NaN. Beside it stands a usual one."""
+    tokens = 100 if kind == "policy_gradient" else 1
+    ratios = torch.tensor([90.0, 0.1])
+    policy = torch.full((2, tokens), -1.0, requires_grad=True)
+    sampler = policy.detach() - ratios[:, None] / tokens
+    mask, advantages = torch.ones(2, tokens, dtype=torch.bool), torch.tensor([advantage, 1.0])
+    options = {"clip": CLIP, "denominator": 1}
+    if kind == "grpo":
+        found = objectives.grpo_loss(policy, sampler, sampler, mask, advantages, beta=0.0, **options)
+    else:
+        found = objectives.policy_gradient_loss(policy, sampler, mask, advantages, **options)
+    (own,) = torch.autograd.grad(found.loss, policy)
+    assert float(found.loss.detach()) == pytest.approx(loss - math.exp(0.1), rel=1e-5)
+    assert int(found.num_clipped) == (advantage > 0)
+    assert_same(own, torch.tensor([[gradient], [-math.exp(0.1)]]).expand(2, tokens), atol=1e-5)
+
+
 def test_on_policy_the_policy_gradient_is_gvpos_over_beta():
     """Completion by completion, not only on average: (R - beta l) centred is -d, and k / (k - 1) / k is 1 / (k - 1)."""
     policy, batch = random_update(shift=0.0)
@@ -287,6 +309,23 @@ def test_ablations_have_the_coefficients_of_the_terms_that_are_left(variance_ter
             coefficient = -BETA * centred[0] + BETA**2 * (variance_term * centred[1] - covariance_term * centred[2])
             expected.append(coefficient / (k - 1) / len(sizes))
     assert_same(gradient, torch.tensor(expected, dtype=torch.float64)[:, None] * batch.completion_mask)
+
+
+def test_without_the_covariance_term_the_optimum_knows_no_reference_and_without_the_variance_term_there_is_none():
+    reference = (torch.tensor([8, 4, 2, 1, 1], dtype=torch.float64) / 16).log()[:, None]
+    rewards, group = torch.tensor([0.0, 1.0, 0.3, -0.5, 0.8], dtype=torch.float64), torch.zeros(5, dtype=torch.int64)
+    mask = torch.ones(5, 1, dtype=torch.bool)
+
+    def loss(logits, **terms):
+        columns = (reference, mask, rewards, group, 0.5)
+        return objectives.gvpo_rl_loss(logits.log_softmax(0)[:, None], *columns, **terms).loss
+
+    best = rewards / 0.5
+    assert float(loss(best, covariance_term=False)) == pytest.approx(-float(rewards.var()) / 2)
+    logits = best.clone().requires_grad_()
+    (gradient,) = torch.autograd.grad(loss(logits, covariance_term=False), logits)
+    assert_same(gradient, torch.zeros_like(gradient))
+    assert float(loss(1e4 * (rewards + 0.5 * reference[:, 0]), variance_term=False)) < -1e3
 
 
 def test_dpo_takes_all_pairs_of_a_group_and_the_mean_over_groups_that_have_some():
@@ -399,7 +438,15 @@ def test_lengths_are_the_completions_tokens():
     [
         ({"kind": "ppo"}, "objective must be one of"),
         ({"kind": "dpo", "clip": 0.1}, r"objective\.clip belongs to the kinds .*, got 0\.1 with 'dpo'"),
+        ({"kind": "dpo", "clip": 0.2}, r"objective\.clip belongs to the kinds .*, got 0\.2 with 'dpo'"),
+        (
+            {"clip": 0.2},
+            r"--model\.objective\.kind grpo --model\.objective\.clip 0\.2, or .*\{kind: grpo, clip: 0\.2\}",
+        ),
         ({"kind": "grpo", "variance_term": False}, r"objective\.variance_term belongs"),
+        ({"kind": "grpo", "covariance_term": True}, r"objective\.covariance_term belongs"),
+        ({"kind": "dpo", "length_exponent": 0.0}, r"objective\.length_exponent belongs"),
+        ({"kind": "rloo"}, "got 'rloo'; RLOO is 'policy_gradient'"),
         ({"kind": "sft", "length_exponent": 1.0}, r"objective\.length_exponent belongs"),
         ({"kind": "grpo", "clip": 0.0}, r"objective\.clip must be > 0, got 0\.0"),
         ({"length_exponent": 1.0, "covariance_term": False}, r"length_exponent=1\.0 needs both terms"),
@@ -408,6 +455,30 @@ def test_lengths_are_the_completions_tokens():
 def test_settings_that_do_not_fit_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         ObjectiveSettings(**settings)
+
+
+def test_settings_that_are_left_out_are_the_usual_ones_of_the_kind():
+    assert ObjectiveSettings() == ObjectiveSettings("gvpo", None, True, True, 0.0)
+    assert ObjectiveSettings("dr_grpo") == ObjectiveSettings("dr_grpo", 0.2)
+    assert (ObjectiveSettings("sft").clip, ObjectiveSettings("grpo").variance_term) == (None, None)
+
+
+@pytest.mark.parametrize(
+    ("settings", "shown"),
+    [
+        ({}, "gvpo"),
+        ({"variance_term": True}, "gvpo"),
+        ({"covariance_term": False}, "gvpo (covariance_term: False)"),
+        ({"length_exponent": 0.5}, "gvpo (length_exponent: 0.5)"),
+        ({"kind": "grpo", "clip": 0.2}, "grpo"),
+        ({"kind": "grpo", "clip": 0.3}, "grpo (clip: 0.3)"),
+        ({"kind": "dpo"}, "dpo"),
+    ],
+)
+def test_an_objectives_name_says_what_is_unusual(settings, shown):
+    objective = ObjectiveSettings(**settings)
+    assert str(objective) == shown
+    assert objective.is_gvpo == (shown == "gvpo")
 
 
 @pytest.mark.parametrize("kind", ["gvpo", "dpo", "grpo", "dr_grpo", "policy_gradient", "sft"])
