@@ -133,8 +133,7 @@ of this page, the same with the frozen one: {UPDATES} updates of {PROMPTS} promp
 one that falls to zero would hide divergence. What the loss itself says: without the variance term (and without both) it
 is linear in the policy's log-probs, so unbounded below, and nothing but the end of training stops it; without the
 covariance term it is bounded, and has an optimum, exp(R / beta) / Z, in which the reference does not occur: nothing
-holds it near its start, but it need not lose
-accuracy. {RULE} {len(SEEDS)} runs have no interval worth the name: a claim is decided where all of them diverged, or
-none.
+holds it near its start, but it need not lose accuracy. {RULE} {len(SEEDS)} seeds give no interval worth the name: a
+claim is decided where all runs diverged, or none.
 """
 EXPERIMENT = Experiment("ablation", "The ablation: without Var, without Cov", ABOUT, run, table, claims, plot)

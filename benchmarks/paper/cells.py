@@ -68,7 +68,7 @@ class Cell:
     @property
     def key(self) -> str:
         """The same for the same run: changes with its settings and its config files, not with code, data or policy."""
-        texts = [(ROOT / path).read_text() for path in self.configs]
+        texts = [yaml.safe_load((ROOT / path).read_text()) for path in self.configs]
         told = [texts, self.settings, self.seed, self.meter, self.labels]
         return hashlib.sha256(json.dumps(told, sort_keys=True).encode()).hexdigest()[:16]
 

@@ -4,7 +4,7 @@ import inspect
 import math
 
 from benchmarks.paper.cells import Row
-from benchmarks.paper.tables import points_of
+from benchmarks.paper.tables import as_number, points_of
 from gvpo_lightning.module import GVPOModule
 
 LOST = 0.5  # of a run's best accuracy, the start's included: what ends further below it has lost what it knew
@@ -27,7 +27,7 @@ def divergence(row: Row) -> str | None:
     if row["stopped"] or row["end"] is None:
         return "stopped"
     end, best = row["end"], best_accuracy(row)
-    if not all(math.isfinite(end[name]) for name in ("accuracy", "kl")):
+    if not all(math.isfinite(as_number(end[name])) for name in ("accuracy", "kl")):
         return "not finite"
     if best - end["accuracy"] > LOST * max(abs(best), abs(row["start"]["accuracy"])):
         return f"accuracy {best:.2f} -> {end['accuracy']:.2f}"
@@ -38,7 +38,7 @@ def divergence(row: Row) -> str | None:
 
 def best_accuracy(row: Row) -> float:
     """The highest that was measured, at the start, on the way or at the end."""
-    return max(float(at["accuracy"]) for at in points_of(row) if math.isfinite(at["accuracy"]))
+    return max(value for at in points_of(row) if math.isfinite(value := as_number(at["accuracy"])))
 
 
 def has_learned(row: Row) -> bool:
@@ -48,4 +48,4 @@ def has_learned(row: Row) -> bool:
 
 def largest_of(row: Row, name: str) -> float:
     """Of the whole trace, of what is a number; 0 without any."""
-    return max((float(point[name]) for point in row["trace"] if not math.isnan(point[name])), default=0.0)
+    return max((value for at in row["trace"] if not math.isnan(value := as_number(at[name]))), default=0.0)

@@ -168,11 +168,12 @@ def plot(rows: list[Row], figure: Any) -> None:
     panels = group_by(rows, "task", "design")
     axes = figure.subplots(1, max(1, len(panels)), sharey=True, squeeze=False)[0]
     for axis, ((task, design), found) in zip(axes, panels.items(), strict=False):
+        axis.set(xscale="log", xlim=(GROUP_SIZES[0] / 1.3, GROUP_SIZES[-1] * 1.3))
+        axis.set_xticks(GROUP_SIZES, list(map(str, GROUP_SIZES)))
         for method, sizes in accuracies(found).items():
             draw_line(axis, sizes, method)
         start = estimate([float(row["start"]["accuracy"]) for row in found]).mean
         axis.axhline(start, color="black", linestyle=":", label="before")
-        axis.set_xscale("log", base=2)
         axis.set(title=f"{task}, {design}", xlabel="completions of a prompt")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy on held-out prompts")

@@ -10,6 +10,7 @@ from benchmarks.paper.options import METHODS, Options
 from benchmarks.paper.tables import (
     Claim,
     Estimate,
+    as_number,
     count_stopped,
     decide,
     decide_all,
@@ -68,8 +69,7 @@ def of_part(part: int, name: str, when: str = "end") -> Callable[[Row], float]:
     """Reads what was measured of a third of the prompts; NaN where nothing was."""
 
     def read(row: Row) -> float:
-        value = row[when] and row[when]["by_length"][part][name]
-        return math.nan if value is None else float(value)
+        return as_number(row[when] and row[when]["by_length"][part][name])
 
     return read
 

@@ -79,7 +79,7 @@ def by_mixture(rows: list[Row], name: str) -> dict[str, Estimate]:
 
 def replayed_share(row: Row) -> float:
     """The share of replayed completions, over the run."""
-    return float(sum(point.get("replayed", 0.0) for point in row["trace"]) / max(len(row["trace"]), 1))
+    return float(sum(point.get("replayed") or 0.0 for point in row["trace"]) / max(len(row["trace"]), 1))
 
 
 def table(rows: list[Row]) -> str:
@@ -143,17 +143,15 @@ def plot(rows: list[Row], figure: Any) -> None:
 RATES = ", ".join(f"{rate:g} ({task})" for task, rate in LEARNING_RATES.items())
 ABOUT = f"""
 Figure 4 of the paper: groups of 8 with historical and fresh completions as 0:8 to 4:4; GVPO is robust. Here also 6:2
-and 8:0, {UPDATES} updates each, beta {BETA}, learning rates {RATES},
-linear to zero: what Table 1 found best for GVPO on fresh completions, for all mixtures. What is historical: of
-*2:6, 4:4, 6:2* completions that this run has sampled for the same prompt in earlier rollouts, drawn uniformly
-(`sources.replay`); as long as a prompt has none, in the first of the three passes over the sums, its whole group is
-fresh, so that the share
-over the run is smaller (in the table). Of *8:0* what the policy said before training, when it was the reference:
-{IN_FILE} completions of each prompt, 8 of them drawn for each group (`gvpo predict`, `sources.file`); nothing is
-sampled. *1 shown* is 7 fresh ones and one right answer from the dataset (`sources.demonstrations`), and is left out
-with `--config`. The closed form is the optimum's exact accuracy on the held-out prompts.
-GRPO can't take such groups: its ratios need the sampler's log-probs of every token, which people
-don't have and most files neither, and `model.objective: grpo` refuses them; `benchmarks.sampling` has it beside GVPO
-on files that bring them along, at beta = 1. {COUNTDOWN}
+and 8:0, {UPDATES} updates each, beta {BETA}, learning rates {RATES}, linear to zero: what Table 1 found best for GVPO
+on fresh completions, for all mixtures. What is historical: of *2:6, 4:4, 6:2* completions that this run has sampled for
+the same prompt in earlier rollouts, drawn uniformly (`sources.replay`); as long as a prompt has none, in the first of
+the three passes over the sums, its whole group is fresh, so that the share over the run is smaller (in the table). Of
+*8:0* what the policy said before training, when it was the reference: {IN_FILE} completions of each prompt, 8 of them
+drawn for each group (`gvpo predict`, `sources.file`); nothing is sampled. *1 shown* is 7 fresh ones and one right
+answer from the dataset (`sources.demonstrations`), and is left out with `--config`. The closed form is the optimum's
+exact accuracy on the held-out prompts. GRPO can't take such groups: its ratios need the sampler's log-probs of every
+token, which people don't have and most files neither, and `model.objective: grpo` refuses them; `benchmarks.sampling`
+has it beside GVPO on files that bring them along, at beta = 1. {COUNTDOWN}
 """
 EXPERIMENT = Experiment("sources", "Figure 4: historical and other completions", ABOUT, run, table, claims, plot)

@@ -147,7 +147,7 @@ def plot(rows: list[Row], figure: Any) -> None:
         predicted = methods["GVPO"][0]["predicted"] if "GVPO" in methods else None
         if predicted is not None:
             axis.axhline(predicted, color="black", linestyle="--", label="GVPO's optimum")
-        axis.set(title=task, ylabel="accuracy, held-out prompts", ylim=(0, 1))
+        axis.set(title=task, ylabel="accuracy, held-out prompts", ylim=(0, 1.05))
         axis.legend(fontsize=8)
 
 

@@ -162,12 +162,16 @@ def group_by(rows: Iterable[Row], *labels: str) -> dict[tuple[Any, ...], list[Ro
     return groups
 
 
+def as_number(value: float | None) -> float:
+    """NaN of null, which files have where a number was not finite."""
+    return math.nan if value is None else float(value)
+
+
 def end(name: str) -> Callable[[Row], float]:
     """Reads what was measured at a run's end; NaN of a run that was stopped without."""
 
     def read(row: Row) -> float:
-        value = (row["end"] or {}).get(name)
-        return math.nan if value is None else float(value)
+        return as_number((row["end"] or {}).get(name))
 
     return read
 
@@ -189,13 +193,15 @@ def curve(rows: Iterable[Row], name: str) -> dict[int, float]:
     """The mean over the runs that were measured at an update, by update."""
     values: dict[int, list[float]] = {}
     for point in (point for row in rows for point in points_of(row)):
-        values.setdefault(point["update"], []).append(math.nan if point[name] is None else point[name])
+        values.setdefault(point["update"], []).append(as_number(point[name]))
     return {update: estimate(found).mean for update, found in sorted(values.items())}
 
 
 def draw_line(axis: Any, points: dict[Any, Estimate], label: str) -> None:
     """Means with their intervals over whatever the keys are; those without a value are left out."""
     found = {x: value for x, value in points.items() if value.count}
+    if not found:
+        return
     halves = [value.half or 0.0 for value in found.values()]
     axis.errorbar(list(found), [v.mean for v in found.values()], halves, marker="o", capsize=3, label=label)
 

@@ -188,10 +188,11 @@ def plot(rows: list[Row], figure: Any) -> None:
         name: to_optimum(same, SPLIT) for name, same in methods.items()
     }
     for axis, values, title in ((axes[0], apart, "between policies"), (axes[1], optimum, "to the closed form")):
-        for number, kls in enumerate(values.values()):
+        axis.set(yscale="log", title=f"{title}, {SPLIT} prompts")
+        for number, found in enumerate(values.values()):
+            kls = [kl for kl in found if kl > 0]  # an estimate of nearly 0 may be below it
             axis.scatter([number + 0.3 * (i / max(len(kls), 1) - 0.5) for i in range(len(kls))], kls, s=8)
         axis.set_xticks(range(len(values)), list(values))
-        axis.set(yscale="log", title=f"{title}, {SPLIT} prompts")
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("KL, nats a completion")
 

@@ -46,9 +46,11 @@ def test_runs_without_an_end_or_a_finite_one_have_diverged():
     stopped = a_row([0.4, 0.8, 0.9], stopped="update 20: 6 updates") | {"end": None}
     assert (divergence(stopped), best_accuracy(stopped)) == ("stopped", 0.8)
     assert divergence(a_row([0.4, 0.8, float("nan")])) == "not finite"
+    assert divergence(a_row([0.4, 0.8, None])) == "not finite"  # as files have it
+    assert best_accuracy(a_row([0.4, 0.8, None, None])) == 0.8
     assert curve([stopped, a_row([0.2, 0.4, 0.5])], "accuracy") == pytest.approx({0: 0.3, 10: 0.6, 20: 0.5})
     assert "stopped (6 updates in a row" in RULE
-    assert largest_of({"trace": [{"a": 1.0}, {"a": float("nan")}]}, "a") == 1.0
+    assert largest_of({"trace": [{"a": 1.0}, {"a": float("nan")}, {"a": None}]}, "a") == 1.0
 
 
 def test_the_paper_says_nothing_of_the_frozen_reference():
