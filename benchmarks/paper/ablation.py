@@ -121,7 +121,7 @@ def plot(rows: list[Row], figure: Any) -> None:
                 axis.plot(list(points), list(points.values()), style, color=color, label=f"{variant}, {reference}")
             axis.set(xlabel="update", ylabel=label, title=rate_text(rate))
             axis.grid(alpha=0.3)
-    figure.axes[0].legend(fontsize=7)
+        axes[0].legend(fontsize=7)
 
 
 ABOUT = f"""
