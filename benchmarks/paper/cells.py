@@ -8,6 +8,7 @@ import ctypes
 import functools
 import hashlib
 import json
+import logging
 import multiprocessing
 import os
 import signal
@@ -114,6 +115,8 @@ def run_cell(cell: Cell) -> Row:
         RuntimeError: the run failed by more than a policy that diverged; with the end of what it printed.
     """
     started = time.perf_counter()
+    for name in ("lightning.pytorch", "lightning.fabric"):  # whose handlers keep the stream that they began with
+        logging.getLogger(name).setLevel(logging.ERROR)
     with contextlib.ExitStack() as stack:
         folder = Path(cell.keep or stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
