@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from gvpo_lightning import objectives
 from gvpo_lightning.batch import CompletionBatch, collate_completions
 from gvpo_lightning.callbacks.optimality import answer_probabilities
 from gvpo_lightning.head import completion_logprobs
+from gvpo_lightning.objectives import group_advantages
 from gvpo_lightning.policy import load_policy, load_tokenizer
 from gvpo_lightning.reference import score
 from gvpo_lightning.rollout.generation import encode_prompt
@@ -30,23 +32,20 @@ def grpo_loss(
     token_logprobs: Tensor, sampler_logprobs: Tensor, batch: CompletionBatch, beta: float, *, divide: bool
 ) -> Tensor:
     """Scalar; (S, T) log-probs of the policy and of the sampler, and a batch with rewards and reference log-probs."""
-    mask = batch.completion_mask
-    ratios = (token_logprobs - sampler_logprobs).exp()
-    advantages = group_advantages(batch.rewards, batch.group_ids, divide=divide)[:, None]
-    gain = torch.minimum(ratios * advantages, ratios.clamp(1 - CLIP, 1 + CLIP) * advantages)
-    log_ratios = batch.reference_logprobs - token_logprobs
-    return -(gain - beta * (log_ratios.exp() - 1 - log_ratios))[mask].mean()
-
-
-def group_advantages(rewards: Tensor, group_ids: Tensor, *, divide: bool) -> Tensor:
-    """(S,) rewards less their group's mean, over its standard deviation + 1e-4 where `divide`."""
-    advantages = torch.zeros_like(rewards)
-    for group in group_ids.unique():
-        mine = group_ids == group
-        advantages[mine] = rewards[mine] - rewards[mine].mean()
-        if divide:
-            advantages[mine] /= rewards[mine].std() + 1e-4
-    return advantages
+    columns = (
+        batch.completion_mask,
+        group_advantages(batch.rewards, batch.group_ids, batch.kept, divide_by_std=divide),
+    )
+    return objectives.grpo_loss(
+        token_logprobs,
+        sampler_logprobs,
+        batch.reference_logprobs,
+        *columns,
+        beta=beta,
+        clip=CLIP,
+        denominator=int(batch.lengths.sum()),  # the mean is over tokens, and not within each completion first
+        max_completion_tokens=1,
+    ).loss
 
 
 def train_grpo(

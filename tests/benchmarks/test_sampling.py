@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from benchmarks import sampling
-from benchmarks.sampling_baseline import VARIANTS, group_advantages, grpo_loss
+from benchmarks.sampling_baseline import VARIANTS, grpo_loss
+from gvpo_lightning.objectives import group_advantages
 
 FIELDS = {"objective", "regime", "seed", "predicted", "reached", "difference", "seconds", "trace"}
 
@@ -44,7 +45,7 @@ def test_baseline_is_grpo():
 
     batch = collate_completions([[3]] * 4, [[4, 1], [5, 1], [6, 1], [7, 8]], [False] * 4, [0, 0, 1, 1], 0)
     batch.rewards = torch.tensor([1.0, 0.0, 0.0, 0.0])
-    advantages = group_advantages(batch.rewards, batch.group_ids, divide=True)
+    advantages = group_advantages(batch.rewards, batch.group_ids, batch.kept, divide_by_std=True)
     assert advantages.tolist() == pytest.approx([0.5 / 0.7072, -0.5 / 0.7072, 0.0, 0.0], abs=1e-3)
     sampler = torch.full((4, 2), -1.0)
     batch.reference_logprobs = sampler.clone()
