@@ -21,8 +21,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from gvpo_lightning.data.splits import load_splits
 from gvpo_lightning.rewards.maths import BoxedMath, gold_answers, is_readable, plain
-from gvpo_lightning.splits import load_splits
 
 RESULTS = Path(__file__).parent / "results" / "grader.json"
 PAGE = Path(__file__).parent.parent / "docs" / "evaluation.md"

@@ -16,9 +16,9 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.tiny_policy import save_policy, tiny_qwen2
 from benchmarks.warm_up import Pair, warm_up
+from gvpo_lightning.data.splits import cut_split, load_splits
+from gvpo_lightning.policy.prompts import encode_prompt
 from gvpo_lightning.rewards import last_number
-from gvpo_lightning.rollout.generation import encode_prompt
-from gvpo_lightning.splits import cut_split, load_splits
 
 NUM_TRAIN = 7_473
 MAX_PROMPT_TOKENS = 192

@@ -34,13 +34,13 @@ import torch
 from benchmarks.recording import RESULTS, Recording
 from benchmarks.sampling_baseline import VARIANTS, train_grpo
 from gvpo_lightning.callbacks import OptimalityMeter
-from gvpo_lightning.data import PromptDataModule
+from gvpo_lightning.datamodule import PromptDataModule
 from gvpo_lightning.module import GVPOModule
-from gvpo_lightning.policy import load_policy, load_tokenizer
-from gvpo_lightning.reference import score
+from gvpo_lightning.policy.prepare import load_policy, load_tokenizer
+from gvpo_lightning.policy.score import score
 from gvpo_lightning.rewards import ExactAnswer, Rewards
-from gvpo_lightning.rollout.generation import GenerationSettings
-from gvpo_lightning.rollout.sampling import RolloutSettings, sample_rollout
+from gvpo_lightning.rollout.groups import sample_rollout
+from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
 from gvpo_lightning.sources import DemonstrationSettings, FileSettings, ReplaySettings, SourceSettings
 
 ARITHMETIC = Path(__file__).parent.parent / "configs" / "arithmetic"

@@ -11,14 +11,14 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from gvpo_lightning import objectives
-from gvpo_lightning.batch import CompletionBatch, collate_completions
-from gvpo_lightning.callbacks.optimality import answer_probabilities
-from gvpo_lightning.head import completion_logprobs
-from gvpo_lightning.objectives import group_advantages
-from gvpo_lightning.policy import load_policy, load_tokenizer
-from gvpo_lightning.reference import score
-from gvpo_lightning.rollout.generation import encode_prompt
+from gvpo_lightning.data.batch import CompletionBatch, collate_completions
+from gvpo_lightning.evaluation.optimality import answer_probabilities
+from gvpo_lightning.objectives import gvpo as objectives
+from gvpo_lightning.objectives.grpo import group_advantages
+from gvpo_lightning.policy.head import completion_logprobs
+from gvpo_lightning.policy.prepare import load_policy, load_tokenizer
+from gvpo_lightning.policy.prompts import encode_prompt
+from gvpo_lightning.policy.score import score
 from gvpo_lightning.seeding import seeded_permutation
 
 if TYPE_CHECKING:

@@ -10,9 +10,9 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, Qwen2Config
 
 from gvpo_kernels import gvpo_loss
-from gvpo_lightning.batch import CompletionBatch, collate_completions
-from gvpo_lightning.head import completion_loss
-from gvpo_lightning.policy import prepare_policy
+from gvpo_lightning.data.batch import CompletionBatch, collate_completions
+from gvpo_lightning.policy.head import completion_loss
+from gvpo_lightning.policy.prepare import prepare_policy
 
 BETA, GROUP_SIZE, CLIP = 0.1, 8, 0.2
 

@@ -8,16 +8,15 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gvpo_lightning.data import PromptDataModule
-    from gvpo_lightning.loading import LoadingSettings
+    from gvpo_lightning.datamodule import PromptDataModule
     from gvpo_lightning.module import GVPOModule
-    from gvpo_lightning.objective_settings import ObjectiveSettings
-    from gvpo_lightning.objectives import gvpo_loss
-    from gvpo_lightning.reference import ReferenceSettings
+    from gvpo_lightning.objectives.gvpo import gvpo_loss
+    from gvpo_lightning.objectives.settings import ObjectiveSettings
+    from gvpo_lightning.policy.loading import LoadingSettings
+    from gvpo_lightning.reference.settings import ReferenceSettings
     from gvpo_lightning.rewards.settings import RewardSettings
-    from gvpo_lightning.rollout.generation import GenerationSettings
     from gvpo_lightning.rollout.loader import RolloutLoader
-    from gvpo_lightning.rollout.sampling import RolloutSettings
+    from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
     from gvpo_lightning.sources.settings import (
         DemonstrationSettings,
         FileSettings,
@@ -45,18 +44,18 @@ __all__ = [
 _HOMES = {
     "DemonstrationSettings": "sources.settings",
     "FileSettings": "sources.settings",
-    "ReferenceSettings": "reference",
+    "ReferenceSettings": "reference.settings",
     "ReplaySettings": "sources.settings",
     "RewardSettings": "rewards.settings",
     "SourceSettings": "sources.settings",
     "GVPOModule": "module",
-    "LoadingSettings": "loading",
-    "ObjectiveSettings": "objective_settings",
-    "GenerationSettings": "rollout.generation",
-    "PromptDataModule": "data",
+    "LoadingSettings": "policy.loading",
+    "ObjectiveSettings": "objectives.settings",
+    "GenerationSettings": "rollout.settings",
+    "PromptDataModule": "datamodule",
     "RolloutLoader": "rollout.loader",
-    "RolloutSettings": "rollout.sampling",
-    "gvpo_loss": "objectives",
+    "RolloutSettings": "rollout.settings",
+    "gvpo_loss": "objectives.gvpo",
 }
 
 

@@ -1,6 +1,6 @@
 """`gvpo fit | validate | test | predict | reference | export | debug-batch --config FILE`: Lightning's CLI.
 
-And `gvpo regrade FOLDER`, which needs neither trainer nor model (`gvpo_lightning.evaluation.regrade`).
+And `gvpo regrade FOLDER`, which needs neither trainer nor model (`gvpo_lightning.commands.regrade`).
 
 What wins on resume: the config and the command line, always; a checkpoint brings weights, optimizer,
 scheduler and position, and no settings.
@@ -33,14 +33,14 @@ from gvpo_lightning.callbacks import (
     RunCheckpoint,
     RunSummary,
 )
-from gvpo_lightning.callbacks.whole import CheckpointError
-from gvpo_lightning.checks import check_devices
-from gvpo_lightning.data import PromptDataModule
-from gvpo_lightning.debug_batch import debug_batch
-from gvpo_lightning.evaluation import regrade
-from gvpo_lightning.export import export_checkpoint
+from gvpo_lightning.checkpointing.save import CheckpointError
+from gvpo_lightning.checks.trainer import check_devices
+from gvpo_lightning.commands import regrade
+from gvpo_lightning.commands.debug_batch import debug_batch
+from gvpo_lightning.commands.reference import fill_cache
+from gvpo_lightning.datamodule import PromptDataModule
+from gvpo_lightning.export.checkpoint import export_checkpoint
 from gvpo_lightning.module import GVPOModule
-from gvpo_lightning.reference_cache import fill_cache
 
 MODEL_ALONE = ("export", "debug-batch")  # of a config with trainer and data these use the model's part
 NOT_THE_MODEL = ("trainer", "data", "completions_table", "run_summary")

@@ -20,44 +20,38 @@ from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gvpo_lightning.checkpoint import gvpo_state, load_gvpo_state, load_position
-from gvpo_lightning.checks import check_trainer, check_training_batches, context_length
-from gvpo_lightning.collect import collect_rollout
-from gvpo_lightning.compiled import check_strategy, compile_layers
-from gvpo_lightning.gradients import clip_gradients, drop_gradients, gradients_are_finite
-from gvpo_lightning.loading import LoadingSettings, load_config
-from gvpo_lightning.lora import starts_at_base
-from gvpo_lightning.meters import CollectedUpdate, UpdateMeter, measure_update
-from gvpo_lightning.objective_kinds import make_objective
-from gvpo_lightning.objective_settings import ObjectiveKind, ObjectiveSettings
-from gvpo_lightning.offending import save_update_of
-from gvpo_lightning.plan import Limits, Update, plan_updates
-from gvpo_lightning.policy import stop_token_ids
-from gvpo_lightning.reference import (
-    CachedReference,
-    ModelReference,
-    ReferenceKind,
-    ReferenceSettings,
-    make_reference,
-)
-from gvpo_lightning.reference_cache import check_cache
+from gvpo_lightning.checkpointing.state import gvpo_state, load_gvpo_state, load_position
+from gvpo_lightning.checks.start import check_start
+from gvpo_lightning.checks.trainer import check_trainer, check_training_batches
+from gvpo_lightning.data.rows import Row
+from gvpo_lightning.distributed.gather import root_stays_gathered
+from gvpo_lightning.distributed.load_in_turns import loading_in_turns
+from gvpo_lightning.distributed.sharding import is_sharded, shard_model
+from gvpo_lightning.objectives.make import make_objective
+from gvpo_lightning.objectives.settings import ObjectiveKind, ObjectiveSettings
+from gvpo_lightning.policy.compile import check_strategy, compile_layers
+from gvpo_lightning.policy.loading import LoadingSettings, load_config
+from gvpo_lightning.policy.lora import starts_at_base
+from gvpo_lightning.policy.prepare import stop_token_ids
+from gvpo_lightning.policy.source import context_length
+from gvpo_lightning.reference.cache import CachedReference, check_cache
+from gvpo_lightning.reference.make import make_reference
+from gvpo_lightning.reference.model import ModelReference
+from gvpo_lightning.reference.settings import ReferenceKind, ReferenceSettings
 from gvpo_lightning.rewards import Reward
 from gvpo_lightning.rewards.settings import RewardSettings
-from gvpo_lightning.rollout.generation import GenerationSettings
-from gvpo_lightning.rollout.loader import Row
-from gvpo_lightning.rollout.sampling import Rollout, RolloutSettings
+from gvpo_lightning.rollout.collect import collect_rollout
+from gvpo_lightning.rollout.plan import Limits, Update, plan_updates
+from gvpo_lightning.rollout.rollout import Rollout
+from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
 from gvpo_lightning.sampling_module import SamplingModule
 from gvpo_lightning.seeding import derive_seed
-from gvpo_lightning.sharding import (
-    is_sharded,
-    loading_in_turns,
-    root_stays_gathered,
-    shard_model,
-)
 from gvpo_lightning.sources.mixture import SourceMixture
 from gvpo_lightning.sources.settings import SourceSettings
-from gvpo_lightning.start_up import check_start
-from gvpo_lightning.update_loss import UpdateLoss
+from gvpo_lightning.updates.failed_update import save_update_of
+from gvpo_lightning.updates.gradients import clip_gradients, drop_gradients, gradients_are_finite
+from gvpo_lightning.updates.loss import UpdateLoss
+from gvpo_lightning.updates.meters import CollectedUpdate, UpdateMeter, measure_update
 
 
 class GVPOModule(SamplingModule):

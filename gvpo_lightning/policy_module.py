@@ -10,12 +10,16 @@ import lightning as L
 from lightning.pytorch.strategies import FSDPStrategy
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from gvpo_lightning.adapter_state import adapter_state, check_adapter_state
-from gvpo_lightning.distributed import DataRanks
-from gvpo_lightning.export import sample_at_a_temperature, save_model, write_beside
-from gvpo_lightning.export_adapter import merged_policy, write_adapter
-from gvpo_lightning.loading import LoadingSettings, check_attention, empty_model, load_config
-from gvpo_lightning.lora import (
+from gvpo_lightning.checkpointing.adapter import adapter_state, check_adapter_state
+from gvpo_lightning.distributed.placement import data_ranks, full_state_dict
+from gvpo_lightning.distributed.ranks import DataRanks
+from gvpo_lightning.distributed.sharding import is_sharded
+from gvpo_lightning.export.adapter import merged_policy, write_adapter
+from gvpo_lightning.export.folder import sample_at_a_temperature, save_model, write_beside
+from gvpo_lightning.export.model_card import Kind, run_config
+from gvpo_lightning.policy.fingerprint import frozen_fingerprint
+from gvpo_lightning.policy.loading import LoadingSettings, check_attention, empty_model, load_config
+from gvpo_lightning.policy.lora import (
     add_lora,
     check_adapter,
     check_policy_settings,
@@ -24,11 +28,8 @@ from gvpo_lightning.lora import (
     saves_adapter_alone,
     trained_names,
 )
-from gvpo_lightning.model_card import Kind, run_config
-from gvpo_lightning.policy import load_policy, load_tokenizer, prepare_policy, stop_token_ids
-from gvpo_lightning.reference import frozen_fingerprint
+from gvpo_lightning.policy.prepare import load_policy, load_tokenizer, prepare_policy, stop_token_ids
 from gvpo_lightning.seeding import derive_seed
-from gvpo_lightning.sharding import data_ranks, full_state_dict, is_sharded
 
 
 class PolicyModule(L.LightningModule):

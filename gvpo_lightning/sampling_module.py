@@ -8,18 +8,21 @@ import torch
 from lightning.pytorch.strategies import FSDPStrategy
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from gvpo_lightning.checks import check_prompts
+from gvpo_lightning.checks.prompts import check_prompts
+from gvpo_lightning.data.rows import Row, rows_of
+from gvpo_lightning.distributed.gather import gathered
 from gvpo_lightning.evaluation.loader import ProblemBatch
-from gvpo_lightning.guards import Guard
-from gvpo_lightning.loading import LoadingSettings
+from gvpo_lightning.guard import Guard
+from gvpo_lightning.policy.loading import LoadingSettings
 from gvpo_lightning.policy_module import PolicyModule
 from gvpo_lightning.rewards import Reward, RewardSettings, reward_columns
-from gvpo_lightning.rewards.running import FailureTally, Rewards
-from gvpo_lightning.rollout.generation import GenerationSettings
-from gvpo_lightning.rollout.loader import Row, rows_of
-from gvpo_lightning.rollout.sampling import Rollout, rollout_metrics, sample_rollout
+from gvpo_lightning.rewards.run import Rewards
+from gvpo_lightning.rewards.tally import FailureTally
+from gvpo_lightning.rollout.groups import sample_rollout
+from gvpo_lightning.rollout.metrics import rollout_metrics
+from gvpo_lightning.rollout.rollout import Rollout
+from gvpo_lightning.rollout.settings import GenerationSettings
 from gvpo_lightning.seeding import derive_seed
-from gvpo_lightning.sharding import gathered
 
 # what is logged of validation and test: the metric, the completions that it is a mean over, how batches are joined
 EVALUATION_METRICS: tuple[tuple[str, str, Literal["mean", "min", "max"]], ...] = (

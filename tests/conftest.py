@@ -35,7 +35,7 @@ def in_empty_folder(tmp_path, monkeypatch):
 @pytest.fixture(autouse=True)
 def rewards_in_process(monkeypatch):
     """Tests' rewards look at tests' variables; a module that overrides this has the workers that users have."""
-    monkeypatch.setattr("gvpo_lightning.rewards.running.default_num_workers", lambda ranks_here: 0)
+    monkeypatch.setattr("gvpo_lightning.rewards.run.default_num_workers", lambda ranks_here: 0)
 
 
 @pytest.fixture(scope="session")
@@ -63,7 +63,7 @@ def shared_data() -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(arithmetic) -> PreTrainedTokenizerBase:
     """The character tokenizer: `<pad>` 0, `<eos>` 1, digits, + and =."""
-    from gvpo_lightning.policy import load_tokenizer
+    from gvpo_lightning.policy.prepare import load_tokenizer
 
     return load_tokenizer(str(arithmetic / "model"))
 

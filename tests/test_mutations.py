@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from gvpo_kernels import reference
-from gvpo_lightning import objectives, plan, two_passes
+from gvpo_lightning.objectives import gvpo as objectives
+from gvpo_lightning.rollout import plan
+from gvpo_lightning.updates import two_passes
 from tests.objectives import (
     test_case_table,
     test_group_over_ranks,

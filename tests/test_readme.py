@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader
 
-from gvpo_lightning.policy import load_policy
+from gvpo_lightning.policy.prepare import load_policy
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gvpo_lightning.batch import CompletionBatch
+from gvpo_lightning.data.batch import CompletionBatch
 from gvpo_lightning.module import GVPOModule
-from gvpo_lightning.objectives import length_scaled_gvpo_loss
-from gvpo_lightning.reference import score
+from gvpo_lightning.objectives.gvpo import length_scaled_gvpo_loss
+from gvpo_lightning.policy.score import score
 
 
 class LengthMeter:

@@ -12,15 +12,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.paper.meter import right_probabilities
-from gvpo_lightning.batch import CompletionBatch
 from gvpo_lightning.callbacks.optimality import validation_rows
-from gvpo_lightning.head import padded_inputs
+from gvpo_lightning.data.batch import CompletionBatch
+from gvpo_lightning.data.rows import Row
 from gvpo_lightning.module import GVPOModule
-from gvpo_lightning.policy import load_policy
-from gvpo_lightning.reference import score
-from gvpo_lightning.rollout.generation import evaluating
-from gvpo_lightning.rollout.loader import Row
-from gvpo_lightning.rollout.sampling import sample_rollout
+from gvpo_lightning.policy.head import padded_inputs
+from gvpo_lightning.policy.prepare import load_policy
+from gvpo_lightning.policy.score import evaluating, score
+from gvpo_lightning.rollout.groups import sample_rollout
 
 LARGEST = 2**25  # numbers of one forward pass's logits
 

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from benchmarks.paper.by_length import LengthMeter
-from gvpo_lightning.batch import CompletionBatch
-from gvpo_lightning.callbacks.optimality import answer_probabilities, optimal_accuracy, validation_rows
-from gvpo_lightning.head import completion_logprobs
+from gvpo_lightning.callbacks.optimality import validation_rows
+from gvpo_lightning.data.batch import CompletionBatch
+from gvpo_lightning.data.rows import Row
+from gvpo_lightning.distributed.sharding import is_sharded
+from gvpo_lightning.evaluation.optimality import answer_probabilities, optimal_accuracy
 from gvpo_lightning.module import GVPOModule
-from gvpo_lightning.reference import score
-from gvpo_lightning.rollout.loader import Row
-from gvpo_lightning.sharding import is_sharded
+from gvpo_lightning.policy.head import completion_logprobs
+from gvpo_lightning.policy.score import score
 
 STEP_METRICS = {
     "loss": "loss",

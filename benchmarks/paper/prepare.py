@@ -62,8 +62,8 @@ def record(configs: Configs, folder: Path, settings: dict[str, Any]) -> Path:
 
 def make_start(configs: Configs, folder: Path, noise: float, seed: int) -> None:
     """A folder with the config's policy after noise of `noise` times its own size (RMS) on every weight."""
-    from gvpo_lightning.loading import LoadingSettings
-    from gvpo_lightning.policy import load_policy, load_tokenizer
+    from gvpo_lightning.policy.loading import LoadingSettings
+    from gvpo_lightning.policy.prepare import load_policy, load_tokenizer
 
     name, loading = setting(configs, "model.policy", None), LoadingSettings(**setting(configs, "model.loading", {}))
     policy, tokenizer = load_policy(name, loading), load_tokenizer(setting(configs, "model.tokenizer", name), loading)

@@ -20,7 +20,7 @@ from benchmarks.paper.tables import (
     markdown,
     paired_difference,
 )
-from gvpo_lightning.rollout.sampling import RolloutSettings
+from gvpo_lightning.rollout.settings import RolloutSettings
 
 COMPARED: dict[str, dict[str, Any]] = {
     "GVPO, frozen": METHODS["GVPO"] | {"model.reference": "frozen"},

@@ -3,14 +3,14 @@
 from lightning.pytorch import Callback
 
 from gvpo_lightning.callbacks.benchmarks import BenchmarkReport
-from gvpo_lightning.callbacks.checkpoint import RunCheckpoint
 from gvpo_lightning.callbacks.completions import CompletionsTable, PredictionWriter
 from gvpo_lightning.callbacks.estimate import MemoryEstimate
 from gvpo_lightning.callbacks.optimality import OptimalityMeter
-from gvpo_lightning.callbacks.preemption import Preemption
-from gvpo_lightning.callbacks.settings import SettingsWin
 from gvpo_lightning.callbacks.summary import RunSummary
-from gvpo_lightning.callbacks.whereabouts import Whereabouts
+from gvpo_lightning.checkpointing.preemption import Preemption
+from gvpo_lightning.checkpointing.resumed_settings import SettingsWin
+from gvpo_lightning.checkpointing.run_checkpoint import RunCheckpoint
+from gvpo_lightning.checks.error_notes import Whereabouts
 
 __all__ = [
     "BenchmarkReport",

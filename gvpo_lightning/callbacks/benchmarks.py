@@ -9,7 +9,7 @@ from typing import Any
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 
-from gvpo_lightning.data import PromptDataModule
+from gvpo_lightning.datamodule import PromptDataModule
 from gvpo_lightning.evaluation.benchmarks import ProblemSet
 from gvpo_lightning.evaluation.grading import Extractor, answer_extractor, grader, reward_facts
 from gvpo_lightning.evaluation.loader import ProblemBatch

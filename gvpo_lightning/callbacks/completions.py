@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gvpo_lightning.module import GVPOModule
-from gvpo_lightning.rollout.sampling import Rollout
+from gvpo_lightning.rollout.rollout import Rollout
 
 COLUMNS = ("group", "prompt", "completion", "source", "reward")
 

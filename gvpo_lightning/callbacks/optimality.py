@@ -1,6 +1,5 @@
 """Where a run stands against its optimum, on tasks with one right answer string."""
 
-import math
 from itertools import islice
 from typing import Any
 
@@ -8,16 +7,13 @@ import lightning as L
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel
 
-from gvpo_lightning.batch import collate_completions
-from gvpo_lightning.data import PromptDataModule
+from gvpo_lightning.data.rows import Row, rows_of
+from gvpo_lightning.datamodule import PromptDataModule
+from gvpo_lightning.distributed.gather import callable_outside_steps, reshard
+from gvpo_lightning.evaluation.optimality import answer_probabilities, optimal_accuracy
 from gvpo_lightning.module import GVPOModule
-from gvpo_lightning.policy import stop_token_ids
-from gvpo_lightning.reference import score
-from gvpo_lightning.rollout.generation import encode_prompt
-from gvpo_lightning.rollout.loader import Row, rows_of
-from gvpo_lightning.sharding import callable_outside_steps, reshard
 
 
 class OptimalityMeter(L.Callback):
@@ -105,33 +101,3 @@ def validation_rows(trainer: L.Trainer) -> list[Row]:
         for batch in islice(loader, limit if isinstance(limit, int) else int(limit * len(loader)))
         for row in rows_of(batch)
     ]
-
-
-def optimal_accuracy(p: Tensor, beta: float) -> Tensor:
-    """Accuracy of the optimal policy where the reference is right with probability p; any shape."""
-    p = p.double()
-    return torch.sigmoid(torch.logit(p) + 1.0 / beta)
-
-
-@torch.no_grad()
-def answer_probabilities(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompts: list[Any],
-    answers: list[str],
-    *,
-    temperature: float = 1.0,
-    batch_size: int = 64,
-) -> Tensor:
-    """(num_prompts,) exact probabilities, float64, of completing each prompt with its answer and an end token."""
-    stops = stop_token_ids(model, tokenizer)
-    prompt_ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
-    answer_ids = [tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]
-    total = torch.zeros(len(prompts), dtype=torch.float64)
-    for stop in stops:
-        completions = [[*ids, stop] for ids in answer_ids]
-        batch = collate_completions(prompt_ids, completions, [False] * len(prompts), [0] * len(prompts), stop)
-        token_logprobs = score(model, batch.to(model.device), temperature=temperature, batch_size=batch_size)
-        total += token_logprobs.double().sum(dim=1).exp().cpu()
-    assert not math.isnan(float(total.sum()))
-    return total

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from gvpo_lightning.reference import ReferenceKind
+from gvpo_lightning.reference.settings import ReferenceKind
 
 
 @dataclass(frozen=True)

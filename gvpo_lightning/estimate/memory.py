@@ -15,8 +15,8 @@
 from dataclasses import dataclass
 
 from gvpo_kernels.forward_gradients import STREAM_BYTES
+from gvpo_kernels.head import SLICE_BYTES, TILE_BYTES
 from gvpo_kernels.torch_head import CHUNK_BYTES
-from gvpo_kernels.triton_head import SLICE_BYTES, TILE_BYTES
 from gvpo_lightning.estimate.facts import RunFacts
 from gvpo_lightning.estimate.sizes import ModelSizes
 

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 from transformers import PretrainedConfig
 
-from gvpo_lightning.loading import LoadingSettings, empty_model
+from gvpo_lightning.policy.loading import LoadingSettings, empty_model
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gvpo_lightning.rollout.loader import Row
-from gvpo_lightning.splits import cut_split, load_splits
+from gvpo_lightning.data.rows import Row
+from gvpo_lightning.data.splits import cut_split, load_splits
 
 
 @dataclass(frozen=True)

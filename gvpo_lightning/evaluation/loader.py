@@ -5,9 +5,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from gvpo_lightning.data.rows import Row
+from gvpo_lightning.distributed.ranks import rank_share
 from gvpo_lightning.evaluation.benchmarks import ProblemSet
-from gvpo_lightning.plan import rank_share
-from gvpo_lightning.rollout.loader import Row
 
 
 @dataclass

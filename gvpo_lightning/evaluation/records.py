@@ -9,7 +9,7 @@ from typing import Any
 
 from gvpo_lightning.evaluation.grading import Extractor
 from gvpo_lightning.evaluation.loader import ProblemBatch
-from gvpo_lightning.rollout.sampling import Rollout
+from gvpo_lightning.rollout.rollout import Rollout
 
 Record = dict[str, Any]
 

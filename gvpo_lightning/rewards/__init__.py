@@ -17,7 +17,7 @@ from gvpo_lightning.rewards.settings import RewardSettings
 
 if TYPE_CHECKING:
     from gvpo_lightning.rewards.remote import RemoteReward
-    from gvpo_lightning.rewards.running import Rewards
+    from gvpo_lightning.rewards.run import Rewards
 
 __all__ = [
     "BoxedMath",
@@ -36,7 +36,7 @@ __all__ = [
     "reward_name",
 ]
 
-_HEAVY = {"RemoteReward": "remote", "Rewards": "running"}  # imports that reward workers do without
+_HEAVY = {"RemoteReward": "remote", "Rewards": "run"}  # imports that reward workers do without
 
 
 def __getattr__(name: str) -> Any:

@@ -122,7 +122,7 @@ def wants_token_ids(reward: Reward) -> bool:
 
 def reward_columns(row: Mapping[str, Any]) -> list[str]:
     """The columns that reach a reward: all but the prompt and what is recorded of completions."""
-    from gvpo_lightning.batch import COMPLETION_COLUMNS  # and with it torch
+    pass
 
     if "completions" not in row:
         return [name for name in row if name != "prompt"]
@@ -160,3 +160,7 @@ def check_reward_columns(reward: Reward, columns: set[str]) -> None:
             f"The reward {reward_name(reward)} needs the columns {missing}, but besides the prompt the dataset has "
             f"{sorted(columns)}."
         )
+
+
+# of the offline format, what a row says of its completions; the other columns are the prompt's
+COMPLETION_COLUMNS = ("completions", "rewards", "token_ids", "truncated", "sources", "reference_logprobs", "reference")

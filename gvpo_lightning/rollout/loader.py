@@ -7,19 +7,18 @@ distributed sampler. It keeps no position of its own: it reads the module's `mic
 checkpoints hold, and every order is a function of the seed; so a resumed run goes on where it was.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
+from gvpo_lightning.data.rows import Row, check_default_collate, rows_of
 from gvpo_lightning.seeding import derive_seed, seeded_permutation
 
 if TYPE_CHECKING:
     from gvpo_lightning.module import GVPOModule
-
-Row = dict[str, Any]
 
 
 class RolloutLoader:
@@ -110,16 +109,6 @@ class RolloutLoader:
         return [self.prompts[index] for index in order[start : start + count]]
 
 
-def check_default_collate(row: Row) -> None:
-    """Raise ValueError for rows that torch's default collate would take apart."""
-    nested = [name for name, value in row.items() if isinstance(value, (list, tuple, dict))]
-    if nested:
-        raise ValueError(
-            f"torch's default collate takes the lists in the columns {nested} apart and mixes up the rows: "
-            "give the DataLoader collate_fn=list."
-        )
-
-
 def count_prompts(loader: DataLoader) -> int:
     """Rows in one pass over a DataLoader.
 
@@ -150,25 +139,3 @@ def seeded_order(loader: DataLoader, seed: int) -> Iterator[None]:
         finally:
             for generator, state in zip(own, states, strict=True):
                 generator.set_state(state)
-
-
-def rows_of(batch: Any) -> list[Row]:
-    """A batch of prompts as a list of rows: from rows, from a dict of columns (torch's default collate), or a Dataset.
-
-    Raises:
-        ValueError: neither, or columns that torch's default collate has mixed up.
-    """
-    if isinstance(batch, Mapping):
-        columns = {name: v.tolist() if isinstance(v, torch.Tensor) else list(v) for name, v in batch.items()}
-        lengths = {name: len(values) for name, values in columns.items()}
-        if len(set(lengths.values())) > 1 or any(isinstance(p, Mapping) for p in columns.get("prompt", ())):
-            raise ValueError(
-                f"The columns of a batch of prompts don't fit together, lengths {lengths}: torch's default collate "
-                "takes lists, such as conversations, apart. Give the DataLoader collate_fn=list."
-            )
-        return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
-    rows = list(batch)
-    for number, row in enumerate(rows):
-        if not isinstance(row, Mapping):
-            raise ValueError(f"Row {number} of the prompts must be a dict with a 'prompt', got {type(row).__name__}.")
-    return rows

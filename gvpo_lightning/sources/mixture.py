@@ -9,9 +9,9 @@ import torch
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
-from gvpo_lightning.batch import Completion
-from gvpo_lightning.rollout.generation import encode_prompt
-from gvpo_lightning.rollout.loader import Row
+from gvpo_lightning.data.batch import Completion
+from gvpo_lightning.data.rows import Row
+from gvpo_lightning.policy.prompts import encode_prompt
 from gvpo_lightning.seeding import derive_seed, seeded_permutation
 from gvpo_lightning.sources.offline import OfflineFile, encode_completion, prompt_key
 from gvpo_lightning.sources.replay import ReplayBuffer

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from gvpo_lightning.batch import Completion
+from gvpo_lightning.data.batch import Completion
 
 
 def prompt_key(prompt: Any) -> str:
@@ -62,7 +62,7 @@ class OfflineFile:
         tokenizer: PreTrainedTokenizerBase,
         vocab_size: int,
     ) -> None:
-        from gvpo_lightning.splits import cut_split, load_splits  # needs `datasets`
+        from gvpo_lightning.data.splits import cut_split, load_splits
 
         self.path, self.tokenizer = path, tokenizer
         self.rows = cut_split(load_splits(path, key="sources.file.path"), split)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from gvpo_lightning.batch import Completion
+from gvpo_lightning.data.batch import Completion
 from gvpo_lightning.seeding import seeded_permutation
 from gvpo_lightning.sources.settings import ReplaySettings
 

@@ -2,9 +2,9 @@
 
 from gvpo_kernels.fused_loss import FusedLoss, fused_gvpo_loss
 from gvpo_kernels.group_loss import GroupLoss, group_loss
-from gvpo_kernels.group_statistics import GroupStatistics, group_statistics
+from gvpo_kernels.group_statistics import GroupStatistics, group_statistics, reward_statistics
 from gvpo_kernels.linear_logprob import linear_logprob
-from gvpo_kernels.reference import GVPOLoss, gvpo_loss
+from gvpo_kernels.reference import GVPOLoss, gvpo_loss, gvpo_loss_of_log_ratios
 
 __all__ = [
     "FusedLoss",
@@ -15,5 +15,7 @@ __all__ = [
     "group_loss",
     "group_statistics",
     "gvpo_loss",
+    "gvpo_loss_of_log_ratios",
     "linear_logprob",
+    "reward_statistics",
 ]

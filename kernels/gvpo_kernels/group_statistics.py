@@ -76,6 +76,12 @@ def group_statistics(
         return GroupStatistics(index[offset : offset + num_local], size, *means_and_range)
 
 
+def reward_statistics(rewards: Tensor, group_ids: Tensor, kept: Tensor) -> GroupStatistics:
+    """The same of rewards, or of whatever else completions have one number of, alone: (S,) each; the rest is 0."""
+    zeros = torch.zeros_like(rewards)
+    return group_statistics(zeros, rewards, zeros, group_ids, kept)
+
+
 def gather_rows(columns: list[Tensor], process_group: "dist.ProcessGroup") -> tuple[list[Tensor], int]:
     """Concatenate (S_rank,) tensors over the ranks; also the row at which this rank's own part starts."""
     rank, world_size = dist.get_rank(process_group), dist.get_world_size(process_group)

@@ -15,6 +15,10 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+# The Triton path's budgets; here, since memory is estimated from them where there is no Triton.
+TILE_BYTES = 32 * 2**20
+SLICE_BYTES = 256 * 2**20
+
 
 @dataclass(frozen=True)
 class HeadCall:

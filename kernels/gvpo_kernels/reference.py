@@ -87,6 +87,23 @@ def gvpo_loss(
     return GVPOLoss(loss, batch.residuals.detach(), batch.log_ratios.detach(), gvpo_metrics(batch))
 
 
+def gvpo_loss_of_log_ratios(
+    log_ratios: Tensor,
+    kept: Tensor,
+    rewards: Tensor,
+    group_ids: Tensor,
+    beta: float,
+    *,
+    num_groups: int | None = None,
+) -> GVPOLoss:
+    """`gvpo_loss` of (S,) log-ratios, which are all that it needs of the tokens; kept: (S,) bool; the rest as there.
+
+    The record's `objective/*` metrics are those of a reference whose log-probs are 0.
+    """
+    ratios = log_ratios[:, None]  # every completion as one token
+    return gvpo_loss(ratios, torch.zeros_like(ratios), kept[:, None], rewards, group_ids, beta, num_groups=num_groups)
+
+
 @dataclass(frozen=True)
 class PreparedBatch:
     """A checked batch reduced to completions; every tensor is (S,) but those of `statistics`.

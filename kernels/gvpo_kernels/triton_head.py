@@ -13,6 +13,8 @@ from torch import Tensor
 
 from gvpo_kernels.gradient_sums import GradientSums
 from gvpo_kernels.head import (
+    SLICE_BYTES,
+    TILE_BYTES,
     Gradients,
     HeadCall,
     Needs,
@@ -28,9 +30,7 @@ from gvpo_kernels.triton_grad_logits import grad_logits, stash_gradients
 from gvpo_kernels.triton_launch import tile_launch
 from gvpo_kernels.triton_statistics import RunningStatistics, update_statistics
 
-TILE_BYTES = 32 * 2**20
 TILE_ROWS = 2048
-SLICE_BYTES = 256 * 2**20
 ALIGNMENT = 64
 
 

@@ -86,10 +86,10 @@ def test_no_prompt_is_in_both_splits(name, task):
 
 @pytest.mark.parametrize("name", TASKS)
 def test_policy_starts_where_the_task_says(name, task):
-    from gvpo_lightning.policy import load_policy, load_tokenizer
+    from gvpo_lightning.policy.prepare import load_policy, load_tokenizer
     from gvpo_lightning.rewards import ExactAnswer, Rewards
-    from gvpo_lightning.rollout.generation import GenerationSettings
-    from gvpo_lightning.rollout.sampling import sample_rollout
+    from gvpo_lightning.rollout.groups import sample_rollout
+    from gvpo_lightning.rollout.settings import GenerationSettings
 
     settings, policy, rows = task(name)
     low, high = BASES[name]
@@ -109,8 +109,8 @@ def test_policy_starts_where_the_task_says(name, task):
 def test_exact_probability_of_a_right_expression(task):
     import torch
 
-    from gvpo_lightning.callbacks.optimality import answer_probabilities
-    from gvpo_lightning.policy import load_policy, load_tokenizer
+    from gvpo_lightning.evaluation.optimality import answer_probabilities
+    from gvpo_lightning.policy.prepare import load_policy, load_tokenizer
 
     _, policy, rows = task("countdown")
     some = rows["validation"][:12]

@@ -10,12 +10,13 @@ from benchmarks.paper.distances import distance_to_optimum, divergence, log_norm
 from benchmarks.paper.pairs import add_distances, all_pairs, pairs, start_pairs
 from benchmarks.paper.prepare import make_start
 from benchmarks.paper.uniqueness import claims, plot, table
-from gvpo_lightning.batch import collate_completions
-from gvpo_lightning.loading import LoadingSettings
-from gvpo_lightning.policy import load_policy, load_tokenizer, prepare_policy
-from gvpo_lightning.reference import score
+from gvpo_lightning.data.batch import collate_completions
+from gvpo_lightning.policy.loading import LoadingSettings
+from gvpo_lightning.policy.prepare import load_policy, load_tokenizer, prepare_policy
+from gvpo_lightning.policy.prompts import encode_prompt
+from gvpo_lightning.policy.score import score
 from gvpo_lightning.rewards import Rewards
-from gvpo_lightning.rollout.generation import GenerationSettings, encode_prompt
+from gvpo_lightning.rollout.settings import GenerationSettings
 
 BETA = 0.5
 ROWS = [{"prompt": "1+2="}, {"prompt": "9+8="}]

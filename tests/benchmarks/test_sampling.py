@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import sampling
 from benchmarks.sampling_baseline import VARIANTS, grpo_loss
-from gvpo_lightning.objectives import group_advantages
+from gvpo_lightning.objectives.grpo import group_advantages
 
 FIELDS = {"objective", "regime", "seed", "predicted", "reached", "difference", "seconds", "trace"}
 
@@ -41,7 +41,7 @@ def test_command_leaves_a_row_a_run_and_a_plot(tmp_path):
 
 
 def test_baseline_is_grpo():
-    from gvpo_lightning.batch import collate_completions
+    from gvpo_lightning.data.batch import collate_completions
 
     batch = collate_completions([[3]] * 4, [[4, 1], [5, 1], [6, 1], [7, 8]], [False] * 4, [0, 0, 1, 1], 0)
     batch.rewards = torch.tensor([1.0, 0.0, 0.0, 0.0])

@@ -8,12 +8,12 @@ import torch
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from gvpo_lightning.batch import collate_completions
 from gvpo_lightning.callbacks import PredictionWriter
 from gvpo_lightning.callbacks.completions import COLUMNS, markdown_table, render_table, table_rows
+from gvpo_lightning.data.batch import collate_completions
 from gvpo_lightning.module import GVPOModule
-from gvpo_lightning.rollout.generation import GenerationSettings
-from gvpo_lightning.rollout.sampling import Rollout, RolloutSettings
+from gvpo_lightning.rollout.rollout import Rollout
+from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
 
 TALK = [{"role": "system", "content": "short"}, {"role": "user", "content": "a question"}]
 AWKWARD = ["[red]not red[/red]", "two\nlines", "a | b", ":dog:", "[/]", "back\\", "[link=x]\\[b]", "", "é 数 \u2028"]

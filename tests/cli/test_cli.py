@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from gvpo_lightning.cli import main, prefer_integers
-from gvpo_lightning.policy import load_policy
+from gvpo_lightning.policy.prepare import load_policy
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from gvpo_lightning.cli import main
-from gvpo_lightning.policy import load_policy
+from gvpo_lightning.policy.prepare import load_policy
 
 pytest.importorskip("peft")
 LORA = ("--model.lora.r=4", "--model.lora.target_modules=all-linear")
@@ -87,7 +87,7 @@ def test_cached_log_probs_of_the_reference_are_the_policys_without_its_adapter(r
 
 
 def load_ids(arithmetic, text):
-    from gvpo_lightning.policy import load_tokenizer
+    from gvpo_lightning.policy.prepare import load_tokenizer
 
     return load_tokenizer(str(arithmetic / "model"))(text)["input_ids"]
 

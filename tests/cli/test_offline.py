@@ -7,9 +7,9 @@ import torch
 from datasets import Dataset
 
 from gvpo_lightning.cli import main
-from gvpo_lightning.policy import load_policy
-from gvpo_lightning.reference import score
-from gvpo_lightning.rollout.sampling import Rollout
+from gvpo_lightning.policy.prepare import load_policy
+from gvpo_lightning.policy.score import score
+from gvpo_lightning.rollout.rollout import Rollout
 
 
 @pytest.fixture
@@ -97,7 +97,7 @@ def test_fit_on_parquet_is_fit_on_jsonl(offline, tmp_path):
 def test_reference_fills_parquet_too_and_goes_on_where_it_was_stopped(offline, tmp_path, monkeypatch):
     file = tmp_path / "rows.parquet"
     Dataset.from_json(str(offline.path)).to_parquet(str(file))
-    from gvpo_lightning import reference_cache
+    from gvpo_lightning.reference import cache as reference_cache
 
     calls = []
     original = reference_cache._scored

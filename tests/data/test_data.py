@@ -6,10 +6,9 @@ import lightning as L
 import pytest
 from datasets import Dataset, DatasetDict
 
-from gvpo_lightning.data import PromptDataModule
+from gvpo_lightning.datamodule import PromptDataModule
 from gvpo_lightning.module import GVPOModule
-from gvpo_lightning.rollout.generation import GenerationSettings
-from gvpo_lightning.rollout.sampling import RolloutSettings
+from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
 
 
 @pytest.fixture(autouse=True)

@@ -10,8 +10,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.memory import peak_bytes
 from benchmarks.train_step_paths import make_batch, with_adapters
-from gvpo_lightning.head import completion_loss
-from gvpo_lightning.policy import prepare_policy
+from gvpo_lightning.policy.head import completion_loss
+from gvpo_lightning.policy.prepare import prepare_policy
 
 CONFIG = Qwen2Config(
     vocab_size=4_000,

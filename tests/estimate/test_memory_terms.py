@@ -8,10 +8,11 @@ from benchmarks.train_step_paths import make_batch
 from gvpo_lightning.estimate import RunFacts, Workload, estimate_memory, model_sizes
 from gvpo_lightning.estimate.memory import head_bytes
 from gvpo_lightning.estimate.sizes import count_parameters, quantized_layer_bytes, with_adapters
-from gvpo_lightning.head import completion_loss
-from gvpo_lightning.loading import LoadingSettings
-from gvpo_lightning.policy import load_policy, prepare_policy
-from gvpo_lightning.reference import ReferenceSettings, WeightsReference
+from gvpo_lightning.policy.head import completion_loss
+from gvpo_lightning.policy.loading import LoadingSettings
+from gvpo_lightning.policy.prepare import load_policy, prepare_policy
+from gvpo_lightning.reference.settings import ReferenceSettings
+from gvpo_lightning.reference.weights import WeightsReference
 
 VOCABULARY = 700
 PLAIN = {"compute_bytes": 4, "cuda": False}

@@ -7,7 +7,7 @@ import lightning as L
 
 from gvpo_lightning import RolloutSettings
 from gvpo_lightning.callbacks import BenchmarkReport
-from gvpo_lightning.data import PromptDataModule
+from gvpo_lightning.datamodule import PromptDataModule
 from gvpo_lightning.evaluation.benchmarks import Benchmark
 from gvpo_lightning.rewards import ExactAnswer
 from tests.strategies.train_script import make_module, make_trainer

@@ -6,10 +6,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gvpo_lightning.distributed import DataRanks
+from gvpo_lightning.data.rows import rows_of
+from gvpo_lightning.distributed.ranks import DataRanks
 from gvpo_lightning.evaluation.benchmarks import Benchmark, ProblemSet
 from gvpo_lightning.evaluation.loader import ProblemLoader, check_shares
-from gvpo_lightning.rollout.loader import rows_of
 
 
 @given(

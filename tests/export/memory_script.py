@@ -4,7 +4,7 @@ import resource
 import sys
 from pathlib import Path
 
-from gvpo_lightning.export import export_checkpoint
+from gvpo_lightning.export.checkpoint import export_checkpoint
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.rewards import ExactAnswer
 

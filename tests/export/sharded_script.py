@@ -8,7 +8,7 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from gvpo_lightning import GenerationSettings, GVPOModule, RolloutLoader, RolloutSettings
-from gvpo_lightning.sharding import full_state_dict
+from gvpo_lightning.distributed.placement import full_state_dict
 
 
 def reward(prompts, completions, **columns):

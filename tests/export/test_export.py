@@ -16,12 +16,12 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Qwen2Config, Qwen2ForCausalLM
 
 from gvpo_lightning import LoadingSettings
+from gvpo_lightning.checkpointing.weights import FileWeights, FolderWeights, load_weights
 from gvpo_lightning.cli import main
-from gvpo_lightning.export import export_checkpoint
+from gvpo_lightning.export.checkpoint import export_checkpoint
 from gvpo_lightning.module import GVPOModule
-from gvpo_lightning.policy import load_tokenizer
+from gvpo_lightning.policy.prepare import load_tokenizer
 from gvpo_lightning.rewards import ExactAnswer
-from gvpo_lightning.saved_weights import FileWeights, FolderWeights, load_weights
 from tests.export import sharded_script
 from tests.forked import run_ranks
 

@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from gvpo_lightning import GVPOModule, LoadingSettings
 from gvpo_lightning.cli import main
-from gvpo_lightning.export import export_checkpoint
-from gvpo_lightning.loading import load_base_model
-from gvpo_lightning.policy import load_policy, load_tokenizer
+from gvpo_lightning.export.checkpoint import export_checkpoint
+from gvpo_lightning.policy.loading import load_base_model
+from gvpo_lightning.policy.prepare import load_policy, load_tokenizer
 
 peft = pytest.importorskip("peft")
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}
@@ -151,7 +151,7 @@ def test_names_on_the_hub_are_in_the_cards_front_matter(run, base, tmp_path, mon
     front = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---")[1])
     assert front["datasets"] == ["openai/gsm8k"]
     module.policy_source = "Qwen/Qwen2.5-0.5B"
-    from gvpo_lightning.model_card import write_card
+    from gvpo_lightning.export.model_card import write_card
 
     write_card(tmp_path / "out", module, "merged", None, None)
     text = (tmp_path / "out" / "README.md").read_text()

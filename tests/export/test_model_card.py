@@ -6,7 +6,8 @@ import pytest
 import yaml
 
 from gvpo_lightning import GVPOModule, ObjectiveSettings
-from gvpo_lightning.model_card import publishable, write_card
+from gvpo_lightning.export.model_card import write_card
+from gvpo_lightning.export.publishable import publishable
 
 SECRET_KEYS = ["api_key", "key", "apikey", "access_key", "hf_token", "aws_secret_access_key", "credentials", "passwd"]
 SECRET_KEYS += ["authorization", "auth", "private_key", "Bearer", "token"]

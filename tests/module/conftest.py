@@ -3,9 +3,8 @@ import pytest
 import torch
 
 from gvpo_lightning.module import GVPOModule
-from gvpo_lightning.rollout.generation import GenerationSettings
 from gvpo_lightning.rollout.loader import RolloutLoader
-from gvpo_lightning.rollout.sampling import RolloutSettings
+from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
 
 
 def digit_reward(prompts, completions, **columns):

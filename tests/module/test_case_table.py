@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-from gvpo_lightning import update_loss
-from gvpo_lightning.head import completion_logprobs
-from gvpo_lightning.reference import score
-from gvpo_lightning.rollout.sampling import Rollout, RolloutSettings
+from gvpo_lightning.policy.head import completion_logprobs
+from gvpo_lightning.policy.score import score
+from gvpo_lightning.rollout.rollout import Rollout
+from gvpo_lightning.rollout.settings import RolloutSettings
+from gvpo_lightning.updates import loss as update_loss
 
 
 @pytest.fixture

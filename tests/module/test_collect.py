@@ -7,12 +7,12 @@ import lightning as L
 import pytest
 import torch
 
-from gvpo_lightning.batch import Completion
-from gvpo_lightning.collect import reward_shares, row_hash, sample_share
-from gvpo_lightning.distributed import DataRanks
+from gvpo_lightning.data.batch import Completion
+from gvpo_lightning.distributed.ranks import DataRanks
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.rewards.protocol import RAISED, RewardError
-from gvpo_lightning.rewards.running import FailureTally
+from gvpo_lightning.rewards.tally import FailureTally
+from gvpo_lightning.rollout.collect import reward_shares, row_hash, sample_share
 
 ROWS = [{"prompt": f"{n}+1=", "number": n} for n in range(3)]
 

@@ -7,12 +7,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gvpo_lightning import two_passes
-from gvpo_lightning.batch import collate_completions
-from gvpo_lightning.head import completion_logprobs, completion_loss
-from gvpo_lightning.plan import Limits, plan_updates
-from gvpo_lightning.policy import prepare_policy
-from gvpo_lightning.rollout.sampling import Rollout, RolloutSettings
+from gvpo_lightning.data.batch import collate_completions
+from gvpo_lightning.policy.head import completion_logprobs, completion_loss
+from gvpo_lightning.policy.prepare import prepare_policy
+from gvpo_lightning.rollout.plan import Limits, plan_updates
+from gvpo_lightning.rollout.rollout import Rollout
+from gvpo_lightning.rollout.settings import RolloutSettings
+from gvpo_lightning.updates import two_passes
 
 BETA = 0.5
 CPU = torch.device("cpu")

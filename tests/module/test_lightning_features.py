@@ -6,9 +6,8 @@ import torch
 from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, LearningRateMonitor, ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 
-from gvpo_lightning.rollout.generation import GenerationSettings
 from gvpo_lightning.rollout.loader import RolloutLoader
-from gvpo_lightning.rollout.sampling import RolloutSettings
+from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
 
 
 def sgd(parameters):

@@ -7,8 +7,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from gvpo_lightning import GVPOModule, LoadingSettings, ReferenceSettings
-from gvpo_lightning.export import export_checkpoint
-from gvpo_lightning.reference import AdapterOffReference, ModelReference, score
+from gvpo_lightning.export.checkpoint import export_checkpoint
+from gvpo_lightning.policy.score import score
+from gvpo_lightning.reference.adapter_off import AdapterOffReference
+from gvpo_lightning.reference.model import ModelReference
 
 pytest.importorskip("peft")
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}

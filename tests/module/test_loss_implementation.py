@@ -5,7 +5,7 @@ import logging
 import pytest
 import torch
 
-from gvpo_lightning.rollout.sampling import RolloutSettings
+from gvpo_lightning.rollout.settings import RolloutSettings
 
 
 def train(make_module, fit, weights, implementation, dtype=torch.float32, **trainer_arguments):

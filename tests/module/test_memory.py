@@ -9,8 +9,8 @@ from pathlib import Path
 import lightning as L
 import pytest
 
+from gvpo_lightning.commands.reference import fill_cache
 from gvpo_lightning.module import GVPOModule
-from gvpo_lightning.reference_cache import fill_cache
 from gvpo_lightning.sources.settings import FileSettings, SourceSettings
 
 

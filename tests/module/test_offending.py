@@ -7,10 +7,10 @@ import lightning as L
 import pytest
 import torch
 
-from gvpo_lightning.batch import CompletionBatch, collate_completions, dropped_completion
 from gvpo_lightning.cli import main
-from gvpo_lightning.offending import load_offending_update, save_offending_update
-from gvpo_lightning.rollout.sampling import RolloutSettings
+from gvpo_lightning.data.batch import CompletionBatch, collate_completions, dropped_completion
+from gvpo_lightning.rollout.settings import RolloutSettings
+from gvpo_lightning.updates.failed_update import load_offending_update, save_offending_update
 
 FILE = "offending_update_rank0.pt"
 

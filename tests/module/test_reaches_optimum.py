@@ -5,11 +5,10 @@ import pytest
 import torch
 
 from gvpo_lightning.callbacks import OptimalityMeter
-from gvpo_lightning.data import PromptDataModule
+from gvpo_lightning.datamodule import PromptDataModule
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.rewards import ExactAnswer
-from gvpo_lightning.rollout.generation import GenerationSettings
-from gvpo_lightning.rollout.sampling import RolloutSettings
+from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
 
 
 def train(arithmetic, beta: float, steps: int) -> tuple[float, float, dict[str, float]]:

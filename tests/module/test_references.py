@@ -4,7 +4,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from gvpo_lightning.reference import ReferenceSettings
+from gvpo_lightning.reference.settings import ReferenceSettings
 from gvpo_lightning.sources.settings import ReplaySettings, SourceSettings
 
 EVERY_3, EMA = ReferenceSettings("every_n_steps", every_n_steps=3), ReferenceSettings("ema", decay=0.75)
@@ -83,7 +83,7 @@ def test_adapter_off_is_the_base_model(make_module, fit, make_policy):
     module._roll_out = lambda rows, index: rollouts.append(original(rows, index)) or rollouts[-1]
     fit(module, max_steps=6)
     base.configure_model()
-    from gvpo_lightning.reference import score
+    from gvpo_lightning.policy.score import score
 
     for rollout in rollouts:
         expected = score(base.policy, rollout.batch, temperature=1.0, batch_size=64)
@@ -120,8 +120,8 @@ def test_another_model_can_be_the_frozen_reference(make_module, fit, tiny_policy
     settings = ReferenceSettings(model=str(tmp_path / "other"))
     module = make_module(reference=settings)
     fit(module, max_steps=2)
-    from gvpo_lightning.policy import load_policy
-    from gvpo_lightning.reference import score
+    from gvpo_lightning.policy.prepare import load_policy
+    from gvpo_lightning.policy.score import score
 
     batch = module.rollout.batch
     expected = score(load_policy(str(tmp_path / "other")), batch, temperature=1.0, batch_size=64)

@@ -7,9 +7,9 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from gvpo_lightning import collect
-from gvpo_lightning.rollout.generation import GenerationSettings
-from gvpo_lightning.rollout.sampling import RolloutSettings, sample_rollout
+from gvpo_lightning.rollout import collect
+from gvpo_lightning.rollout.groups import sample_rollout
+from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
 from gvpo_lightning.sources.settings import (
     DemonstrationSettings,
     FileSettings,

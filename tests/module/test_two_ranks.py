@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
-from gvpo_lightning.batch import CompletionBatch
-from gvpo_lightning.head import completion_logprobs
-from gvpo_lightning.objective_kinds import make_objective
-from gvpo_lightning.objective_settings import ObjectiveSettings
-from gvpo_lightning.policy import load_policy
+from gvpo_lightning.data.batch import CompletionBatch
+from gvpo_lightning.objectives.make import make_objective
+from gvpo_lightning.objectives.settings import ObjectiveSettings
+from gvpo_lightning.policy.head import completion_logprobs
+from gvpo_lightning.policy.prepare import load_policy
 from tests.forked import run_ranks
 from tests.module.two_ranks_script import RUNS, main
 

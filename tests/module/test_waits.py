@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gvpo_lightning.distributed import DataRanks
-from gvpo_lightning.meters import UpdateMeter
+from gvpo_lightning.distributed.ranks import DataRanks
+from gvpo_lightning.updates.meters import UpdateMeter
 
 # what reads a device's memory, or must know how much there is of something
 WAITS = ("aten._local_scalar_dense", "aten.nonzero", "aten._unique2", "aten.masked_select", "aten.is_nonzero")

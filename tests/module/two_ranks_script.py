@@ -15,7 +15,7 @@ from gvpo_lightning import (
     RolloutSettings,
     SourceSettings,
 )
-from gvpo_lightning.objective_settings import ObjectiveKind
+from gvpo_lightning.objectives.settings import ObjectiveKind
 from gvpo_lightning.rewards import Reward
 
 

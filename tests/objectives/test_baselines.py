@@ -12,10 +12,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from gvpo_lightning import objectives
-from gvpo_lightning.batch import CompletionBatch
-from gvpo_lightning.objective_kinds import make_objective
-from gvpo_lightning.objective_settings import ObjectiveSettings
+from gvpo_lightning.data.batch import CompletionBatch
+from gvpo_lightning.objectives import gvpo as objectives
+from gvpo_lightning.objectives.grpo import grpo_loss
+from gvpo_lightning.objectives.make import make_objective
+from gvpo_lightning.objectives.policy_gradient import policy_gradient_loss
+from gvpo_lightning.objectives.settings import ObjectiveSettings
 from tests.objectives.builders import assert_same
 
 BETA, CLIP, LONGEST = 0.3, 0.2, 9
@@ -255,9 +257,9 @@ def test_a_ratio_that_overflows_counts_only_where_clipping_leaves_it(kind, advan
     mask, advantages = torch.ones(2, tokens, dtype=torch.bool), torch.tensor([advantage, 1.0])
     options = {"clip": CLIP, "denominator": 1}
     if kind == "grpo":
-        found = objectives.grpo_loss(policy, sampler, sampler, mask, advantages, beta=0.0, **options)
+        found = grpo_loss(policy, sampler, sampler, mask, advantages, beta=0.0, **options)
     else:
-        found = objectives.policy_gradient_loss(policy, sampler, mask, advantages, **options)
+        found = policy_gradient_loss(policy, sampler, mask, advantages, **options)
     (own,) = torch.autograd.grad(found.loss, policy)
     assert float(found.loss.detach()) == pytest.approx(loss - math.exp(0.1), rel=1e-5)
     assert int(found.num_clipped) == (advantage > 0)

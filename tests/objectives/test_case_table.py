@@ -8,7 +8,7 @@ import torch
 
 from gvpo_kernels import linear_logprob
 from gvpo_kernels.reference import compute_residuals, prepare
-from gvpo_lightning import objectives
+from gvpo_lightning.objectives import gvpo as objectives
 from tests.objectives.builders import assert_same, gradient, naive_loss, random_batch
 
 

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from gvpo_lightning import objectives
+from gvpo_lightning.objectives import gvpo as objectives
 from tests import forked
 from tests.objectives.builders import Batch, assert_same, gradient, naive_loss, random_batch
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gvpo_kernels.reference import prepare
-from gvpo_lightning import objectives
+from gvpo_lightning.objectives import gvpo as objectives
 from tests.objectives.builders import Batch, assert_same, gradient, naive_loss, random_batch
 
 BATCHES = {

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gvpo_lightning import objectives
+from gvpo_lightning.objectives import gvpo as objectives
 from tests.objectives.test_optimum import REFERENCE, REWARDS, kl, optimum
 
 BETA = 0.5

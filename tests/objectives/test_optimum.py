@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from gvpo_lightning import objectives
+from gvpo_lightning.objectives import gvpo as objectives
 
 REFERENCE = torch.tensor([8, 4, 2, 1, 1], dtype=torch.float64) / 16
 REWARDS = torch.tensor([0.0, 1.0, 0.3, -0.5, 0.8], dtype=torch.float64)

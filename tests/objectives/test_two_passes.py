@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from gvpo_lightning.two_passes import scatter, sequence_coefficients
+from gvpo_lightning.updates.two_passes import scatter, sequence_coefficients
 from tests.objectives.builders import assert_same, naive_loss, random_batch
 
 

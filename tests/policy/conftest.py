@@ -2,7 +2,7 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from gvpo_lightning.batch import CompletionBatch, collate_completions
+from gvpo_lightning.data.batch import CompletionBatch, collate_completions
 
 SIZES = {
     "vocab_size": 23,

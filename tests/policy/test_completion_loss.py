@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from gvpo_lightning.head import completion_loss, padded_inputs
-from gvpo_lightning.head_check import check_logprob_head
-from gvpo_lightning.objectives import gvpo_loss
-from gvpo_lightning.policy import prepare_policy
+from gvpo_lightning.objectives.gvpo import gvpo_loss
+from gvpo_lightning.policy.head import completion_loss, padded_inputs
+from gvpo_lightning.policy.head_check import check_logprob_head
+from gvpo_lightning.policy.prepare import prepare_policy
 from tests.policy.conftest import CHANGED, FLOAT32_ALONE
 
 NAMES = ["qwen2", "qwen2-tied", "llama", "phi-head-bias", "gpt2", *(n for n in CHANGED if n not in FLOAT32_ALONE)]

@@ -3,10 +3,11 @@
 import pytest
 import torch
 
-import gvpo_lightning.rollout.generation as generation
-from gvpo_lightning.head import completion_logprobs
-from gvpo_lightning.policy import prepare_policy
-from gvpo_lightning.rollout.generation import GenerationSettings, generate_completions
+import gvpo_lightning.rollout.generate as generation
+from gvpo_lightning.policy.head import completion_logprobs
+from gvpo_lightning.policy.prepare import prepare_policy
+from gvpo_lightning.rollout.generate import generate_completions
+from gvpo_lightning.rollout.settings import GenerationSettings
 
 
 def check_that_the_end_token_counts(policy, tokenizer):

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from gvpo_lightning import LoadingSettings
-from gvpo_lightning.loading import check_attention, is_installed, load_config
-from gvpo_lightning.policy import load_policy, load_tokenizer
+from gvpo_lightning.policy.loading import check_attention, is_installed, load_config
+from gvpo_lightning.policy.prepare import load_policy, load_tokenizer
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 MODELING = """
@@ -123,7 +123,9 @@ def test_flash_attention_without_its_package_is_refused(attention, package, extr
     ],
 )
 def test_flash_attention_needs_a_gpu_and_16_bits(monkeypatch, device, precision, dtype, message):
-    monkeypatch.setattr("gvpo_lightning.loading.is_installed", lambda package: True)  # as if it were: it can't be built
+    monkeypatch.setattr(
+        "gvpo_lightning.policy.loading.is_installed", lambda package: True
+    )  # as if it were: it can't be built
     settings = LoadingSettings(dtype, "flash_attention_2")
     if message is None:
         check_attention(settings, device, precision)

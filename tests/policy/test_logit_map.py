@@ -4,9 +4,10 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
-from gvpo_lightning.head import LogitMap, completion_logprobs, find_logit_map, padded_inputs
-from gvpo_lightning.head_check import check_logprob_head
-from gvpo_lightning.policy import prepare_policy
+from gvpo_lightning.policy.head import completion_logprobs, padded_inputs
+from gvpo_lightning.policy.head_check import check_logprob_head
+from gvpo_lightning.policy.logit_map import LogitMap, find_logit_map
+from gvpo_lightning.policy.prepare import prepare_policy
 from tests.policy.conftest import CHANGED, SIZES
 
 

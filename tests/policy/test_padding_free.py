@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gvpo_lightning.head import completion_logprobs, completion_loss
-from gvpo_lightning.head_check import attention_of, check_logprob_head
-from gvpo_lightning.policy import prepare_policy
-from gvpo_lightning.reference import score
+from gvpo_lightning.policy.head import completion_logprobs, completion_loss
+from gvpo_lightning.policy.head_check import attention_of, check_logprob_head
+from gvpo_lightning.policy.prepare import prepare_policy
+from gvpo_lightning.policy.score import score
 from tests.policy.conftest import FLOAT32_ALONE, SIZES
 
 PACKABLE = [

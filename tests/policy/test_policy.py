@@ -6,15 +6,15 @@ import torch
 from torch import nn
 from transformers import GenerationConfig
 
-import gvpo_lightning.head as head_module
-from gvpo_lightning.batch import collate_completions
-from gvpo_lightning.head import completion_logprobs, install_logprob_head
-from gvpo_lightning.head_check import check_logprob_head
-from gvpo_lightning.loading import LoadingSettings
-from gvpo_lightning.policy import load_policy, load_tokenizer, prepare_policy, stop_token_ids
-from gvpo_lightning.reference import score
-from gvpo_lightning.rollout.generation import generate_completions
-from gvpo_lightning.rollout.sampling import GenerationSettings
+import gvpo_lightning.policy.head as head_module
+from gvpo_lightning.data.batch import collate_completions
+from gvpo_lightning.policy.head import completion_logprobs, install_logprob_head
+from gvpo_lightning.policy.head_check import check_logprob_head
+from gvpo_lightning.policy.loading import LoadingSettings
+from gvpo_lightning.policy.prepare import load_policy, load_tokenizer, prepare_policy, stop_token_ids
+from gvpo_lightning.policy.score import score
+from gvpo_lightning.rollout.generate import generate_completions
+from gvpo_lightning.rollout.groups import GenerationSettings
 from tests.policy.conftest import ARCHITECTURES, FLOAT32_ALONE
 
 ATTENTION_DROPOUT = ["llama", "mistral-window", "qwen3", "gemma2-softcap", "gemma3", "granite-scaled", "cohere-scaled"]

@@ -4,10 +4,10 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from gvpo_lightning.head import completion_loss
-from gvpo_lightning.loading import LoadingSettings
-from gvpo_lightning.lora import is_adapted
-from gvpo_lightning.policy import load_policy
+from gvpo_lightning.policy.head import completion_loss
+from gvpo_lightning.policy.loading import LoadingSettings
+from gvpo_lightning.policy.lora import is_adapted
+from gvpo_lightning.policy.prepare import load_policy
 
 bitsandbytes = pytest.importorskip("bitsandbytes")
 LORA = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}

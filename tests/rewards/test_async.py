@@ -109,7 +109,7 @@ LET_GO = threading.Event()
 
 
 def test_what_is_no_exception_or_heeds_no_time_limit_costs_its_completion_alone(monkeypatch):
-    monkeypatch.setattr("gvpo_lightning.rewards.asynchronous.GRACE", 0.5)  # its thread goes on until it is let go
+    monkeypatch.setattr("gvpo_lightning.rewards.workers.event_loop.GRACE", 0.5)  # its thread goes on until it is let go
     LET_GO.clear()
     texts = ["7", "cancelled", "exit", "huge", "swallow", "8"]
     found, _ = ask(misbehaving, texts, timeout=2.0)
@@ -144,7 +144,7 @@ class Stuck:
 
 
 def test_a_blocked_event_loop_is_left_behind_and_nothing_of_it_arrives_later(monkeypatch):
-    monkeypatch.setattr("gvpo_lightning.rewards.asynchronous.GRACE", 0.3)
+    monkeypatch.setattr("gvpo_lightning.rewards.workers.event_loop.GRACE", 0.3)
     stuck = Stuck()
     found, tally = ask(stuck, ["7", "stuck", "8"], timeout=2.0, max_concurrency=1)
     assert [rewarded.failure for rewarded in found] == [None, "reward_timeout", "reward_timeout"]
@@ -174,7 +174,7 @@ def test_what_can_not_be_entered_or_left_has_failed_on_all(method, error, shown)
 
 
 def test_an_interrupt_ends_them_in_order(monkeypatch):
-    monkeypatch.setattr("gvpo_lightning.rewards.asynchronous.GRACE", 60.0)  # however busy the machine is
+    monkeypatch.setattr("gvpo_lightning.rewards.workers.event_loop.GRACE", 60.0)  # however busy the machine is
 
     class Slow(Stuck):
         async def __call__(self, prompts, completions, answer):

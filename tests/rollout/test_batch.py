@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gvpo_lightning.batch import CompletionBatch, collate_completions
+from gvpo_lightning.data.batch import CompletionBatch, collate_completions
 
 
 @pytest.fixture

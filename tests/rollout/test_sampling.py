@@ -3,17 +3,14 @@ import math
 import pytest
 import torch
 
-from gvpo_lightning.batch import collate_completions
-from gvpo_lightning.policy import prepare_policy
+from gvpo_lightning.data.batch import collate_completions
+from gvpo_lightning.policy.prepare import prepare_policy
 from gvpo_lightning.rewards import Rewards
 from gvpo_lightning.rewards.protocol import REASONS
-from gvpo_lightning.rollout.generation import GenerationSettings
-from gvpo_lightning.rollout.sampling import (
-    Rollout,
-    RolloutSettings,
-    rollout_metrics,
-    sample_rollout,
-)
+from gvpo_lightning.rollout.groups import sample_rollout
+from gvpo_lightning.rollout.metrics import rollout_metrics
+from gvpo_lightning.rollout.rollout import Rollout
+from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
 
 ROWS = [
     {"prompt": "3+4=", "answer": "7", "level": 1},

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from gvpo_lightning.batch import Completion
+from gvpo_lightning.data.batch import Completion
 from gvpo_lightning.sources.replay import ReplayBuffer
 from gvpo_lightning.sources.settings import ReplaySettings
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from gvpo_lightning.loading import LoadingSettings
+from gvpo_lightning.policy.loading import LoadingSettings
 from tests.forked import run_ranks
 from tests.strategies.lora_script import main
 from tests.strategies.train_script import STRATEGIES

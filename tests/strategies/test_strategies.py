@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from gvpo_lightning.batch import CompletionBatch
-from gvpo_lightning.policy import load_tokenizer
+from gvpo_lightning.data.batch import CompletionBatch
+from gvpo_lightning.policy.prepare import load_tokenizer
 from tests.forked import run_ranks
 from tests.strategies.train_script import STRATEGIES, gpu_strategies, main, make_policy
 

@@ -33,11 +33,12 @@ from gvpo_lightning import (
     RolloutLoader,
     RolloutSettings,
     SourceSettings,
-    collect,
-    sharding,
 )
-from gvpo_lightning.policy import load_tokenizer
-from gvpo_lightning.sharding import full_state_dict, gathered, local_tensor
+from gvpo_lightning.distributed import sharding
+from gvpo_lightning.distributed.gather import gathered, local_tensor
+from gvpo_lightning.distributed.placement import full_state_dict
+from gvpo_lightning.policy.prepare import load_tokenizer
+from gvpo_lightning.rollout import collect
 
 TIMEOUT = timedelta(seconds=120)
 SIZES: dict[str, Any] = {

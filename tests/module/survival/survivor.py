@@ -127,8 +127,8 @@ def train(
         SourceSettings,
     )
     from gvpo_lightning.callbacks import RunCheckpoint
-    from gvpo_lightning.distributed import DataRanks
-    from gvpo_lightning.sharding import local_tensor
+    from gvpo_lightning.distributed.gather import local_tensor
+    from gvpo_lightning.distributed.ranks import DataRanks
 
     torch.set_num_threads(1)
     num_rewards = 0

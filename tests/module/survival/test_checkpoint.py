@@ -13,10 +13,11 @@ import pytest
 import torch
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
 
+from gvpo_lightning.atomic import PARTIAL
 from gvpo_lightning.callbacks import RunCheckpoint
-from gvpo_lightning.callbacks.whole import PARTIAL, CheckpointError
-from gvpo_lightning.reference import ReferenceSettings
-from gvpo_lightning.rollout.sampling import RolloutSettings
+from gvpo_lightning.checkpointing.save import CheckpointError
+from gvpo_lightning.reference.settings import ReferenceSettings
+from gvpo_lightning.rollout.settings import RolloutSettings
 from tests.forked import FORK, free_port
 from tests.module.survival.checkpoint_runs import fit as fit_network
 from tests.module.survival.checkpoint_runs import network

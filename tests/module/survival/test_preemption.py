@@ -8,9 +8,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from gvpo_lightning.callbacks import SettingsWin, Whereabouts, preemption
+from gvpo_lightning.callbacks import SettingsWin, Whereabouts
+from gvpo_lightning.checkpointing import preemption
 from gvpo_lightning.rollout.loader import RolloutLoader
-from gvpo_lightning.rollout.sampling import RolloutSettings
+from gvpo_lightning.rollout.settings import RolloutSettings
 from tests.module.survival.survivor import assert_the_same_as
 
 CASES = {

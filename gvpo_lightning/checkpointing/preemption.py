@@ -1,0 +1,114 @@
+"""`Preemption`: a SIGTERM or failed rewards end a run between two updates, with a checkpoint to go on from."""
+
+import os
+import signal
+import time
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import lightning as L
+from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.utilities import rank_zero_info
+from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+from gvpo_lightning.checkpointing.run_checkpoint import RunCheckpoint
+from gvpo_lightning.checkpointing.save import save_whole
+from gvpo_lightning.rewards import RewardError
+
+STATUS = 128 + signal.SIGTERM  # 143: what a shell reports of a process that SIGTERM has ended
+REPEAT = 5.0  # seconds within which another SIGTERM is the same one, by another way
+
+
+class Preemption(L.Callback):
+    """Saves a checkpoint and ends the process with status 143 after SIGTERM, on one rank or several.
+
+    What is being done is finished first: the optimizer update, with the rollout that it may need, or the validation.
+    Then all ranks agree, save through the run's `RunCheckpoint`, or else any ModelCheckpoint with save_last, or else
+    to `stopped-step=N.ckpt` in the trainer's default_root_dir, and stop. Nothing is evaluated or exported. The
+    resumed run ends as if it had not been stopped. Before the first update there is nothing to save.
+
+    Rewards that stop a run (`RewardError`, which all ranks raise together) do so between two updates: what has been
+    trained is saved in the same way, and the run can go on when the reward is mended.
+
+    A scheduler that kills soon after SIGTERM must leave time for one rollout, one update and one checkpoint. A second
+    SIGTERM, 5 seconds or more after the first, kills at once.
+
+    `GVPOModule` brings this callback along; one in the Trainer's callbacks takes its place. The signal's handlers
+    that were there before `fit` are called too. Processes that Lightning's launcher has started end with status 0,
+    since it kills the others where one of them fails; the one that started them ends with 143.
+    """
+
+    def __init__(self) -> None:
+        self._received = 0.0  # when, by time.monotonic
+        self._trainer: L.Trainer | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Take the place of Lightning's own reaction, before it is registered."""
+        connector = trainer._signal_connector
+        vars(connector).pop("_sigterm_notifier_fn", None)
+        if stage == "fit":
+            # Lightning's own broadcasts within the handler, where other ranks may be in another collective
+            connector._sigterm_notifier_fn = self._notify  # type: ignore[method-assign,assignment]
+            self._received, self._trainer = 0.0, trainer
+
+    def _notify(self, signum: int, frame: FrameType | None) -> None:
+        now = time.monotonic()
+        if not self._received:
+            self._received = now
+        elif now - self._received >= REPEAT:
+            assert self._trainer is not None
+            if self._trainer.strategy.launcher is not None:
+                self._trainer.strategy.launcher.kill(signal.SIGKILL)
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Where evaluation before training was interrupted, there is nothing to save."""
+        if self._is_due(trainer):
+            self._stop(trainer, "nothing has been trained yet")
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Stop after a whole update: a checkpoint within one would lose gradients."""
+        if not trainer.fit_loop._should_accumulate() and self._is_due(trainer):
+            self._save_and_stop(trainer)
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Stop before the next rollout."""
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._is_due(trainer):
+            self._save_and_stop(trainer)
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """Save what has been trained before rewards failed."""
+        fits = trainer.state.fn == "fit" and not trainer.fast_dev_run  # type: ignore[attr-defined]
+        if isinstance(exception, RewardError) and fits and trainer.global_step:
+            exception.add_note(f"Stopped at step {trainer.global_step}: resume with ckpt_path={self._save(trainer)}.")
+
+    def _is_due(self, trainer: L.Trainer) -> bool:
+        """Whether any rank has received the signal; every rank must call this."""
+        return trainer.strategy.reduce_boolean_decision(bool(self._received), all=False)
+
+    def _save_and_stop(self, trainer: L.Trainer) -> None:
+        path = None if trainer.fast_dev_run else self._save(trainer)  # type: ignore[attr-defined]
+        self._stop(trainer, f"resume with ckpt_path={path}")
+
+    def _save(self, trainer: L.Trainer) -> str:
+        callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
+        for callback in callbacks:
+            if isinstance(callback, RunCheckpoint):
+                return callback.save_now(trainer)
+        for callback in callbacks:
+            if callback.save_last:
+                callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
+                return callback.last_model_path
+        path = Path(trainer.default_root_dir) / f"stopped-step={trainer.global_step}.ckpt"
+        save_whole(trainer, path)
+        return str(path)
+
+    def _stop(self, trainer: L.Trainer, message: str) -> None:
+        rank_zero_info(f"SIGTERM: stopped at step {trainer.global_step} with status {STATUS}, {message}.")
+        environment = getattr(trainer.strategy, "cluster_environment", None)
+        is_child = environment is not None and not environment.creates_processes_externally
+        raise SIGTERMException(0 if is_child and trainer.local_rank else STATUS)

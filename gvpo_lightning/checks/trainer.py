@@ -1,0 +1,119 @@
+"""What must hold of the Trainer's settings before anything is trained."""
+
+import math
+
+from lightning.pytorch import Trainer
+from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.strategies import ModelParallelStrategy
+from torch.utils.data import DataLoader
+
+from gvpo_lightning.distributed.placement import data_ranks
+from gvpo_lightning.rollout.loader import RolloutLoader
+from gvpo_lightning.rollout.plan import Limits
+from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
+
+
+def check_devices(trainer: Trainer) -> None:
+    """Raise ValueError where a strategy with given sizes gets another number of devices."""
+    strategy = trainer.strategy
+    if not isinstance(strategy, ModelParallelStrategy):
+        return
+    sizes, devices = (strategy._data_parallel_size, strategy._tensor_parallel_size), trainer.world_size
+    if "auto" not in sizes and math.prod(map(int, sizes)) != devices:
+        raise ValueError(
+            f"data_parallel_size={sizes[0]} times tensor_parallel_size={sizes[1]} of trainer.strategy must be the "
+            f"number of devices, {devices}: set trainer.strategy.init_args.data_parallel_size, or trainer.devices and "
+            "trainer.num_nodes."
+        )
+
+
+def check_trainer(
+    trainer: Trainer,
+    settings: RolloutSettings,
+    generation: GenerationSettings,
+    *,
+    generates: bool,
+    largest_group: int,
+) -> None:
+    """Raise ValueError for what `fit` was given that rollouts can't be trained with."""
+    # the earliest place that shows what `fit` was given; a property that says so comes only much later
+    if isinstance(trainer.fit_loop._data_source.instance, DataLoader):
+        raise ValueError(
+            "GVPOModule trains micro-batches of rollouts, so its prompts can't come from a bare DataLoader: "
+            "write trainer.fit(module, RolloutLoader(dataloader, module))."
+        )
+    overfit_batches: float = trainer.overfit_batches  # type: ignore[attr-defined]
+    if overfit_batches:
+        raise ValueError(
+            f"overfit_batches={overfit_batches} repeats batches, but every rollout samples anew: "
+            "train on a dataset of a few prompts instead."
+        )
+    callbacks: list[object] = trainer.callbacks  # type: ignore[attr-defined]
+    if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
+        raise ValueError(
+            "GradientAccumulationScheduler changes how a rollout is cut into updates in the middle of it: "
+            "set Trainer(accumulate_grad_batches=…) for the whole run."
+        )
+    check_batch_sizes(
+        group_size=largest_group,
+        prompts_per_rollout=settings.prompts_per_rollout,
+        prompts_per_update=settings.prompts_per_update,
+        limits=settings.limits,
+        longest_completion=generation.max_new_tokens if generates else 0,
+        accumulate=trainer.accumulate_grad_batches,
+        world_size=data_ranks(trainer.strategy).size,
+    )
+
+
+def check_training_batches(trainer: Trainer) -> None:
+    """Raise ValueError where an epoch or a validation would cut an optimizer update in two."""
+    if not isinstance(trainer.train_dataloader, RolloutLoader):
+        raise ValueError("The training prompts must come from RolloutLoader(prompts, module).")
+    if trainer.fast_dev_run:  # type: ignore[attr-defined]
+        return
+    accumulate = trainer.accumulate_grad_batches
+    batches, validation = trainer.num_training_batches, trainer.val_check_batch
+    if batches % accumulate:
+        raise ValueError(
+            f"An epoch must hold whole optimizer updates: limit_train_batches leaves {batches} micro-batches, not "
+            f"a multiple of accumulate_grad_batches={accumulate}."
+        )
+    if isinstance(validation, int) and validation % accumulate and validation < batches:
+        raise ValueError(
+            f"Validation must not fall within an optimizer update, where a checkpoint would lose gradients: it comes "
+            f"every {validation} micro-batches (val_check_interval), not a multiple of "
+            f"accumulate_grad_batches={accumulate}."
+        )
+
+
+def check_batch_sizes(
+    *,
+    group_size: int,
+    prompts_per_rollout: int,
+    prompts_per_update: int,
+    limits: Limits,
+    longest_completion: int,
+    accumulate: int,
+    world_size: int,
+) -> None:
+    """Raise ValueError, with the numbers and the mend, where micro-batches can't hold what they must."""
+    if prompts_per_update > prompts_per_rollout:
+        raise ValueError(
+            f"An update trains prompts of one rollout: prompts_per_update={prompts_per_update} is more than "
+            f"prompts_per_rollout={prompts_per_rollout}. Set prompts_per_rollout={prompts_per_update}, "
+            f"or prompts_per_update={prompts_per_rollout}."
+        )
+    completions = math.ceil(prompts_per_update * group_size / world_size)
+    if limits.completions is not None and limits.completions * accumulate < completions:
+        raise ValueError(
+            f"An update has up to {completions} completions a rank, more than {accumulate} micro-batches "
+            f"(trainer.accumulate_grad_batches) of micro_batch_size={limits.completions} hold. Set "
+            f"accumulate_grad_batches={math.ceil(completions / limits.completions)}, or micro_batch_size="
+            f"{math.ceil(completions / accumulate)}."
+        )
+    if limits.tokens is not None and limits.tokens <= longest_completion:
+        raise ValueError(
+            f"A micro-batch must hold one completion with its prompt: micro_batch_tokens={limits.tokens} is not more "
+            f"than the {longest_completion} tokens that a completion may have. Set micro_batch_tokens="
+            f"{2 * longest_completion}, or leave it out."
+        )

@@ -1,0 +1,1 @@
+"""Subcommands of `gvpo` beside Lightning's."""

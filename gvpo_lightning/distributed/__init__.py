@@ -1,0 +1,1 @@
+"""Who has which data and which weights."""

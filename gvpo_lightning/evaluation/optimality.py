@@ -1,0 +1,43 @@
+"""Exact probabilities of right answers, and those that the theory predicts."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from gvpo_lightning.data.batch import collate_completions
+from gvpo_lightning.policy.prepare import stop_token_ids
+from gvpo_lightning.policy.prompts import encode_prompt
+from gvpo_lightning.policy.score import score
+
+
+def optimal_accuracy(p: Tensor, beta: float) -> Tensor:
+    """Accuracy of the optimal policy where the reference is right with probability p; any shape."""
+    p = p.double()
+    return torch.sigmoid(torch.logit(p) + 1.0 / beta)
+
+
+@torch.no_grad()
+def answer_probabilities(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: list[Any],
+    answers: list[str],
+    *,
+    temperature: float = 1.0,
+    batch_size: int = 64,
+) -> Tensor:
+    """(num_prompts,) exact probabilities, float64, of completing each prompt with its answer and an end token."""
+    stops = stop_token_ids(model, tokenizer)
+    prompt_ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
+    answer_ids = [tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]
+    total = torch.zeros(len(prompts), dtype=torch.float64)
+    for stop in stops:
+        completions = [[*ids, stop] for ids in answer_ids]
+        batch = collate_completions(prompt_ids, completions, [False] * len(prompts), [0] * len(prompts), stop)
+        token_logprobs = score(model, batch.to(model.device), temperature=temperature, batch_size=batch_size)
+        total += token_logprobs.double().sum(dim=1).exp().cpu()
+    assert not math.isnan(float(total.sum()))
+    return total

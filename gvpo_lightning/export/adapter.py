@@ -1,0 +1,116 @@
+"""Exports of policies with an adapter: the adapter alone, or the model with the adapter merged in."""
+
+import copy
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from lightning.pytorch.utilities import rank_zero_info
+from safetensors.torch import save_file
+from torch import Tensor
+
+from gvpo_lightning.policy.loading import adapter_base, empty_model, load_base_model
+from gvpo_lightning.policy.lora import add_lora, import_peft, trained_names
+from gvpo_lightning.policy.names import unwrapped_name
+
+if TYPE_CHECKING:
+    from gvpo_lightning.policy_module import PolicyModule
+
+
+def adapted_model(module: "PolicyModule", *, with_weights: bool) -> Any:
+    """The policy beneath an adapter of the run's shape, not quantized; without weights, no memory is taken.
+
+    None where the policy, given by name, has no adapter.
+    """
+    name = module.policy_source
+    assert isinstance(name, str)
+    found = adapter_base(name, module.loading)
+    if found is None and module.lora is None:
+        return None
+    source, loading = found or (name, module.loading)
+    model = load_base_model(source, loading.whole()) if with_weights else empty_model(module.model_config(), loading)
+    if found is None:
+        assert module.lora is not None
+        adapted = add_lora(model, module.lora, seed=0)
+    else:
+        peft = import_peft(f"policy={name!r}, an adapter,")
+        adapter = peft.PeftConfig.from_pretrained(name, revision=module.loading.revision)
+        adapter.inference_mode = False  # as in the folder's file, nothing would be trained
+        adapted = peft.get_peft_model(model, adapter)
+    config = adapted.peft_config["default"]
+    config.base_model_name_or_path, config.revision = source, loading.revision
+    return adapted
+
+
+def trained_sources(model: Any, sources: Mapping[str, str], checkpoint: Path) -> dict[str, str]:
+    """Of the names that a checkpoint has the model's tensors under, those of the adapter's.
+
+    Raises:
+        ValueError: the model has no weights to train, or the checkpoint some beside them, but not all.
+    """
+    trained, saved = trained_names(model), sources.keys()
+    others = sorted(saved - trained)
+    if not trained or (others and not saved >= {name for name, _ in model.named_parameters()}):  # FSDP1's has all
+        raise ValueError(
+            f"{checkpoint} has {(others or sorted(saved))[0]!r}, which is not trained in the policy ({len(trained)} "
+            "tensors are). Give the policy that this checkpoint was trained from (model.policy, model.lora)."
+        )
+    return {name: sources[name] for name in sorted(trained)}
+
+
+def write_adapter(model: Any, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """The adapter's weights, given by their names in the model, and its config, as peft loads them.
+
+    The model may be wrapped by FSDP1, whose names peft would not find in `tensors`.
+    """
+    peft = import_peft("An adapter's export")
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    state = {name: tensors[unwrapped_name(name)] for name in names if unwrapped_name(name) in tensors}
+    adapter = peft.get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    assert adapter, "peft has found no adapter"
+    save_file(
+        {unwrapped_name(name): tensor.detach().cpu().contiguous() for name, tensor in adapter.items()},
+        folder / "adapter_model.safetensors",
+        {"format": "pt"},
+    )
+    config = copy.copy(model.peft_config["default"])
+    config.inference_mode = True
+    config.save_pretrained(folder)
+
+
+@torch.no_grad()
+def merge(model: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The model with these weights of its adapter added to its own, in their dtype, as a plain transformers model."""
+    own = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+    return model.merge_and_unload(safe_merge=True)
+
+
+def merged_policy(module: "PolicyModule", state: Mapping[str, Tensor] | None) -> Any:
+    """The module's policy with its adapter merged in; `state` is the whole of its weights where it is sharded.
+
+    Raises:
+        ValueError: it has no adapter, or was given as a model object and is sharded.
+    """
+    policy: Any = module.policy
+    if not hasattr(policy, "merge_and_unload"):
+        raise ValueError("There is no adapter to merge: the policy's own weights were trained. Leave merge out.")
+    if isinstance(module.policy_source, str):
+        trained, weights = trained_names(policy), dict(policy.named_parameters()) if state is None else state
+        say_dequantized(module)
+        return merge(adapted_model(module, with_weights=True), {name: weights[name].cpu() for name in trained})
+    if state is not None:
+        raise ValueError("A sharded policy can only be merged if it is given by name (policy, lora): leave merge out.")
+    return copy.deepcopy(policy).merge_and_unload(safe_merge=True)
+
+
+def say_dequantized(module: "PolicyModule") -> None:
+    """Tell what of a quantized policy is merged into."""
+    if module.loading.quantization is not None:
+        rank_zero_info(
+            f"The adapter was trained on weights in {module.loading.quantization} and is merged into those of "
+            f"{module.policy_source!r} as its files hold them, in {module.loading.whole().dtype}: log-probs differ by "
+            "the quantization's error."
+        )

@@ -1,0 +1,100 @@
+"""The start-up check: the fused head and padding-free rows against the model's own logits, on a few tokens."""
+
+import torch
+from transformers import PreTrainedModel
+
+from gvpo_kernels import gvpo_loss
+from gvpo_lightning.data.batch import CompletionBatch
+from gvpo_lightning.policy.head import completion_logprobs, completion_loss
+
+
+def check_logprob_head(model: PreTrainedModel, implementation: str = "auto", *, padding_free: bool = False) -> float:
+    """Compare the fused head with the model's own logits on a few tokens: log-probs, loss and a gradient.
+
+    Returns:
+        the largest difference, relative to 1 + the largest value.
+
+    Raises:
+        ValueError: they differ (the model does something else to its logits after the head), the implementation
+            can't run here, or the model does not keep the sequences of a padding-free row apart.
+    """
+    batch = _example_batch(model)
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad][-1:]
+    record = completion_loss(model, batch, beta=1.0, implementation=implementation)
+    attention_mask = torch.ones((2, 8), dtype=torch.int64, device=model.device)
+    ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)
+    logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
+    own_logprobs = torch.log_softmax(logits.float(), dim=-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
+    own_loss = gvpo_loss(
+        own_logprobs, batch.reference_logprobs, batch.completion_mask, batch.rewards, batch.group_ids, beta=1.0
+    ).loss
+    # log-probs that went through whatever the model does after its head: large numbers, so a cap shows
+    logprobs, _ = completion_logprobs(model, batch, implementation=implementation)
+    pairs = [(logprobs, own_logprobs), (record.loss, own_loss)]
+    if trainable and torch.is_grad_enabled():
+        pairs += zip(torch.autograd.grad(record.loss, trainable), torch.autograd.grad(own_loss, trainable), strict=True)
+    error = max(_difference(ours, own) for ours, own in pairs)
+    tolerance = 1e-4 if _itemsize(model, logits) >= 4 else 0.05
+    if not error <= tolerance:
+        raise ValueError(
+            f"The log-probs, loss or gradient from the policy's head differ by {error:.2g} from those of its own "
+            f"logits: {type(model).__name__} changes its logits after the head in a way that is not supported."
+        )
+    if padding_free:
+        _check_padding_free(model, batch, implementation, tolerance)
+    return error
+
+
+def _check_padding_free(model: PreTrainedModel, batch: CompletionBatch, implementation: str, tolerance: float) -> None:
+    """Raise ValueError where a sequence of a padding-free row sees the one before it, or has not its own positions."""
+
+    def logprobs(*rows: int, padding_free: bool) -> torch.Tensor:
+        part = batch.select(torch.tensor(rows))
+        return completion_logprobs(model, part, implementation=implementation, padding_free=padding_free)[0]
+
+    with torch.no_grad():
+        packed = logprobs(0, 1, padding_free=True)
+        error = _difference(packed, logprobs(0, 1, padding_free=False))
+        # the second sequence and all shapes stay the same: where it sees nothing else, it has the same log-probs
+        leak = _difference(logprobs(1, 1, padding_free=True)[1], packed[1])
+    if not (error <= tolerance and leak <= (1e-5 if tolerance < 1e-3 else 1e-3)):
+        raise ValueError(
+            f"padding_free=True needs a model that keeps the sequences of one row apart by their position ids, but "
+            f"the log-probs of {type(model).__name__} (attention: {attention_of(model)}) differ by {error:.2g} from "
+            f"those of padded rows, and by {leak:.2g} with what stands before a sequence: set padding_free=False."
+        )
+
+
+def attention_of(model: PreTrainedModel) -> str:
+    """The name of the model's attention implementation, such as "sdpa"."""
+    return str(model.config.get_text_config()._attn_implementation)
+
+
+def _itemsize(model: PreTrainedModel, logits: torch.Tensor) -> int:
+    """Bytes of the numbers that logits were computed in: some models make float32 of them afterwards."""
+    dtypes = [logits.dtype, model.get_output_embeddings().weight.dtype]
+    if torch.is_autocast_enabled(logits.device.type):
+        dtypes.append(torch.get_autocast_dtype(logits.device.type))
+    return min(dtype.itemsize for dtype in dtypes)
+
+
+def _difference(ours: torch.Tensor, own: torch.Tensor) -> float:
+    return float(((ours - own).abs().max() / (1 + own.abs().max())).detach())
+
+
+def _example_batch(model: PreTrainedModel) -> CompletionBatch:
+    """One group of two random completions of seven tokens, with prompts of one."""
+    head = model.get_output_embeddings()
+    ids = torch.randint(len(head.weight), (2, 8), generator=torch.Generator().manual_seed(0)).to(model.device)
+    mask = torch.ones_like(ids, dtype=torch.bool)
+    return CompletionBatch(
+        prompt_ids=ids[:, :1],
+        prompt_mask=mask[:, :1],
+        completion_ids=ids[:, 1:],
+        completion_mask=mask[:, 1:],
+        rewards=torch.tensor([0.0, 1.0], device=model.device),
+        group_ids=torch.zeros(2, dtype=torch.int64, device=model.device),
+        truncated=~mask[:, 0],
+        source_ids=torch.zeros(2, dtype=torch.int64, device=model.device),
+        reference_logprobs=torch.zeros((2, 7), dtype=torch.float32, device=model.device),
+    )

@@ -1,0 +1,1 @@
+"""What the implicit reward is measured against."""

@@ -1,0 +1,168 @@
+"""`Rewards`: a run's rewards, where each of them runs, and what becomes of those that fail."""
+
+import math
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from gvpo_lightning.rewards.progress import reward_bar
+from gvpo_lightning.rewards.protocol import (
+    TOKEN_IDS,
+    Failure,
+    Reward,
+    Value,
+    check_reward_columns,
+    is_async,
+    reward_all_at_once,
+    reward_name,
+    wants_token_ids,
+)
+from gvpo_lightning.rewards.settings import RewardSettings
+from gvpo_lightning.rewards.tally import FailureTally, Rewarded
+from gvpo_lightning.rewards.workers.event_loop import reward_concurrently
+from gvpo_lightning.rewards.workers.pool import RewardPool, Task
+
+MAX_WORKERS = 8
+
+
+class Rewards:
+    """The rewards of a run, asked together.
+
+    Args:
+        rewards: one, or several.
+        settings: their weights, and how they are run.
+
+    Raises:
+        ValueError: names that are not unique, or not one weight a reward.
+    """
+
+    def __init__(self, rewards: Reward | Sequence[Reward], settings: RewardSettings = RewardSettings()) -> None:
+        functions = list(rewards) if isinstance(rewards, Sequence) else [rewards]
+        names = [reward_name(reward) for reward in functions]
+        if not functions:
+            raise ValueError("model.reward is an empty list: name a reward, or leave it out.")
+        if len(set(names)) < len(names):
+            raise ValueError(f"Rewards need different names, got {names}: give them a `name` (argument or attribute).")
+        weights = settings.weights if settings.weights is not None else [1.0] * len(names)
+        if len(weights) != len(names) or not all(math.isfinite(weight) for weight in weights):
+            raise ValueError(f"reward_settings.weights must be one number for each of {names}, got {weights}.")
+        self.settings = settings
+        self.functions = dict(zip(names, functions, strict=True))
+        self.weights = dict(zip(names, weights, strict=True))
+        self.shows_progress = False
+        self.ranks_here = 1  # which share this machine's cores
+        self._pool: RewardPool | None = None
+
+    def start(self) -> None:
+        """Start the workers, if any reward needs them, in the background."""
+        count = self.settings.num_workers
+        count = default_num_workers(self.ranks_here) if count is None else count
+        remote = {
+            name: reward
+            for name, reward in self.functions.items()
+            if not is_async(reward) and not getattr(reward, "in_process", False)
+        }
+        if self._pool is None and remote and count:
+            self._pool = RewardPool(remote, count, self.settings.timeout)
+        if self._pool is not None:
+            self._pool.start()
+
+    def wait_until_loaded(self) -> None:
+        """RewardContractError where a worker can't load its rewards."""
+        if self._pool is not None:
+            self._pool.wait_until_loaded()
+
+    def close(self) -> None:
+        """End the workers; a later call starts others."""
+        if self._pool is not None:
+            self._pool.close()
+        self._pool = None
+
+    def to(self, device: Any) -> None:
+        """Tell rewards with a model, which have a method `to`, where the policy is."""
+        for reward in self.functions.values():
+            if callable(getattr(reward, "to", None)):
+                reward.to(device)  # type: ignore[attr-defined]
+
+    def check_columns(self, columns: set[str]) -> None:
+        """ValueError where a reward's arguments and the dataset's columns do not fit."""
+        for reward in self.functions.values():
+            check_reward_columns(reward, columns)
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[str],
+        columns: dict[str, list[Any]],
+        token_ids: Sequence[list[int]] | None = None,
+    ) -> tuple[list[Rewarded], FailureTally]:
+        """The completions' rewards, in their order; `columns` and `token_ids` have one entry a completion.
+
+        Raises:
+            ValueError: a column that a reward needs is missing.
+            RewardContractError: an answer that is no list of rewards.
+        """
+        self.check_columns(set(columns))
+        with_ids = columns if token_ids is None else columns | {TOKEN_IDS: list(token_ids)}
+        tasks = {
+            name: _tasks(name, prompts, completions, with_ids if wants_token_ids(reward) else columns)
+            for name, reward in self.functions.items()
+        }
+        values = self._values(tasks)
+        tally = FailureTally(asked=len(completions))
+        rewarded = []
+        for row in range(len(completions)):
+            own = {name: values[name][row] for name in self.functions}
+            for name, value in own.items():
+                if isinstance(value, Failure):
+                    tally.add(name, value, tasks[name][row])
+            rewarded.append(self._joined(own))
+        return rewarded, tally
+
+    def _values(self, tasks: dict[str, list[Task]]) -> dict[str, list[Value]]:
+        """Those in workers first and all together, then one after the other."""
+        self.start()
+        values: dict[str, list[Value]] = {}
+        if self._pool is not None:
+            names = list(self._pool.rewards)
+            asked = [task for name in names for task in tasks[name]]
+            with reward_bar("rewards", len(asked), shown=self.shows_progress):
+                answers = iter(self._pool.run(asked))
+            values = {name: [next(answers) for _ in tasks[name]] for name in names}
+        for name, reward in self.functions.items():
+            if name in values:
+                continue
+            with reward_bar(name, len(tasks[name]), shown=self.shows_progress):
+                if is_async(reward):
+                    values[name] = reward_concurrently(reward, tasks[name], self.settings)
+                else:
+                    values[name] = _in_process(name, reward, tasks[name])
+        return values
+
+    def _joined(self, values: dict[str, Value]) -> Rewarded:
+        numbers = {name: value for name, value in values.items() if isinstance(value, float)}
+        failures = [value.reason for value in values.values() if isinstance(value, Failure)]
+        total = sum(self.weights[name] * value for name, value in numbers.items())
+        return Rewarded(
+            total if numbers and not failures else math.nan,
+            {name: numbers.get(name, math.nan) for name in values},
+            failures[0] if failures else None,
+        )
+
+
+def _tasks(name: str, prompts: Sequence[Any], completions: Sequence[str], columns: dict[str, list[Any]]) -> list[Task]:
+    rows = [{column: values[row] for column, values in columns.items()} for row in range(len(completions))]
+    return [Task(name, *row) for row in zip(prompts, completions, rows, strict=True)]
+
+
+def _in_process(name: str, reward: Reward, tasks: list[Task]) -> list[Value]:
+    if not tasks:
+        return []
+    columns = {column: [task.columns[column] for task in tasks] for column in tasks[0].columns}
+    return reward_all_at_once(name, reward, [t.prompt for t in tasks], [t.completion for t in tasks], columns)
+
+
+def default_num_workers(ranks_here: int) -> int:
+    """One for each core that this rank may use, 8 at most."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MAX_WORKERS, cores // ranks_here))

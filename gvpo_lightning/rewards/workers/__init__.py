@@ -1,0 +1,1 @@
+"""The processes and the event loop that rewards run in."""

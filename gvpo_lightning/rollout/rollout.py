@@ -1,0 +1,112 @@
+"""`Rollout`: completions of some prompts, sampled or recorded, their text and their rewards."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from gvpo_lightning.data.batch import CompletionBatch, dropped_completion
+from gvpo_lightning.rewards.protocol import COMPONENT
+from gvpo_lightning.rewards.tally import FailureTally
+from gvpo_lightning.rollout.plan import GroupShape
+
+
+@dataclass
+class Rollout:
+    """Completions of some prompts: the tensors to train on, and the text behind them.
+
+    Attributes:
+        index: counts the rollouts of a run.
+        batch: a row a completion, on the CPU; those of one prompt are adjacent, and group ids count the prompts.
+        prompts: one entry a group.
+        completions, sources, lengths: one entry a row of `batch`; lengths in tokens, of dropped ones too.
+        components: for each of the run's rewards, by name, one entry a row; NaN where it does not apply or has failed.
+        dropped: how many completions have left their groups, by reason.
+        failures: how often rewards have failed, where they were asked; not part of checkpoints.
+        metrics: what is logged with every update of the rollout.
+    """
+
+    index: int
+    batch: CompletionBatch
+    prompts: list[Any]
+    completions: list[str]
+    sources: list[str]
+    lengths: list[int]
+    components: dict[str, list[float]] = field(default_factory=dict)
+    dropped: dict[str, int] = field(default_factory=dict)
+    metrics: dict[str, float] = field(default_factory=dict)
+    failures: FailureTally = field(default_factory=FailureTally)
+
+    def group_shapes(self) -> list[GroupShape]:
+        """The kept completions of each group, for the update plan."""
+        kept: list[list[int]] = [[] for _ in self.prompts]
+        group_ids = self.batch.group_ids.tolist()
+        for row in self.batch.kept.nonzero().squeeze(-1).tolist():
+            kept[group_ids[row]].append(row)
+        lengths, prompts = self.batch.lengths.tolist(), self.batch.prompt_mask.sum(dim=1).tolist()
+        return [
+            GroupShape(tuple(rows), prompts[rows[0]] if rows else 0, tuple(lengths[row] for row in rows))
+            for rows in kept
+        ]
+
+    def micro_batch(self, rows: Sequence[int], device: torch.device) -> CompletionBatch:
+        """Some rows of the batch, on `device`; without any, a dropped completion, since ranks must step together."""
+        return (self.batch.select(torch.tensor(rows)) if rows else dropped_completion()).to(device)
+
+    def drop(self, rows: Tensor, reason: str) -> None:
+        """Take the completions marked in `rows`, (S,) bool, out of their groups, and count them."""
+        self.dropped[reason] = int((rows & self.batch.kept).sum())
+        self.batch.drop(rows)
+
+    def kept_components(self) -> dict[str, list[float]]:
+        """Of each reward, what it gives the kept completions to which it applies."""
+        kept = self.batch.kept.tolist()
+        return {
+            name: [value for value, is_kept in zip(values, kept, strict=True) if is_kept and value == value]
+            for name, values in self.components.items()
+        }
+
+    def component_columns(self) -> dict[str, list[float | None]]:
+        """`reward/<name>` of several rewards, one entry a row; nothing of a single one, which is `rewards` itself."""
+        components = self.components if len(self.components) > 1 else {}
+        return {f"{COMPONENT}{name}": _nan_as_none(values) for name, values in components.items()}
+
+    def rows(self) -> list[dict[str, Any]]:
+        """One dict a group, in the offline format; rewards are None where there is none."""
+        batch = self.batch
+        rewards = _nan_as_none(batch.rewards.tolist())
+        ids = [row[:n] for row, n in zip(batch.completion_ids.tolist(), self.lengths, strict=True)]
+        columns: dict[str, list[Any]] = {
+            "completions": self.completions,
+            "rewards": rewards,
+            "token_ids": ids,
+            "truncated": batch.truncated.tolist(),
+            "sources": self.sources,
+        }
+        columns |= self.component_columns()
+        groups = batch.group_ids.tolist()
+        return [
+            {"prompt": prompt}
+            | {
+                name: [value for value, group in zip(values, groups, strict=True) if group == number]
+                for name, values in columns.items()
+            }
+            for number, prompt in enumerate(self.prompts)
+        ]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, numbers, strings and lists alone, so that checkpoints load with weights_only."""
+        state = {**vars(self), "batch": self.batch.state_dict()}
+        del state["failures"]
+        return state
+
+    @classmethod
+    def from_state_dict(cls, state: dict[str, Any]) -> "Rollout":
+        """What `state_dict` gave."""
+        return cls(**{**state, "batch": CompletionBatch(**state["batch"])})
+
+
+def _nan_as_none(values: Sequence[float]) -> list[float | None]:
+    return [None if value != value else value for value in values]

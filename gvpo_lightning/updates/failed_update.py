@@ -1,0 +1,154 @@
+"""The update that a run stopped at, saved with all that made it, for `gvpo debug-batch`.
+
+Only tensors, numbers, strings, lists and dicts, so that it loads with weights_only=True.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from gvpo_lightning.data.batch import CompletionBatch
+from gvpo_lightning.distributed.gather import local_tensor
+from gvpo_lightning.rollout.plan import Update
+
+if TYPE_CHECKING:
+    from gvpo_lightning.module import GVPOModule
+
+
+FORMAT = "gvpo offending update 1"
+
+
+@dataclass
+class OffendingUpdate:
+    """An update as the run saw it, of one rank.
+
+    Attributes:
+        batch: its S completions.
+        log_ratios: (S,) log pi - log pi' in nats.
+        bad_tokens: (S, T) bool: tokens that count and whose log-prob, under policy or reference, is not finite.
+        texts, prompts, sources: one entry a completion.
+        settings: at least `beta`, `temperature`, `max_log_ratio`, `num_groups` and `step`.
+        parameters: names of those not finite, by "weights" and "gradients".
+    """
+
+    batch: CompletionBatch
+    log_ratios: Tensor
+    bad_tokens: Tensor
+    texts: list[str]
+    prompts: list[Any]
+    sources: list[str]
+    settings: dict[str, Any]
+    parameters: dict[str, list[str]]
+
+
+def save_offending_update(
+    path: str | Path,
+    batch: CompletionBatch,
+    token_logprobs: Tensor,
+    *,
+    texts: Sequence[str],
+    prompts: Sequence[Any],
+    sources: Sequence[str],
+    settings: Mapping[str, Any],
+    parameters: Mapping[str, Sequence[str]],
+) -> Path:
+    """Write an update to a file; its folder is made.
+
+    Args:
+        batch: the update's completions, all its micro-batches.
+        token_logprobs: (N,) of their tokens under the policy, packed, as the loss saw them.
+        texts, prompts, sources, settings, parameters: see `OffendingUpdate`.
+    """
+    batch = batch.to("cpu")
+    token_ratios = batch.unpack(token_logprobs.detach().float().cpu()) - batch.reference_logprobs.float()
+    state = {
+        "format": FORMAT,
+        "batch": batch.state_dict(),
+        "log_ratios": token_ratios.sum(dim=1),
+        "bad_tokens": ~torch.isfinite(token_ratios) & batch.completion_mask,
+        "texts": list(texts),
+        "prompts": list(prompts),
+        "sources": list(sources),
+        "settings": dict(settings),
+        "parameters": {kind: list(names) for kind, names in parameters.items()},
+    }
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(state, path)
+    return path
+
+
+def load_offending_update(path: str | Path) -> OffendingUpdate:
+    """What `save_offending_update` wrote.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is another kind of file.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"batch={str(path)!r} is not a file: give the one that the stopped run names.")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # whatever torch makes of an arbitrary file
+        raise ValueError(f"batch={str(path)!r} can't be loaded: {error}") from error
+    if not isinstance(state, dict) or state.pop("format", None) != FORMAT:
+        raise ValueError(f"batch={str(path)!r} is not an update that a stopped run has saved.")
+    return OffendingUpdate(**{**state, "batch": CompletionBatch(**state["batch"])})
+
+
+def save_update_of(module: "GVPOModule", update: Update, token_logprobs: Sequence[Tensor]) -> str:
+    """Save this rank's part of an update, and say where and how to look into it; before its gradients are cleared.
+
+    Args:
+        token_logprobs: (N,) of each of the update's micro-batches, as the loss saw them.
+    """
+    rollout = module.rollout
+    assert rollout is not None
+    rows = [row for micro_batch in update.micro_batches for row in micro_batch]
+    batch = rollout.micro_batch(rows, torch.device("cpu"))
+    groups = rollout.batch.group_ids.tolist()
+    path = Path(module.trainer.default_root_dir) / f"offending_update_rank{module.global_rank}.pt"
+    try:
+        save_offending_update(
+            path,
+            batch,
+            torch.cat(list(token_logprobs)),
+            texts=[rollout.completions[row] for row in rows] or [""],
+            prompts=[rollout.prompts[groups[row]] for row in rows] or [""],
+            sources=[rollout.sources[row] for row in rows] or [""],
+            settings={
+                "beta": module.beta,
+                "objective": str(module.objective_settings),
+                "temperature": module.temperature,
+                "max_log_ratio": module.max_log_ratio,
+                "num_groups": max(update.num_groups, 1),
+                "step": module.num_updates,
+                "rank": module.global_rank,
+                "num_ranks": module.trainer.world_size,
+            },
+            parameters=not_finite_parameters(module.policy),
+        )
+    except OSError as error:  # the run has worse troubles
+        return f"could not be saved: {error}."
+    config = path.with_name("config.yaml")  # the command line leaves one
+    command = f"gvpo debug-batch --config {config if config.exists() else 'CONFIG'} --batch {path}"
+    return f"{path}: `{command}` shows what is to blame."
+
+
+def not_finite_parameters(model: nn.Module) -> dict[str, list[str]]:
+    """Names of parameters with "weights" and with "gradients" that are not finite; of sharded ones, on this rank."""
+    parameters = list(model.named_parameters())
+    return {
+        "weights": [name for name, parameter in parameters if not _is_finite(parameter)],
+        "gradients": [name for name, parameter in parameters if not _is_finite(parameter.grad)],
+    }
+
+
+def _is_finite(tensor: Tensor | None) -> bool:
+    if tensor is None:
+        return True
+    return bool(torch.isfinite(local_tensor(tensor)).all())
