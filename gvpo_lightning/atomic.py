@@ -3,8 +3,11 @@
 What a killed process leaves is hidden and ends in `.partial`, so that nothing takes it for whole.
 """
 
+import itertools
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 PARTIAL = ".partial"
@@ -15,18 +18,47 @@ def partial_path(path: Path) -> Path:
     return path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
 
 
+@contextmanager
+def appearing(path: Path) -> Iterator[Path]:
+    """A path to write a file or a folder to, which takes the name `path` when all is written; nothing if that fails."""
+    partial = partial_path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    delete(partial)
+    try:
+        yield partial
+        put_in_place(partial, path)
+    finally:
+        delete(partial)
+
+
+def write_whole(path: Path, text: str) -> None:
+    """A whole text file; an earlier one is there until the new one is complete."""
+    with appearing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+def put_in_place(partial: Path, path: Path) -> None:
+    """Give what has been written its name; an earlier file is replaced, and an earlier folder removed first."""
+    for part in [*(partial.rglob("*") if partial.is_dir() else ()), partial]:
+        _flush(part)
+    if path.is_dir():  # a folder can't be replaced in one step
+        remove_whole(path)
+    partial.replace(path)
+    _flush(path.parent)
+
+
 def remove_partials(folder: Path) -> None:
     """Remove what killed processes have left in a folder, if there is one."""
     for path in folder.glob(f".*{PARTIAL}"):
-        _delete(path)
+        delete(path)
 
 
 def remove_whole(path: Path) -> None:
-    """Remove a checkpoint such that a kill in the middle leaves no half of it."""
+    """Remove a file or folder such that a kill in the middle leaves no half of it."""
     if path.exists() or path.is_symlink():
         hidden = partial_path(path)
         path.rename(hidden)
-        _delete(hidden)
+        delete(hidden)
 
 
 def link_whole(target: Path, link: Path) -> None:
@@ -38,16 +70,15 @@ def link_whole(target: Path, link: Path) -> None:
     _flush(link.parent)
 
 
-def _put_in_place(partial: Path, path: Path) -> None:
-    for part in [*(partial.rglob("*") if partial.is_dir() else ()), partial]:
-        _flush(part)
-    if path.is_dir():  # a folder can't be replaced in one step
-        remove_whole(path)
-    partial.replace(path)
-    _flush(path.parent)
+def keep_old(path: Path) -> None:
+    """Rename what an earlier run has left there, which would be overwritten: metrics.1.csv, evaluation.1 and so on."""
+    if path.exists():
+        names = (path.with_name(f"{path.stem}.{number}{path.suffix}") for number in itertools.count(1))
+        path.rename(next(name for name in names if not name.exists()))
 
 
-def _delete(path: Path) -> None:
+def delete(path: Path) -> None:
+    """Remove a file or folder, if it is there."""
     if path.is_dir() and not path.is_symlink():
         shutil.rmtree(path)
     else:

@@ -9,7 +9,6 @@ scheduler and position, and no settings.
 import argparse
 import functools
 import inspect
-import itertools
 import operator
 import os
 import sys
@@ -25,6 +24,7 @@ from lightning.pytorch.cli import ArgsType, LightningArgumentParser, LightningCL
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from lightning.pytorch.utilities.exceptions import MisconfigurationException
 
+from gvpo_lightning.atomic import keep_old
 from gvpo_lightning.callbacks import (
     BenchmarkReport,
     CompletionsTable,
@@ -59,13 +59,6 @@ def prefer_integers() -> None:
             annotations[name] = functools.reduce(operator.or_, sorted(types, key=lambda t: t is float))
 
 
-def keep_old_metrics(path: Path) -> None:
-    """Rename an earlier run's file to the next free metrics.<n>.csv: CSVLogger would delete it."""
-    if path.exists():
-        number = next(n for n in itertools.count(1) if not path.with_suffix(f".{n}.csv").exists())
-        path.rename(path.with_suffix(f".{number}.csv"))
-
-
 def last_checkpoint(trainer: Mapping[str, Any]) -> Path:
     """The newest last.ckpt of a run with these settings of the trainer, as `fit --ckpt_path last` finds it.
 
@@ -97,7 +90,10 @@ class GVPOTrainer(Trainer):
             datamodule: not used; the prompts are the file's.
             output: a .jsonl or .parquet file; default: the recorded one is replaced.
         """
-        print(f"Reference log-probs are in {fill_cache(model, self, output)}")
+        file, reference = model.sources.settings.file, model.reference_settings.model
+        size = model.rollout_settings.micro_batch_size or model.generation.batch_size
+        target = fill_cache(file, model.source, reference, model.scoring, size, self.strategy, output)
+        print(f"Reference log-probs are in {target}")
 
     def export(
         self,
@@ -120,7 +116,10 @@ class GVPOTrainer(Trainer):
         """
         as_torch = None if dtype is None else getattr(torch, dtype)
         folder = export_checkpoint(
-            model, ckpt_path, output, max_shard_size=max_shard_size, dtype=as_torch, merge_adapter=merge
+            *(model.source, model.settings, ckpt_path, output),
+            max_shard_size=max_shard_size,
+            dtype=as_torch,
+            merge_adapter=merge,
         )
         print(f"The policy is in {folder}")
 
@@ -132,7 +131,7 @@ class GVPOTrainer(Trainer):
             batch: the file that the stopped run names.
             ckpt_path: weights for the policy: a checkpoint file, the folder of a distributed one, or "last".
         """
-        debug_batch(model, batch, ckpt_path)
+        debug_batch(model.source, model.objective, model.scoring, batch, ckpt_path)
 
 
 # commands are spelt with hyphens, and looked up by that name
@@ -187,7 +186,7 @@ class GVPOCLI(LightningCLI):
         if config.get("logger") in (None, True) and not config.get("fast_dev_run"):
             kwargs["logger"] = False
             if self.subcommand == "fit":
-                keep_old_metrics(folder / "metrics.csv")
+                keep_old(folder / "metrics.csv")
                 kwargs["logger"] = [
                     CSVLogger(folder, name="", version=""),
                     TensorBoardLogger(folder, name="tensorboard", version=""),
@@ -196,7 +195,7 @@ class GVPOCLI(LightningCLI):
         if config.get("enable_checkpointing") is not False and not has_own:
             self.trainer_defaults["callbacks"].append(RunCheckpoint())
         trainer = super().instantiate_trainer(**kwargs)
-        check_devices(trainer)
+        check_devices(trainer.strategy, trainer.world_size)
         return trainer
 
     def _run_subcommand(self, subcommand: str) -> None:

@@ -96,7 +96,7 @@ class PromptDataModule(L.LightningDataModule):
             if role == "train":
                 self._train_loader = RolloutLoader(self._rows[role], self._module)  # checks its prompts
             else:
-                self._module.check_prompts(self._rows[role])
+                self._module.prompts.check(self._rows[role])
 
     def _load_benchmarks(self) -> None:
         for name, benchmark in self.benchmarks.items():
@@ -105,7 +105,7 @@ class PromptDataModule(L.LightningDataModule):
             for number, row in enumerate(problems):
                 row |= make(row, number)
             try:
-                self._module.check_prompts(problems)
+                self._module.prompts.check(problems)
             except ValueError as error:
                 raise ValueError(f"data.benchmarks.{name}: {error}") from error
             self.problem_sets.append(ProblemSet(name, problems, benchmark.num_samples))
@@ -180,8 +180,9 @@ class PromptDataModule(L.LightningDataModule):
                 )
             return self._evaluation_loader("test")  # with Lightning's sampler, which repeats some prompts
         sets = self.problem_sets or [ProblemSet("test", self._rows["test"], None)]
-        check_shares(sets, self._module.data_ranks.size)
-        return ProblemLoader(sets, self.batch_size, self._module)
+        ranks = self._module.placement.ranks
+        check_shares(sets, ranks.size)
+        return ProblemLoader(sets, self.batch_size, ranks)
 
     def predict_dataloader(self) -> Any:
         """The test prompts, or else the validation prompts."""

@@ -5,8 +5,6 @@ from collections.abc import Mapping
 from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from torch import Tensor
 
-from gvpo_lightning.rollout.settings import GenerationSettings
-
 # a residual RMS of so many times what rewards differ by; not the largest residual, since one completion that shoots
 # over heals by itself
 EXPLODING = 10.0
@@ -30,31 +28,6 @@ class Guard:
         if name not in self._said:
             self._said.add(name)
             rank_zero_info(message)
-
-    def sampler(self, settings: GenerationSettings, objective: str) -> None:
-        """Of samplers that never draw some of what the reference allows."""
-        cuts = {"top_k": settings.top_k != 0, "top_p": settings.top_p < 1, "min_p": settings.min_p > 0}
-        cuts["temperature"] = settings.temperature == 0
-        named = " and ".join(f"{name}={getattr(settings, name)}" for name, is_cut in cuts.items() if is_cut)
-        if named:
-            what_then = "GVPO's optimum is then not unique" if objective == "gvpo" else "that is not trained"
-            self.say(
-                "sampler",
-                f"Sampling with {named} never draws some of what the reference allows: {what_then}. Set temperature > "
-                "0, top_k=0, top_p=1.0 and min_p=0.0 to draw all of it.",
-            )
-
-    def on_policy(self, settings: GenerationSettings, temperature: float, objective: str) -> None:
-        """Of samples that are not those of the policy whose log-probs an objective takes ratios to."""
-        is_cut = settings.top_k != 0 or settings.top_p < 1 or settings.min_p > 0
-        if is_cut or settings.temperature != temperature:
-            self.say(
-                "on policy",
-                f"objective: {objective} takes completions to be the policy's at model.temperature={temperature}, but "
-                f"they are sampled with temperature={settings.temperature}, top_k={settings.top_k}, top_p="
-                f"{settings.top_p}, min_p={settings.min_p}: its gradient is biased. Set the temperatures equal, "
-                "top_k=0, top_p=1.0 and min_p=0.0.",
-            )
 
     def negligible(self, fractions: Mapping[str, float], vocab_size: int) -> None:
         """Of sources most of whose completions are practically impossible under the reference."""

@@ -6,55 +6,59 @@ optimizer updates that `plan_updates` lays out. Accumulation, clipping, precisio
 callbacks, limits and checkpoints are therefore Lightning's own.
 """
 
-import math
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Literal
 
+import lightning as L
 import torch
 from lightning.pytorch.callbacks import Callback
 from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gvpo_lightning.checkpointing.state import gvpo_state, load_gvpo_state, load_position
-from gvpo_lightning.checks.start import check_start
-from gvpo_lightning.checks.trainer import check_trainer, check_training_batches
-from gvpo_lightning.data.rows import Row
-from gvpo_lightning.distributed.gather import root_stays_gathered
+from gvpo_lightning.checkpointing.adapter import SavedPolicy
+from gvpo_lightning.checkpointing.preemption import Preemption
+from gvpo_lightning.checkpointing.resumed_settings import SettingsWin
+from gvpo_lightning.checkpointing.state import Resumable, RunState
+from gvpo_lightning.checks.error_notes import Whereabouts
+from gvpo_lightning.checks.prompts import PromptCheck
+from gvpo_lightning.checks.start import check_start, warn_of_settings
+from gvpo_lightning.checks.strategy import check_strategy
+from gvpo_lightning.checks.trainer import check_fit, check_rollout_sizes, check_training_batches
 from gvpo_lightning.distributed.load_in_turns import loading_in_turns
-from gvpo_lightning.distributed.sharding import is_sharded, shard_model
+from gvpo_lightning.distributed.placement import Placement
+from gvpo_lightning.evaluation.sampled import SampledEvaluation
+from gvpo_lightning.export.folder import export_policy
+from gvpo_lightning.export.model_card import Origin, run_config
+from gvpo_lightning.guard import Guard
 from gvpo_lightning.objectives.make import make_objective
 from gvpo_lightning.objectives.settings import ObjectiveKind, ObjectiveSettings
-from gvpo_lightning.policy.compile import check_strategy, compile_layers
-from gvpo_lightning.policy.loading import LoadingSettings, load_config
-from gvpo_lightning.policy.lora import starts_at_base
-from gvpo_lightning.policy.prepare import stop_token_ids
-from gvpo_lightning.policy.source import context_length
-from gvpo_lightning.reference.cache import CachedReference, check_cache
+from gvpo_lightning.policy.head import Scoring
+from gvpo_lightning.policy.loading import LoadingSettings
+from gvpo_lightning.policy.prepare import place_policy, prepare_policy, stop_token_ids
+from gvpo_lightning.policy.source import PolicySource
 from gvpo_lightning.reference.make import make_reference
-from gvpo_lightning.reference.model import ModelReference
 from gvpo_lightning.reference.settings import ReferenceKind, ReferenceSettings
 from gvpo_lightning.rewards import Reward
+from gvpo_lightning.rewards.run import Rewards
 from gvpo_lightning.rewards.settings import RewardSettings
-from gvpo_lightning.rollout.collect import collect_rollout
-from gvpo_lightning.rollout.plan import Limits, Update, plan_updates
-from gvpo_lightning.rollout.rollout import Rollout
+from gvpo_lightning.rollout.collect import Collector
+from gvpo_lightning.rollout.groups import Sampling
+from gvpo_lightning.rollout.plan import Update
+from gvpo_lightning.rollout.rollout import Rollout, plan_passes
 from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
-from gvpo_lightning.sampling_module import SamplingModule
-from gvpo_lightning.seeding import derive_seed
+from gvpo_lightning.seeding import derive_seed, run_seed
 from gvpo_lightning.sources.mixture import SourceMixture
 from gvpo_lightning.sources.settings import SourceSettings
-from gvpo_lightning.updates.failed_update import save_update_of
-from gvpo_lightning.updates.gradients import clip_gradients, drop_gradients, gradients_are_finite
-from gvpo_lightning.updates.loss import UpdateLoss
-from gvpo_lightning.updates.meters import CollectedUpdate, UpdateMeter, measure_update
+from gvpo_lightning.updates.gradients import clip_sharded, drop_gradients
+from gvpo_lightning.updates.loss import Training
+from gvpo_lightning.updates.step import UpdateStep
+
+SHOWN_SETTINGS = ("beta", "temperature", "loading", "lora", "generation")  # on a model card, beside those of the parts
 
 
-class GVPOModule(SamplingModule):
+class GVPOModule(L.LightningModule):
     """A policy and the reference it is measured against, trained with GVPO.
 
     Args:
@@ -98,6 +102,8 @@ class GVPOModule(SamplingModule):
         ValueError: settings that contradict each other or the model, before anything is trained.
     """
 
+    placement: Placement  # once there is a Trainer
+
     def __init__(
         self,
         policy: str | PreTrainedModel,
@@ -122,67 +128,48 @@ class GVPOModule(SamplingModule):
         reward_settings: RewardSettings = RewardSettings(),
         objective: ObjectiveKind | ObjectiveSettings = "gvpo",
     ) -> None:
-        super().__init__(policy, reward, reward_settings, tokenizer, generation, rollout.group_size, loading, lora)
-        if not isinstance(reference, ReferenceSettings):
-            reference = ReferenceSettings(reference)
-        if not isinstance(objective, ObjectiveSettings):
-            objective = ObjectiveSettings(objective)
-        self.objective_settings = objective
-        self.objective = make_objective(objective, beta, generation.max_new_tokens)
-        for name, value in (("temperature", temperature), ("max_log_ratio", max_log_ratio)):
-            if not value > 0:
-                raise ValueError(f"{name} must be > 0, got {value}.")
-        self.objective.check_reference(reference.kind)
-        self.reference_settings = reference
-        self.reference = make_reference(
-            reference,
-            can_be_reloaded=isinstance(policy, str),
-            is_base=lora is not None and starts_at_base(lora),
-            loading=self.loading if reference.model is None else self.loading_of(reference.model),
-        )
-        self.sources = SourceMixture(
-            sources,
-            rollout.group_size,
-            cached=reference.kind == "cached",
-            has_reward=reward is not None,
-            max_tokens=rollout.max_completion_tokens,
-        )
-        if reward is None and sources.generates:
-            raise ValueError(
-                "A reward is needed for completions that are sampled: set model.reward, or train offline on "
-                "completions with rewards of their own (sources.policy: 0)."
-            )
-        if self.objective.needs_sampler_logprobs:
-            sources.check_policy_alone(objective.kind)
-        self.beta, self.temperature = beta, temperature
+        super().__init__()
+        self.source = PolicySource(policy, loading, lora, tokenizer)
+        self.policy: Any = None if isinstance(policy, str) else policy  # a PreTrainedModel after `configure_model`
+        self.tokenizer, self.generation, self.group_size = self.source.tokenizer, generation, rollout.group_size
+        self.rewards = None if reward is None else Rewards(reward, reward_settings)
+        self.objective_settings = ObjectiveSettings.of(objective)
+        self.reference_settings = ReferenceSettings.of(reference)
         self.rollout_settings = rollout
+        self.objective = make_objective(self.objective_settings, beta, generation.max_new_tokens)
+        self.objective.check_reference(self.reference_settings.kind)
+        self.scoring = Scoring(temperature, loss_implementation, padding_free)
+        cached, limit = self.reference_settings.kind == "cached", rollout.max_completion_tokens
+        self.sources = SourceMixture(
+            sources, rollout.group_size, cached=cached, has_reward=reward is not None, max_tokens=limit
+        )
+        self.reference = make_reference(
+            self.reference_settings, self.source, temperature, self.sources.recorded_references
+        )
+        if self.objective.needs_sampler_logprobs:
+            sources.check_policy_alone(self.objective_settings.kind)
+        if not max_log_ratio > 0:
+            raise ValueError(f"max_log_ratio must be > 0, got {max_log_ratio}.")
+        self.beta, self.temperature, self.loading, self.lora = beta, temperature, loading, lora
         self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
         self.max_skipped_updates, self.max_log_ratio = max_skipped_updates, max_log_ratio
-        self.gradient_checkpointing = gradient_checkpointing
-        self.padding_free = padding_free
-        self.torch_compile = torch_compile
-        self.loss_implementation = loss_implementation
+        self.gradient_checkpointing, self.torch_compile = gradient_checkpointing, torch_compile
 
-        self.microstep = 0  # micro-batches trained so far: the run's only position, saved in checkpoints
-        self.num_updates = 0  # finished optimizer updates, which references count in
-        self.rollout: Rollout | None = None
-        self.updates: list[Update] = []
-        self.skipped_updates = self.consecutive_skips = 0
-        self.seconds = dict.fromkeys(("rollout", "reward", "reference", "train"), 0.0)
-        self.num_completion_tokens = self.longest_prompt = 0
-        self.phase = "train"  # or what `timed` is timing
-        self._meter = UpdateMeter()
-        self._update_loss: UpdateLoss | None = None  # of the update that is being trained
-        self._token_logprobs: list[Tensor] = []  # of the update's micro-batches so far
+        self.run, self.guard = RunState(), Guard()
+        self.updates: list[Update] = []  # of the rollout at hand, all passes over it
+        self.prompts = PromptCheck(self.source, generation, self.rewards, self.sources, self.reference_settings.model)
+        self._saved: SavedPolicy | None = None  # what checkpoints hold of the policy, once it is loaded
+        self._sampled: Rollout | None = None  # for the evaluation's batch at hand
         self._is_configured = False
-        self._rollout_length: int | None = None  # micro-batches, in the fit before this one
 
-    # -- building and checking ----------------------------------------------------------------------------
+    # -- what scripts, loaders and callbacks read
 
-    @property
-    def limits(self) -> Limits:
-        """What one micro-batch may hold."""
-        return replace(self.rollout_settings.limits, padding_free=self.padding_free)
+    policy_source = property(lambda self: self.source.given, doc="What was given as the policy.")
+    microstep = property(lambda self: self.run.microstep, doc="Micro-batches trained so far.")
+    rollout = property(lambda self: self.run.rollout, doc="The one at hand, or None.")
+    seconds = property(lambda self: self.run.clock.seconds, doc="What the run has spent, by phase.")
+    phase = property(lambda self: self.run.clock.phase, doc='"train", or a part of collecting a rollout.')
+    seed = property(lambda self: run_seed(), doc="The run's, as set by `lightning.seed_everything`.")
 
     @property
     def micro_batches_per_rollout(self) -> int:
@@ -190,213 +177,162 @@ class GVPOModule(SamplingModule):
         settings = self.rollout_settings
         return settings.updates_per_pass * settings.epochs_per_rollout * self.trainer.accumulate_grad_batches
 
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the policy is trained with, for its model card."""
+        names = (*SHOWN_SETTINGS, "objective_settings", "reference_settings", "rollout_settings")
+        own = {name.removesuffix("_settings"): getattr(self, name) for name in names}
+        return {"policy": self.source.shown} | own
+
+    def sample(self, batch: Any, *purpose: int | str, **options: Any) -> Rollout:
+        """Completions and rewards for a batch of prompts, as `SampledEvaluation.sample` gives them."""
+        return self.evaluation.sample(self.policy, batch, *purpose, **options)
+
+    def export(
+        self, folder: str | Path, *, merge_adapter: bool = False, summary: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write the policy as a Hugging Face folder with a model card; every rank must call this.
+
+        `merge_adapter`: of a policy with an adapter, the whole model with the adapter merged in, not it alone;
+        ValueError where that can't be. `summary`: the run's results, for the model card.
+        """
+        placement = getattr(self, "placement", None)
+        state = None if placement is None else placement.full_state_dict(self.policy)
+        if self.global_rank:
+            return
+        callbacks: list[Callback] = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
+        origin = Origin(self.settings, run_config(callbacks), summary)
+        export_policy(Path(folder), self.policy, self.source, state, origin, merge_adapter=merge_adapter)
+
+    # -- building and checking
+
     def configure_callbacks(self) -> list[Callback]:
         """Those that let a run survive SIGTERM and changed settings, and name where errors come from."""
-        from gvpo_lightning.callbacks import missing_callbacks  # which know this module
-
-        return missing_callbacks(self.trainer.callbacks)  # type: ignore[attr-defined]
+        present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        needed = (SettingsWin, Whereabouts, Preemption)
+        return [kind() for kind in needed if not any(isinstance(callback, kind) for callback in present)]
 
     def setup(self, stage: str) -> None:
-        """Check what can be checked without the model."""
-        if self.torch_compile:
-            check_strategy(self.trainer.strategy)
-        super().setup(stage)
-        if stage == "fit":
-            check_trainer(
-                self.trainer,
-                self.rollout_settings,
-                self.generation,
-                generates=self.sources.settings.generates,
-                largest_group=self.sources.largest_group,
-            )
+        """Check what can be checked without the model, and start the processes that rewards run in."""
+        trainer: Any = self.trainer
+        placement = self.placement = Placement(self)
+        check_strategy(placement, self.source, compiles=self.torch_compile)
+        sampling = Sampling(self.tokenizer, self.generation, self.rewards, placement, self.guard, self.seed)
+        self.evaluation = SampledEvaluation(sampling, self.group_size)
+        bar = trainer.is_global_zero and trainer.progress_bar_callback is not None
+        sampling.start_rewards(ranks_here=trainer.num_devices, shows_progress=bar)
+        if stage != "fit":
+            return
+        settings, accumulate = self.rollout_settings, trainer.accumulate_grad_batches
+        # the earliest place that shows what `fit` was given; a property that says so comes only much later
+        check_fit(trainer.fit_loop._data_source.instance, trainer.overfit_batches, trainer.callbacks)
+        longest = self.generation.max_new_tokens if self.sources.settings.generates else 0
+        check_rollout_sizes(settings, self.sources.largest_group, longest, accumulate, placement.ranks.size)
+        self.run.count_in(settings, accumulate, self.temperature, placement.ranks.size)
+        vocab_size = self.source.vocab_size()
+        self.collector = Collector(
+            sampling, self.sources, self.reference, self.scoring, self.objective, settings, vocab_size, self.run.clock
+        )
+        self.training = Training(self.objective, self.scoring, placement, self.max_log_ratio, self.guard)
 
-    def check_training_prompts(self, rows: Sequence[Row]) -> None:
-        """Raise ValueError for prompts that this module can't be trained on, or can't be given completions."""
-        self.longest_prompt = self.check_prompts(rows, sampled=self.sources.settings.generates)
-        self.sources.open(self.tokenizer, self.vocab_size())
-        context = context_length(self.model_config())
-        if isinstance(self.reference, ModelReference):
-            context = self._check_reference_model(rows, context)
-        self.sources.check(rows, context)
-
-    def _check_reference_model(self, rows: Sequence[Row], context: int | None) -> int | None:
-        """Raise ValueError where the reference can't score what the policy says; returns the shorter context."""
-        name = self.reference_settings.model
-        assert name is not None
-        config = load_config(name, self.loading_of(name), setting="reference.model")
-        vocab_size = config.get_text_config().vocab_size
-        if vocab_size < self.vocab_size():
-            raise ValueError(
-                f"reference.model={name!r} has {vocab_size} token ids, fewer than the policy's {self.vocab_size()}: it "
-                "can't score what the policy says. Take a model of the same family, with the policy's tokenizer."
-            )
-        own = context_length(config)
-        if own is None or (context is not None and own >= context):
-            return context
-        try:
-            self.check_prompts(rows, sampled=self.sources.settings.generates, config=config)
-        except ValueError as error:
-            raise ValueError(f"reference.model={name!r}: {error}") from error
-        return own
+    def teardown(self, stage: str) -> None:
+        """End the rewards' processes."""
+        if self.rewards is not None:
+            self.rewards.close()
 
     def configure_model(self) -> None:
         """Load the policy, take what the reference needs of it, and shard it if the strategy does not."""
         if self._is_configured:
-            self._check_configured_again()
-            return
-        if self._trainer is None:
-            super().configure_model()
-            return
-        with loading_in_turns(self.trainer.strategy, self.model_config(), self.loading):
-            self._load_and_shard()
+            self.placement.check_again()
+        elif self._trainer is None:
+            self._load()
+        else:
+            with loading_in_turns(self.trainer.strategy, self.source.bytes):
+                self._load()
+                self._place(self.placement)
 
-    def _load_and_shard(self) -> None:
-        super().configure_model()
-        self.sources.stops = stop_token_ids(self.policy, self.tokenizer)
-        strategy, fits = self.trainer.strategy, self.trainer.state.fn == "fit"
-        if fits or is_sharded(strategy):  # a fit may follow, and then the policy is not whole any more
-            if isinstance(self.reference, CachedReference) and not self.reference.is_checked:
-                check_cache(self)
-                self.reference.is_checked = True
-            self.reference.identify(self.policy)
-        if self.gradient_checkpointing:
-            self.policy.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        if self.torch_compile:
-            compile_layers(self.policy)
-        shard_model(self.policy, strategy, self.trainer.precision)
-        self._is_configured = is_sharded(strategy)
-        if fits and not isinstance(strategy, FSDPStrategy):  # which has yet to shard it
-            self.reference.prepare(self.policy, strategy, self.trainer.precision)
+    def _load(self) -> None:
+        """Load the policy and check that its completions can end."""
+        if self.policy is None:
+            self.policy = self.source.load(derive_seed(self.seed, "lora"))
+        else:
+            prepare_policy(self.policy)
+        if self._saved is None:
+            is_fsdp1 = self._trainer is not None and self.placement.is_fsdp1
+            self._saved = SavedPolicy.of(self.policy, self.source.can_be_reloaded, must_be_whole=is_fsdp1)
+            if self._saved.trained is not None:
+                self.strict_loading = False
+                self.register_state_dict_post_hook(self._saved.leave_frozen_out)
+        self.sources.end_with(stop_token_ids(self.policy, self.tokenizer))
 
-    def _check_configured_again(self) -> None:
-        if isinstance(self.trainer.strategy, FSDPStrategy):
-            raise ValueError(
-                "FSDPStrategy wraps a module once: for a second fit, validate, test or predict make a new GVPOModule, "
-                "or use FSDP2 (ModelParallelStrategy, configs/strategy/fsdp2.yaml)."
-            )
+    def _place(self, placement: Placement) -> None:
+        fits = self.trainer.state.fn == "fit"
+        # Fingerprint before sharding, though a fit may only follow: afterwards no rank holds whole weights.
+        if fits or placement.is_sharded:
+            self.reference.identify(self.policy, placement)
+        place_policy(self.policy, placement, checkpoints=self.gradient_checkpointing, compiles=self.torch_compile)
+        self._is_configured = placement.is_sharded
+        if fits and not placement.is_fsdp1:  # which has yet to shard it
+            self.reference.prepare(self.policy, placement)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over all trainable parameters, and the scheduler, stepped every update."""
-        self.reference.prepare(self.policy, self.trainer.strategy, self.trainer.precision)
+        self.reference.prepare(self.policy, self.placement)
         optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
         if self.lr_scheduler is None:
             return optimizer
-        return {
-            "optimizer": optimizer,
-            "lr_scheduler": {"scheduler": self.lr_scheduler(optimizer), "interval": "step"},
-        }
+        scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
+        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    # -- training
 
     def on_fit_start(self) -> None:
-        """Hold the fused loss against eager on a few tokens, where the training will run it; wait for the rewards."""
-        check_start(self)
-
-    # -- training -----------------------------------------------------------------------------------------
+        """Hold the fused loss against eager where the training will run it, and warn of what bends the objective."""
+        check_start(self.policy, self.scoring, self.placement, reference=self.reference, rewards=self.rewards)
+        generation = self.generation if self.sources.settings.generates else None
+        warn_of_settings(
+            *(self.guard, self.source, self.placement.precision),
+            *(self.objective, self.temperature, generation, self.rollout_settings),
+        )
 
     def on_train_start(self) -> None:
         """Check that updates stay whole, and start at one."""
-        check_training_batches(self.trainer)
-        accumulate = self.trainer.accumulate_grad_batches
-        if self._rollout_length not in (None, self.micro_batches_per_rollout):  # another fit with other settings
-            self.microstep = math.ceil(self.microstep / self._rollout_length) * self.micro_batches_per_rollout
-        self._rollout_length = self.micro_batches_per_rollout
-        self.microstep -= self.microstep % accumulate  # an earlier fit may have stopped within an update
-        self._meter.reset()
+        trainer: Any = self.trainer
+        batches = 0 if trainer.fast_dev_run else trainer.num_training_batches
+        accumulate = trainer.accumulate_grad_batches
+        check_training_batches(trainer.train_dataloader, batches, trainer.val_check_batch, accumulate)
+        self.run.start_fit(self.micro_batches_per_rollout, accumulate)
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Roll out at the first micro-batch of a rollout."""
+        accumulate = self.trainer.accumulate_grad_batches
         if batch["slot"] == 0:
-            drop_gradients(self)  # which Lightning would keep until the next backward pass
-            self.rollout = self._roll_out(batch["rows"], batch["rollout"])
-        assert self.rollout is not None
-        assert self.rollout.index == batch["rollout"]
-        if batch["slot"] == 0 or len(self.updates) * self.trainer.accumulate_grad_batches != self._rollout_length:
-            self.updates = self._plan_updates(self.rollout)
-        self._train_started = time.perf_counter()
-
-    def _roll_out(self, rows: list[Row], index: int) -> Rollout:
-        return collect_rollout(self, rows, index)
-
-    def _plan_updates(self, rollout: Rollout) -> list[Update]:
-        """The optimizer updates of a rollout, all passes over it."""
-        shapes, ranks = rollout.group_shapes(), self.data_ranks
-        return [
-            update
-            for epoch in range(self.rollout_settings.epochs_per_rollout)
-            for update in plan_updates(
-                shapes,
-                rank=ranks.rank,
-                num_ranks=ranks.size,
-                num_updates=self.rollout_settings.updates_per_pass,
-                accumulate=self.trainer.accumulate_grad_batches,
-                seed=derive_seed(self.seed, "update", rollout.index, epoch),
-                limits=self.limits,
-            )
-        ]
+            drop_gradients(self.parameters())  # which Lightning would keep until the next backward pass
+            rows, index = batch["rows"], batch["rollout"]
+            self.run.begin(self.collector.collect(self.policy, rows, index, self.run.num_updates))
+        rollout = self.run.rollout_at(batch["rollout"])
+        if batch["slot"] == 0 or len(self.updates) * accumulate != self.run.rollout_length:
+            settings, ranks = self.rollout_settings, self.placement.ranks
+            self.updates = plan_passes(rollout, settings, ranks, accumulate, self.seed, self.scoring.padding_free)
+        self.run.clock.start()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss of one micro-batch, scaled so that the update's gradient is that of one big batch."""
         index, slot = divmod(batch["slot"], self.trainer.accumulate_grad_batches)
-        update, rollout = self.updates[index], self.rollout
-        assert rollout is not None
         if slot == 0:
-            self._start_update(update, rollout)
-        assert self._update_loss is not None
-        with root_stays_gathered(self.policy):
-            result = self._update_loss.micro_batch(slot)
-        self._token_logprobs.append(result.token_logprobs)
-        self._meter.add(result.log_ratios, result.entropies, result.shares)
-        self.microstep += 1
-        return result.loss * update.scale
-
-    def _start_update(self, update: Update, rollout: Rollout) -> None:
-        """What comes before its micro-batches: where groups are cut, a pass without gradient."""
-        self._meter.reset()
-        self._token_logprobs = []
-        if update.over_limit:
-            self.guard.say(
-                "over limit",
-                f"A micro-batch of this rollout holds more than its {self.limits}: lengths are known "
-                f"only now, and its update has only {len(update.micro_batches)} micro-batches a rank. "
-                "Raise trainer.accumulate_grad_batches.",
-            )
-        if update.is_cut and self.objective.couples_groups:
-            self.guard.info(
-                "two passes",
-                "Groups are cut over micro-batches or ranks: each such update makes a pass without gradient first, for "
-                "the groups' means. Larger micro-batches (rollout.micro_batch_size, micro_batch_tokens), fewer of them "
-                "(trainer.accumulate_grad_batches) or more prompts an update would save it.",
-            )
-        self._update_loss = UpdateLoss(self, update, rollout)
+            self.step = UpdateStep(self.policy, self.updates[index], self.rollout, self.training)
+        self.run.microstep += 1
+        return self.step.micro_batch(slot)
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Measure the update; skip it whole, on every rank, if it is not usable or nothing counts."""
-        assert self.rollout is not None
-        index = (self.microstep - 1) % self.micro_batches_per_rollout // self.trainer.accumulate_grad_batches
-        update = self.updates[index]
-        # the update's only wait for the device
-        collected = self._meter.collect(update.positions, len(update.rows), gradients_are_finite(self), self.data_ranks)
-        self.num_updates += 1
-        usable = collected.gradients_are_finite and bool((collected.log_ratios.abs() <= self.max_log_ratio).all())
-        if not usable:
-            self.skipped_updates += 1
-        assert self._update_loss is not None
-        self._log_update(self._update_loss, collected, is_first=index == 0)
-        if usable and self._update_loss.counts:
-            self.consecutive_skips = 0
-            return
-        stops = not usable and self.consecutive_skips >= self.max_skipped_updates
-        saved = save_update_of(self, update, self._token_logprobs) if stops else ""
-        drop_gradients(self)
-        if usable:
-            return
-        self.consecutive_skips += 1
-        if stops:
-            raise RuntimeError(
-                f"{self.consecutive_skips} updates in a row had log-ratios or gradients that are not finite, or "
-                f"log-ratios beyond max_log_ratio={self.max_log_ratio:g} (max_skipped_updates="
-                f"{self.max_skipped_updates}): the policy has diverged. Lower the learning rate, or raise beta, and "
-                f"resume from an earlier checkpoint. The last such update: {saved}"
-            )
+        outcome = self.step.finish(list(self.parameters()), is_first=self.step.update is self.updates[0])
+        self.run.count_update(is_usable=outcome.is_usable, is_trained=outcome.is_trained)
+        self._log(outcome.metrics | self.run.metrics())
+        if not outcome.is_usable and self.run.consecutive_skips > self.max_skipped_updates:
+            self.step.give_up(Path(self.trainer.default_root_dir), self.run.num_updates, self.run.consecutive_skips)
+        if not outcome.is_trained:
+            drop_gradients(self.parameters())
 
     def configure_gradient_clipping(
         self,
@@ -405,58 +341,69 @@ class GVPOModule(SamplingModule):
         gradient_clip_algorithm: str | None = None,
     ) -> None:
         """As Lightning does; by norm also where the gradients are sharded."""
-        clip_gradients(self, optimizer, gradient_clip_val, gradient_clip_algorithm)
+        if gradient_clip_val and gradient_clip_algorithm != "value" and self.placement.is_sharded:
+            clip_sharded(self.parameters(), gradient_clip_val, self.placement)
+        else:
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
         """Count the time."""
-        self.seconds["train"] += time.perf_counter() - self._train_started
+        self.run.clock.stop()
 
-    def _log_update(self, loss: UpdateLoss, collected: CollectedUpdate, is_first: bool) -> None:
-        """Log the metrics of all ranks; none of this waits for the device."""
-        assert self.rollout is not None
-        update, sources = loss.update, self.sources.names
-        metrics: dict[str, Any] = measure_update(self.rollout, update.rows, collected.log_ratios, self.beta, sources)
-        if collected.entropy is not None and update.rows:
-            metrics["entropy"] = collected.entropy / int(self.rollout.batch.lengths[list(update.rows)].sum())
-        metrics |= loss.metrics(collected)
-        if self.objective_settings.kind == "gvpo" and not self.objective_settings.length_exponent:
-            # of others the residual may be large: it is not what they train
-            self.guard.log_ratios(metrics["residual/rms"], metrics["reward/spread"])
-        if is_first and "log_ratio/policy/mean" in metrics:  # only then are these the policy's own samples
-            self.rollout.metrics["kl/reference"] = float(metrics["log_ratio/policy/mean"])
-        metrics |= self.rollout.metrics
-        metrics |= {f"time/{name}": seconds for name, seconds in self.seconds.items()}
-        metrics["throughput/tokens_per_second"] = self.num_completion_tokens / max(sum(self.seconds.values()), 1e-9)
-        metrics["group/dropped"] = float(update.num_dropped)
-        metrics["update/skipped"] = float(self.skipped_updates)
-        metrics["update/passes"] = 2.0 if loss.needs_two_passes else 1.0
-        # in host memory, or progress bar and loggers would wait for the device
-        metrics = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in metrics.items()}
-        names: list[str] = [name for name in ("reward/mean", "loss", "residual/rms") if name in metrics]
-        shown = {name: metrics.pop(name) for name in names}
-        self.log_dict(shown, prog_bar=True, batch_size=1)  # these are over all ranks already
-        self.log_dict(metrics, batch_size=1)
+    def _log(self, metrics: Mapping[str, Any]) -> None:
+        """Log what is over all ranks already; in host memory, or progress bar and loggers would wait for the device."""
+        values = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in metrics.items()}
+        shown = {name: values.pop(name) for name in ("reward/mean", "loss", "residual/rms") if name in values}
+        self.log_dict(shown, prog_bar=True, batch_size=1)
+        self.log_dict(values, batch_size=1)
 
-    @contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        """Add what is spent inside to `seconds`."""
-        start, self.phase = time.perf_counter(), phase
-        yield
-        self.seconds[phase] += time.perf_counter() - start
-        self.phase = "train"  # not where an error has left the phase: it is named in the error's notes
+    # -- evaluation: FSDP1 can gather the policy at a batch's start, but not within a step
 
-    # -- checkpoints --------------------------------------------------------------------------------------
+    @property
+    def _stage(self) -> str:
+        """ "validation", before or between training too, "test" or "predict"."""
+        stage = str(self.trainer.state.stage and self.trainer.state.stage.value)
+        return stage if stage in ("test", "predict") else "validation"
+
+    def on_validation_epoch_start(self) -> None:
+        """Gather the policy once."""
+        self.evaluation.begin(self._stage)
+
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Sample and reward completions of each prompt: `group_size`, or what a benchmark says."""
+        self._sampled = self.evaluation.sample_batch(self.policy, batch, self._stage, batch_idx)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
+        """Count what was sampled, and give it to callbacks."""
+        return {"rollout": self.evaluation.count(self._sampled)}
+
+    def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
+        """One dict a prompt in the offline format, with the prompt's other columns."""
+        return self.evaluation.predictions(batch, self._sampled)
+
+    def on_validation_epoch_end(self) -> None:
+        """Shard the policy again, and log what was sampled."""
+        self.evaluation.end()
+        if self._stage != "predict":
+            self.log_dict({f"{self._stage}/{name}": value for name, value in self.evaluation.metrics().items()})
+        self.evaluation.report()
+
+    on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
+    on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+    test_step = validation_step
+    on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
+
+    # -- checkpoints
+
+    @property
+    def _resumable(self) -> Resumable:
+        kind, precision = self.reference_settings.kind, self.placement.precision
+        return Resumable(self.run, self.sources, self.reference, kind, self._saved, self.objective, precision)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Add the position, the rollout if it is half trained, and what identifies the reference."""
-        super().on_save_checkpoint(checkpoint)
-        checkpoint["gvpo"] = gvpo_state(self)
+        """Add the position, the rollout if it is half trained, and what identifies adapter and reference."""
+        checkpoint.update(self._resumable.state_dict(self.policy, self.micro_batches_per_rollout))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up what `on_save_checkpoint` left."""
-        if "gvpo" not in checkpoint:
-            raise ValueError("This checkpoint is not one of a GVPOModule: it has no 'gvpo' entry.")
-        super().on_load_checkpoint(checkpoint)
-        load_gvpo_state(self, checkpoint["gvpo"])
-        if self._trainer is not None and self.trainer.state.fn == "fit":
-            load_position(self, checkpoint["gvpo"])
+        self._resumable.load(checkpoint, self.policy, fits=self.trainer.state.fn == "fit")

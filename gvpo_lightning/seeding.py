@@ -1,8 +1,14 @@
 """Randomness as a function of what it is for: nothing to save, nothing that another draw can shift."""
 
 import hashlib
+import os
 
 import torch
+
+
+def run_seed() -> int:
+    """The run's seed, as set by `lightning.seed_everything`; 0 without one."""
+    return int(os.environ.get("PL_GLOBAL_SEED", 0))
 
 
 def derive_seed(*purpose: int | str) -> int:

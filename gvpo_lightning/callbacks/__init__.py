@@ -1,7 +1,5 @@
 """Lightning callbacks: what a run shows and leaves behind, and how it survives."""
 
-from lightning.pytorch import Callback
-
 from gvpo_lightning.callbacks.benchmarks import BenchmarkReport
 from gvpo_lightning.callbacks.completions import CompletionsTable, PredictionWriter
 from gvpo_lightning.callbacks.estimate import MemoryEstimate
@@ -24,9 +22,3 @@ __all__ = [
     "SettingsWin",
     "Whereabouts",
 ]
-
-
-def missing_callbacks(present: list[Callback]) -> list[Callback]:
-    """Those that every GVPO run needs to survive, as far as they are not there."""
-    needed = (SettingsWin, Whereabouts, Preemption)
-    return [kind() for kind in needed if not any(isinstance(callback, kind) for callback in present)]

@@ -35,13 +35,10 @@ class CompletionsTable(L.Callback):
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A new run starts a new file, a resumed one goes on with it."""
-        self._file(trainer).parent.mkdir(parents=True, exist_ok=True)
+        self._file = Path(trainer.default_root_dir) / "completions.jsonl"
+        self._file.parent.mkdir(parents=True, exist_ok=True)
         if trainer.global_step == 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self._file(trainer).unlink(missing_ok=True)
-
-    @staticmethod
-    def _file(trainer: L.Trainer) -> Path:
-        return Path(trainer.default_root_dir) / "completions.jsonl"
+            self._file.unlink(missing_ok=True)
 
     @rank_zero_only
     def on_train_batch_end(
@@ -58,7 +55,7 @@ class CompletionsTable(L.Callback):
         rows = table_rows(pl_module.rollout, self.num_completions)
         title = f"completions at step {step}"
         Console().print(render_table(rows, title))
-        with self._file(trainer).open("a", encoding="utf-8") as file:
+        with self._file.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in rows)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
@@ -127,22 +124,20 @@ class PredictionWriter(BasePredictionWriter):
     def on_predict_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Start with an empty file."""
         assert isinstance(pl_module, GVPOModule)
-        if pl_module.data_ranks.is_first_of_model:
-            self._path(trainer).parent.mkdir(parents=True, exist_ok=True)
-            self._path(trainer).write_text("")
+        rank = "" if trainer.global_rank == 0 else f".rank{trainer.global_rank}"
+        self._path = Path(trainer.default_root_dir) / f"predictions{rank}.jsonl"
+        if pl_module.placement.ranks.is_first_of_model:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text("")
 
     def write_on_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, prediction: Any, *args: Any) -> None:
         """Append one batch."""
         assert isinstance(pl_module, GVPOModule)
-        if not pl_module.data_ranks.is_first_of_model:  # which has the same
+        if not pl_module.placement.ranks.is_first_of_model:  # which has the same
             return
-        with self._path(trainer).open("a", encoding="utf-8") as file:
+        with self._path.open("a", encoding="utf-8") as file:
             file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction)
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say where they are."""
-        print(f"Predictions are in {self._path(trainer)}")
-
-    def _path(self, trainer: L.Trainer) -> Path:
-        rank = "" if trainer.global_rank == 0 else f".rank{trainer.global_rank}"
-        return Path(trainer.default_root_dir) / f"predictions{rank}.jsonl"
+        print(f"Predictions are in {self._path}")

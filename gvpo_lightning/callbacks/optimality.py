@@ -4,15 +4,11 @@ from itertools import islice
 from typing import Any
 
 import lightning as L
-import torch
 from lightning.pytorch.utilities import rank_zero_warn
-from torch import Tensor
-from transformers import PreTrainedModel
 
 from gvpo_lightning.data.rows import Row, rows_of
 from gvpo_lightning.datamodule import PromptDataModule
-from gvpo_lightning.distributed.gather import callable_outside_steps, reshard
-from gvpo_lightning.evaluation.optimality import answer_probabilities, optimal_accuracy
+from gvpo_lightning.evaluation.optimality import RightAnswers, optimal_accuracy
 from gvpo_lightning.module import GVPOModule
 
 
@@ -36,65 +32,60 @@ class OptimalityMeter(L.Callback):
         self.answer_column = answer_column
         self.predicted: float | None = None
         self.reached: float | None = None
-        self._rows: list[Row] = []
+        self._answers: RightAnswers | None = None
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The prediction, from the reference; none against one that moves, is no model at hand or does not pull."""
         assert isinstance(pl_module, GVPOModule)
-        self._rows = validation_rows(trainer)
-        if not self._rows:
+        datamodule = getattr(trainer, "datamodule", None)
+        rows = validation_rows(trainer.val_dataloaders, datamodule, trainer.limit_val_batches)
+        if not rows:
             rank_zero_warn("OptimalityMeter predicts nothing: the trainer has no validation prompts at its start.")
             return
+        self._answers = RightAnswers(
+            [row["prompt"] for row in rows],
+            [str(row[self.answer_column]) for row in rows],
+            pl_module.tokenizer,
+            pl_module.temperature,
+            pl_module.generation.batch_size,
+            pl_module.placement,
+        )
         objective = pl_module.objective_settings
         if not (objective.is_gvpo or objective.kind in ("policy_gradient", "dr_grpo")):
             return
         if not (pl_module.beta and pl_module.reference.is_fixed) or pl_module.reference_settings.kind == "cached":
             return
-        reshard(pl_module)
+        pl_module.placement.reshard()
         with pl_module.reference.applied(pl_module.policy) as reference:
-            p = self._probabilities(pl_module, reference)
+            p = self._answers.accuracy_of(reference)
         self.predicted = float(optimal_accuracy(p, pl_module.beta).mean())
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Log how far the policy has come."""
         if self.predicted is None:  # not training yet, or nothing is predicted
             return
-        self._measure(pl_module)
+        self.measure(pl_module.policy)
         assert self.reached is not None
         pl_module.log_dict({"optimum/predicted": self.predicted, "optimum/reached": self.reached})
 
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The policy as it is now."""
-        if self._rows:
-            self._measure(pl_module)
+        self.measure(pl_module.policy)
 
-    def _measure(self, module: Any) -> None:
-        self.reached = float(self._probabilities(module, module.policy).mean())
-
-    def _probabilities(self, module: GVPOModule, model: PreTrainedModel) -> Tensor:
-        """Of the prompts of all ranks."""
-        with module.trainer.precision_plugin.forward_context(), callable_outside_steps(module):
-            own = answer_probabilities(
-                model,
-                module.tokenizer,
-                [row["prompt"] for row in self._rows],
-                [str(row[self.answer_column]) for row in self._rows],
-                temperature=module.temperature,
-                batch_size=module.generation.batch_size,
-            )
-        return torch.cat(module.data_ranks.gather(own))
+    def measure(self, policy: Any) -> None:
+        """Take the accuracy that the policy has reached, where there are prompts; every rank must call this."""
+        if self._answers is not None:
+            self.reached = float(self._answers.accuracy_of(policy).mean())
 
 
-def validation_rows(trainer: L.Trainer) -> list[Row]:
-    """The run's validation prompts, within limit_val_batches; empty without any."""
-    datamodule: Any = getattr(trainer, "datamodule", None)
-    loaders = trainer.val_dataloaders
-    if loaders is None and isinstance(datamodule, PromptDataModule):  # the first validation is far away
+def validation_rows(loaders: Any, datamodule: Any, limit: int | float) -> list[Row]:
+    """The rows of a Trainer's validation loaders, within its limit_val_batches; none without any.
+
+    `datamodule`: makes the loaders where the Trainer has not yet, since the first validation is far away.
+    """
+    if loaders is None and isinstance(datamodule, PromptDataModule):
         loaders = datamodule.val_dataloader()
-    if loaders is None:
-        return []
-    loaders = loaders if isinstance(loaders, list) else [loaders]
-    limit = trainer.limit_val_batches  # batches, or a fraction of them
+    loaders = [] if loaders is None else loaders if isinstance(loaders, list) else [loaders]
     return [
         row
         for loader in loaders

@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.panel import Panel
 
 from gvpo_lightning.callbacks.optimality import OptimalityMeter, validation_rows
+from gvpo_lightning.data.rows import Row
+from gvpo_lightning.evaluation.sampled import SampledEvaluation
 from gvpo_lightning.module import GVPOModule
 
 CURVES = ("reward/mean", "loss", "residual/rms")
@@ -64,7 +66,9 @@ class RunSummary(L.Callback):
         """The reward to start from."""
         assert isinstance(pl_module, GVPOModule)
         if self.reward_before is None and not trainer.fast_dev_run:  # type: ignore[attr-defined]
-            self.reward_before = mean_validation_reward(trainer, pl_module)
+            data = getattr(trainer, "datamodule", None)
+            rows = validation_rows(trainer.val_dataloaders, data, trainer.limit_val_batches)
+            self.reward_before = mean_reward(rows, pl_module.evaluation, pl_module.policy)
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -80,7 +84,9 @@ class RunSummary(L.Callback):
         assert isinstance(pl_module, GVPOModule)
         if trainer.fast_dev_run:  # type: ignore[attr-defined]
             return  # a trial must not overwrite what a run has left
-        reward_after = mean_validation_reward(trainer, pl_module)
+        data = getattr(trainer, "datamodule", None)
+        rows = validation_rows(trainer.val_dataloaders, data, trainer.limit_val_batches)
+        reward_after = mean_reward(rows, pl_module.evaluation, pl_module.policy)
         folder = Path(trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         meters = [callback for callback in trainer.callbacks if isinstance(callback, OptimalityMeter)]  # type: ignore[attr-defined]
@@ -115,17 +121,18 @@ class RunSummary(L.Callback):
         Console().print(Panel(describe(summary), title=f"run summary: {folder}", expand=False))
 
 
-def mean_validation_reward(trainer: L.Trainer, module: GVPOModule) -> float | None:
-    """Mean reward of sampled completions of the validation prompts, over all ranks; None without any."""
-    rows = validation_rows(trainer)
-    if not rows or module.rewards is None:
+def mean_reward(rows: list[Row], evaluation: SampledEvaluation, policy: Any) -> float | None:
+    """Mean reward of sampled completions of this rank's prompts, over all ranks; None without any."""
+    sampling = evaluation.sampling
+    if not rows or sampling.rewards is None:
         return None
-    sampler = replace(module.generation, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
+    sampler = replace(sampling.generation, temperature=1.0, top_k=0, top_p=1.0, min_p=0.0)
     size, sums = 64, torch.zeros(2, dtype=torch.float64)
     for start in range(0, len(rows), size):
-        batch = module.sample(rows[start : start + size], "summary", start, generation=sampler).batch
+        part = rows[start : start + size]
+        batch = evaluation.sample(policy, part, "summary", start, generation=sampler).batch
         sums += torch.stack([batch.rewards[batch.kept].double().sum(), batch.kept.sum()])
-    total, count = module.data_ranks.sum(sums.to(trainer.strategy.root_device)).tolist()
+    total, count = sampling.placement.ranks.sum(sums.to(sampling.placement.device)).tolist()
     return total / count if count else None
 
 

@@ -2,7 +2,11 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
+
+from gvpo_lightning.policy.fingerprint import frozen_fingerprint
+from gvpo_lightning.policy.lora import check_adapter, is_adapted, leave_frozen_out, saves_adapter_alone, trained_names
 
 # what changes the function, and neither the names nor the shapes of the adapter's weights
 APPLIED = (
@@ -52,3 +56,39 @@ def check_adapter_state(own: Mapping[str, Any] | None, saved: Mapping[str, Any] 
             f"{own['frozen']}, expected {saved['frozen']}): set model.policy, loading.revision, loading.dtype and "
             "loading.quantization as they were."
         )
+
+
+@dataclass(frozen=True)
+class SavedPolicy:
+    """What a checkpoint holds of the policy.
+
+    Attributes:
+        trained: the names of the weights that it holds; None: all.
+        adapter: what identifies an adapter and the model beneath it; None without one.
+    """
+
+    trained: frozenset[str] | None
+    adapter: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, policy: Any, can_be_reloaded: bool, *, must_be_whole: bool) -> "SavedPolicy":
+        """Of an adapted policy the trained weights alone, since the frozen ones are where it came from.
+
+        `must_be_whole`: with FSDP1, which flattens trained and frozen weights together.
+        """
+        if not is_adapted(policy):
+            return cls(None, None)
+        if must_be_whole or not saves_adapter_alone(policy, can_be_reloaded=can_be_reloaded):
+            return cls(None, adapter_state(policy, None))
+        return cls(trained_names(policy), adapter_state(policy, frozen_fingerprint(policy)))
+
+    def leave_frozen_out(self, *hook: Any) -> None:
+        """A hook of a Lightning module's `state_dict`: take from it what of the policy is not trained."""
+        assert self.trained is not None
+        leave_frozen_out(self.trained, *hook)
+
+    def check(self, policy: Any, checkpoint: Mapping[str, Any]) -> None:
+        """Raise ValueError where an adapter, or the model beneath it, is not the one of the checkpoint."""
+        if self.trained is not None and "state_dict" in checkpoint:  # else of a folder, which its reader checks
+            check_adapter(policy, self.trained, checkpoint["state_dict"])
+        check_adapter_state(self.adapter, checkpoint.get("adapter"))

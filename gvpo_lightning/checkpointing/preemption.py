@@ -65,49 +65,56 @@ class Preemption(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Where evaluation before training was interrupted, there is nothing to save."""
-        if self._is_due(trainer):
-            self._stop(trainer, "nothing has been trained yet")
+        if self._is_due():
+            self._stop("nothing has been trained yet")
 
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Stop after a whole update: a checkpoint within one would lose gradients."""
-        if not trainer.fit_loop._should_accumulate() and self._is_due(trainer):
-            self._save_and_stop(trainer)
+        if not trainer.fit_loop._should_accumulate() and self._is_due():
+            self._save_and_stop()
 
     def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Stop before the next rollout."""
-        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._is_due(trainer):
-            self._save_and_stop(trainer)
+        if trainer.state.fn == "fit" and not trainer.sanity_checking and self._is_due():
+            self._save_and_stop()
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
         """Save what has been trained before rewards failed."""
         fits = trainer.state.fn == "fit" and not trainer.fast_dev_run  # type: ignore[attr-defined]
         if isinstance(exception, RewardError) and fits and trainer.global_step:
-            exception.add_note(f"Stopped at step {trainer.global_step}: resume with ckpt_path={self._save(trainer)}.")
+            exception.add_note(f"Stopped at step {trainer.global_step}: resume with ckpt_path={self._save()}.")
 
-    def _is_due(self, trainer: L.Trainer) -> bool:
+    @property
+    def _run(self) -> L.Trainer:
+        assert self._trainer is not None, "there is no fit"
+        return self._trainer
+
+    def _is_due(self) -> bool:
         """Whether any rank has received the signal; every rank must call this."""
-        return trainer.strategy.reduce_boolean_decision(bool(self._received), all=False)
+        return self._run.strategy.reduce_boolean_decision(bool(self._received), all=False)
 
-    def _save_and_stop(self, trainer: L.Trainer) -> None:
-        path = None if trainer.fast_dev_run else self._save(trainer)  # type: ignore[attr-defined]
-        self._stop(trainer, f"resume with ckpt_path={path}")
+    def _save_and_stop(self) -> None:
+        path = None if self._run.fast_dev_run else self._save()  # type: ignore[attr-defined]
+        self._stop(f"resume with ckpt_path={path}")
 
-    def _save(self, trainer: L.Trainer) -> str:
+    def _save(self) -> str:
+        trainer = self._run
         callbacks = [c for c in trainer.checkpoint_callbacks if isinstance(c, ModelCheckpoint)]
         for callback in callbacks:
             if isinstance(callback, RunCheckpoint):
-                return callback.save_now(trainer)
+                return callback.save_now()
         for callback in callbacks:
             if callback.save_last:
                 callback._save_last_checkpoint(trainer, callback._monitor_candidates(trainer))
                 return callback.last_model_path
         path = Path(trainer.default_root_dir) / f"stopped-step={trainer.global_step}.ckpt"
-        save_whole(trainer, path)
+        save_whole(trainer.strategy, trainer._checkpoint_connector.dump_checkpoint(False), path)
         return str(path)
 
-    def _stop(self, trainer: L.Trainer, message: str) -> None:
+    def _stop(self, message: str) -> None:
+        trainer = self._run
         rank_zero_info(f"SIGTERM: stopped at step {trainer.global_step} with status {STATUS}, {message}.")
         environment = getattr(trainer.strategy, "cluster_environment", None)
         is_child = environment is not None and not environment.creates_processes_externally

@@ -60,6 +60,7 @@ class RunCheckpoint(ModelCheckpoint):
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Find the folder, and remove what a killed run has left in it."""
         super().setup(trainer, pl_module, stage)
+        self._trainer = trainer
         if stage == "fit" and trainer.is_global_zero and self._is_local:
             remove_partials(self._folder)
 
@@ -97,8 +98,10 @@ class RunCheckpoint(ModelCheckpoint):
             super()._save_checkpoint(trainer, filepath)
             return
         if self.save_last:
-            self._choose_last_path(trainer)  # it is part of what is saved
-        sizes = save_whole(trainer, Path(filepath), weights_only=self.save_weights_only)
+            # `last.ckpt`, or where an earlier run has left one, `last-v1.ckpt` and so on; it is part of what is saved
+            self.last_model_path = self._free_path({}, self.CHECKPOINT_NAME_LAST, own=self.last_model_path)
+        checkpoint = trainer._checkpoint_connector.dump_checkpoint(self.save_weights_only)
+        sizes = save_whole(trainer.strategy, checkpoint, Path(filepath))
         self._last_global_step_saved, self._last_checkpoint_saved = trainer.global_step, filepath
         if trainer.is_global_zero:
             if self.save_last:
@@ -110,14 +113,10 @@ class RunCheckpoint(ModelCheckpoint):
         self._has_reported = True
         trainer.strategy.barrier("RunCheckpoint")
 
-    def _choose_last_path(self, trainer: L.Trainer) -> None:
-        """`last.ckpt`, or where an earlier run has left one, `last-v1.ckpt` and so on."""
-        self.last_model_path = self._free_path(trainer, {}, self.CHECKPOINT_NAME_LAST, own=self.last_model_path)
-
-    def _free_path(self, trainer: L.Trainer, candidates: dict[str, Tensor], name: str, own: str = "") -> str:
+    def _free_path(self, candidates: dict[str, Tensor], name: str, own: str = "") -> str:
         for version in itertools.count():
             path = self.format_checkpoint_name(candidates, name, ver=version or None)
-            if path == own or not self.file_exists(path, trainer):
+            if path == own or not self.file_exists(path, self._trainer):
                 break
         return path
 
@@ -133,19 +132,20 @@ class RunCheckpoint(ModelCheckpoint):
         if not self._is_local:
             super()._save_last_checkpoint(trainer, monitor_candidates)
         elif self.save_last and self._last_global_step_saved != trainer.global_step:
-            self._save_unranked(trainer, monitor_candidates)
+            self._save_unranked(monitor_candidates)
 
-    def _save_unranked(self, trainer: L.Trainer, monitor_candidates: dict[str, Tensor]) -> None:
-        self._save_checkpoint(trainer, self._free_path(trainer, monitor_candidates, UNRANKED + "-{step}"))
+    def _save_unranked(self, monitor_candidates: dict[str, Tensor]) -> None:
+        self._save_checkpoint(self._trainer, self._free_path(monitor_candidates, UNRANKED + "-{step}"))
 
-    def save_now(self, trainer: L.Trainer) -> str:
+    def save_now(self) -> str:
         """Save, unless this step is saved already, and return what to resume from; every rank must call this."""
+        trainer = self._trainer
         if self._last_global_step_saved != trainer.global_step:
             candidates = self._monitor_candidates(trainer)
             if self.monitor is None and self.save_top_k:
                 self._save_topk_checkpoint(trainer, candidates)
             else:
-                self._save_unranked(trainer, candidates)
+                self._save_unranked(candidates)
         return self.last_model_path or self._last_checkpoint_saved
 
     def _remove_checkpoint(self, trainer: L.Trainer, filepath: str) -> None:

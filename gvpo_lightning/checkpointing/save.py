@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from lightning.pytorch.plugins.io import AsyncCheckpointIO
+from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
-from gvpo_lightning.atomic import _delete, _put_in_place, partial_path
+from gvpo_lightning.atomic import delete, partial_path, put_in_place
 from gvpo_lightning.distributed.ranks import DataRanks
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -44,8 +44,8 @@ class DirectCheckpointIO(TorchCheckpointIO):
             torch.save(checkpoint, file)
 
 
-def save_whole(trainer: L.Trainer, path: Path, *, weights_only: bool = False) -> dict[str, int]:
-    """Save a checkpoint of the trainer to a local file or folder; every rank must call this.
+def save_whole(strategy: Strategy, checkpoint: dict[str, Any], path: Path) -> dict[str, int]:
+    """Save what a Trainer has dumped to a local file or folder; every rank must call this.
 
     Returns:
         The bytes of each kind of content, as `content_sizes` has them.
@@ -54,7 +54,6 @@ def save_whole(trainer: L.Trainer, path: Path, *, weights_only: bool = False) ->
         CheckpointError: on every rank, if any could not write its part, with nothing left of it.
         ValueError: the trainer's plugin does not tell when a checkpoint is complete.
     """
-    strategy = trainer.strategy
     if isinstance(strategy.checkpoint_io, AsyncCheckpointIO):
         raise ValueError(
             "RunCheckpoint renames a checkpoint when it is complete, which AsyncCheckpointIO does not tell: leave the "
@@ -62,7 +61,6 @@ def save_whole(trainer: L.Trainer, path: Path, *, weights_only: bool = False) ->
         )
     if type(strategy.checkpoint_io) is TorchCheckpointIO:
         strategy.checkpoint_io = DirectCheckpointIO()
-    checkpoint = trainer._checkpoint_connector.dump_checkpoint(weights_only)
     sizes = content_sizes(checkpoint)
     partial = strategy.broadcast(partial_path(path))  # rank 0's
     error: BaseException | None = None
@@ -71,26 +69,26 @@ def save_whole(trainer: L.Trainer, path: Path, *, weights_only: bool = False) ->
         strategy.save_checkpoint(checkpoint, partial)
     except (Exception, CheckpointException) as exception:  # distributed checkpointing's own is no Exception
         error = exception
-    _raise_together(error, trainer, path, partial, sizes)
+    _raise_together(error, strategy, path, partial, sizes)
     try:
-        if trainer.is_global_zero:
-            _put_in_place(partial, path)
+        if strategy.is_global_zero:
+            put_in_place(partial, path)
     except OSError as exception:
         error = exception
-    _raise_together(error, trainer, path, partial, sizes)
+    _raise_together(error, strategy, path, partial, sizes)
     return sizes
 
 
 def _raise_together(
-    error: BaseException | None, trainer: L.Trainer, path: Path, partial: Path, sizes: dict[str, int]
+    error: BaseException | None, strategy: Strategy, path: Path, partial: Path, sizes: dict[str, int]
 ) -> None:
-    ranks = DataRanks(trainer.global_rank, trainer.world_size)
+    ranks = DataRanks(getattr(strategy, "global_rank", 0), getattr(strategy, "world_size", 1))
     reasons = ranks.gather(None if error is None else _reason(error))
     if not any(reasons):
         return
-    if trainer.is_global_zero:
-        _delete(partial)
-    trainer.strategy.barrier()
+    if strategy.is_global_zero:
+        delete(partial)
+    strategy.barrier()
     free = shutil.disk_usage(next(parent for parent in path.parents if parent.exists())).free
     rank, reason = next((rank, reason) for rank, reason in enumerate(reasons) if reason)
     raise CheckpointError(

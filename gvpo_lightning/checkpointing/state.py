@@ -1,117 +1,213 @@
-"""What a checkpoint holds besides Lightning's own state: where the run is, and what it is measured against.
+"""`RunState`: where a run is, kept in its checkpoints.
 
-Only tensors, numbers, strings, lists and dicts, so that it loads with weights_only=True.
+Only tensors, numbers, strings, lists and dicts are saved, so that a checkpoint loads with weights_only=True.
 """
 
-from typing import TYPE_CHECKING, Any
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
 
+from gvpo_lightning.checkpointing.adapter import SavedPolicy
+from gvpo_lightning.objectives.base import Objective
+from gvpo_lightning.reference.base import Reference
+from gvpo_lightning.rollout.clock import Clock
 from gvpo_lightning.rollout.rollout import Rollout
-
-if TYPE_CHECKING:
-    from gvpo_lightning.module import GVPOModule
-
+from gvpo_lightning.rollout.settings import RolloutSettings
+from gvpo_lightning.sources.mixture import SourceMixture
 
 COUNTERS = ("microstep", "num_updates", "num_completion_tokens", "skipped_updates", "consecutive_skips")
 
 
-def position_units(module: "GVPOModule") -> dict[str, int | float]:
-    """The settings that a position, counted in micro-batches, and kept log-probs are measured in."""
-    settings = module.rollout_settings
-    return {
-        "prompts_per_rollout": settings.prompts_per_rollout,
-        "prompts_per_update": settings.prompts_per_update,
-        "epochs_per_rollout": settings.epochs_per_rollout,
-        "accumulate_grad_batches": module.trainer.accumulate_grad_batches,
-        "temperature": module.temperature,
-    }
+@dataclass
+class RunState:
+    """The run's position and counters, and the rollout that it is training.
 
-
-def gvpo_state(module: "GVPOModule") -> dict[str, Any]:
-    """The module's counters, its rollout if that is half trained, its replay buffer, and what the reference needs."""
-    unfinished = module.rollout if module.microstep % module.micro_batches_per_rollout else None
-    state: dict[str, Any] = {name: getattr(module, name) for name in COUNTERS}
-    state["units"] = position_units(module)
-    state["seconds"] = dict(module.seconds)
-    state["rollout"] = None if unfinished is None else unfinished.state_dict()
-    state["num_ranks"] = module.data_ranks.size
-    state["group_size"] = module.rollout_settings.group_size
-    if module.sources.replay is not None:
-        state["replay"] = module.sources.replay.state_dict() | {"precision": str(module.trainer.precision)}
-    if module.reference_settings.kind == "cached":
-        state["cache"] = module.sources.references
-    state["reference_kind"] = module.reference_settings.kind
-    state["reference"] = module.reference.state_dict(module.policy)
-    return state
-
-
-def load_gvpo_state(module: "GVPOModule", state: dict[str, Any]) -> None:
-    """Take up what `gvpo_state` left.
-
-    Raises:
-        ValueError: the reference is not the one of the checkpoint.
+    Attributes:
+        microstep: micro-batches trained so far: the run's only position.
+        num_updates: finished optimizer updates, which references count in.
+        num_completion_tokens: of all rollouts, over all ranks.
+        skipped_updates, consecutive_skips: updates that were not usable, in all and without a usable one since.
+        clock: what the run has spent its time on.
+        rollout: the one at hand.
+        rollout_length: micro-batches from one rollout to the next, in the last fit.
+        units: the settings that the position is measured in.
     """
-    for name in COUNTERS:
-        setattr(module, name, state[name])
-    module.seconds.update(state["seconds"])
-    if module.sources.replay is not None and "replay" in state:
-        same_precision = state["replay"]["precision"] == str(module.trainer.precision)
-        module.sources.replay.load_state_dict(state["replay"], keep_logprobs=same_precision)
-    if module.trainer.state.fn != "fit":  # nothing is measured against the reference
-        return
-    kind = module.reference_settings.kind
-    if kind != state["reference_kind"]:
-        raise ValueError(
-            f"This checkpoint was trained with reference: {state['reference_kind']}, the settings say {kind}: set it "
-            "back, or start a new run from the exported policy."
+
+    microstep: int = 0
+    num_updates: int = 0
+    num_completion_tokens: int = 0
+    skipped_updates: int = 0
+    consecutive_skips: int = 0
+    clock: Clock = field(default_factory=Clock)
+    rollout: Rollout | None = None
+    rollout_length: int | None = None
+    units: dict[str, int | float] = field(default_factory=dict)
+
+    def count_in(self, settings: RolloutSettings, accumulate: int, temperature: float, num_ranks: int) -> None:
+        """Take up the settings that a position, counted in micro-batches, and kept log-probs are measured in."""
+        self.units = {
+            "prompts_per_rollout": settings.prompts_per_rollout,
+            "prompts_per_update": settings.prompts_per_update,
+            "epochs_per_rollout": settings.epochs_per_rollout,
+            "accumulate_grad_batches": accumulate,
+            "temperature": temperature,
+            "num_ranks": num_ranks,
+            "group_size": settings.group_size,
+        }
+
+    def start_fit(self, rollout_length: int, accumulate: int) -> None:
+        """Count in these units from now on, and start at a whole update, since the last fit may have stopped in one."""
+        if self.rollout_length not in (None, rollout_length):  # another fit with other settings
+            self.microstep = math.ceil(self.microstep / self.rollout_length) * rollout_length
+        self.rollout_length = rollout_length
+        self.microstep -= self.microstep % accumulate
+
+    def begin(self, rollout: Rollout) -> None:
+        """Train this rollout from now on."""
+        self.rollout = rollout
+        self.num_completion_tokens += int(rollout.batch.lengths.sum())
+
+    def rollout_at(self, index: int) -> Rollout:
+        """The one at hand, which must be number `index`."""
+        assert self.rollout is not None
+        assert self.rollout.index == index
+        return self.rollout
+
+    def count_update(self, *, is_usable: bool, is_trained: bool) -> None:
+        """One more update is finished."""
+        self.num_updates += 1
+        if not is_usable:
+            self.skipped_updates += 1
+            self.consecutive_skips += 1
+        elif is_trained:
+            self.consecutive_skips = 0
+
+    def metrics(self) -> dict[str, float]:
+        """`time/*`, `throughput/*` and `update/skipped` so far."""
+        seconds = self.clock.seconds
+        return {f"time/{name}": value for name, value in seconds.items()} | {
+            "throughput/tokens_per_second": self.num_completion_tokens / max(sum(seconds.values()), 1e-9),
+            "update/skipped": float(self.skipped_updates),
+        }
+
+    def state_dict(self, rollout_length: int) -> dict[str, Any]:
+        """For a checkpoint: counters, the rollout if it is half trained, and the units that both are measured in."""
+        unfinished = self.rollout if self.microstep % rollout_length else None
+        own = dict(self.units)
+        sizes = {name: own.pop(name) for name in ("num_ranks", "group_size")}  # which may change between rollouts
+        state: dict[str, Any] = {name: getattr(self, name) for name in COUNTERS}
+        return (
+            state
+            | sizes
+            | {
+                "units": own,
+                "seconds": dict(self.clock.seconds),
+                "rollout": None if unfinished is None else unfinished.state_dict(),
+            }
         )
-    if kind == "cached" and module.sources.references != state["cache"]:
-        raise ValueError(
-            f"This checkpoint was trained on cached log-probs from {state['cache']}, {module.sources.settings.file} "
-            f"has some from {module.sources.references}."
-        )
-    module.reference.load_state_dict(state["reference"], module.policy)
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Take up the counters."""
+        for name in COUNTERS:
+            setattr(self, name, state[name])
+        self.clock.seconds.update(state["seconds"])
+
+    def load_position(self, state: Mapping[str, Any], objective: Objective) -> None:
+        """Put the half-trained rollout back, if there was one.
+
+        Raises:
+            ValueError: settings, an objective or a number of ranks with which the run can't go on from this position,
+                or rewards that the objective has no meaning for.
+        """
+        saved, units = state["units"], self.units
+        changed = [name for name in saved if units[name] != saved[name]]
+        if changed:
+            raise ValueError(
+                f"A run can't be resumed with another {changed[0]}: the checkpoint was saved with {saved[changed[0]]}, "
+                f"the settings say {units[changed[0]]}. Set it back, or start a new run from the exported policy."
+            )
+        if state["microstep"] % units["accumulate_grad_batches"]:
+            raise ValueError(
+                f"This checkpoint was saved within an optimizer update, at micro-batch {state['microstep']} with "
+                f"accumulate_grad_batches={units['accumulate_grad_batches']}: the update's first gradients are lost. "
+                "Resume from another one."
+            )
+        if state["rollout"] is not None:
+            self.rollout = _half_trained(state, units, objective)
 
 
-def load_position(module: "GVPOModule", state: dict[str, Any]) -> None:
-    """Put the half-trained rollout back, if there was one.
-
-    Raises:
-        ValueError: settings, an objective or a number of ranks with which the run can't go on from this position, or
-            rewards that the objective has no meaning for.
-    """
-    units, saved = position_units(module), state["units"]
-    changed = [name for name in units if units[name] != saved[name]]
-    if changed:
-        raise ValueError(
-            f"A run can't be resumed with another {changed[0]}: the checkpoint was saved with {saved[changed[0]]}, "
-            f"the settings say {units[changed[0]]}. Set it back, or start a new run from the exported policy."
-        )
-    if state["microstep"] % units["accumulate_grad_batches"]:
-        raise ValueError(
-            f"This checkpoint was saved within an optimizer update, at micro-batch {state['microstep']} with "
-            f"accumulate_grad_batches={units['accumulate_grad_batches']}: the update's first gradients are lost. "
-            "Resume from another one."
-        )
-    if state["rollout"] is None:
-        return
-    num_ranks, now = state["num_ranks"], module.data_ranks.size
+def _half_trained(state: Mapping[str, Any], units: Mapping[str, int | float], objective: Objective) -> Rollout:
+    num_ranks, now = state["num_ranks"], units["num_ranks"]
     if num_ranks != now:
         raise ValueError(
             f"This checkpoint was saved within a rollout by {num_ranks} data-parallel ranks and can't be resumed by "
             f"{now}: resume it with {num_ranks}, or take one saved at a rollout's end."
         )
     size = state["group_size"]
-    if size != module.rollout_settings.group_size:
+    if size != units["group_size"]:
         raise ValueError(
             f"This checkpoint was saved within a rollout of group_size={size} and can't be resumed with "
-            f"group_size={module.rollout_settings.group_size}: set it back, or take one saved at a rollout's end."
+            f"group_size={units['group_size']}: set it back, or take one saved at a rollout's end."
         )
     rollout = Rollout.from_state_dict(state["rollout"])
-    if module.objective.needs_sampler_logprobs and rollout.batch.sampler_logprobs is None:
+    if objective.needs_sampler_logprobs and rollout.batch.sampler_logprobs is None:
         raise ValueError(
-            f"objective: {module.objective_settings.kind} needs log-probs of the policy that has sampled a rollout, "
+            f"objective: {objective.settings.kind} needs log-probs of the policy that has sampled a rollout, "
             "and this checkpoint was saved within one of another objective, which has none: set the objective back, or "
             "take a checkpoint saved at a rollout's end."
         )
-    module.objective.check_rewards(rollout.batch)
-    module.rollout = rollout
+    objective.check_rewards(rollout.batch)
+    return rollout
+
+
+@dataclass(frozen=True)
+class Resumable:
+    """All that a checkpoint holds of a run beside Lightning's own state.
+
+    Attributes:
+        run, sources, reference: whose state it is.
+        reference_kind: as in `ReferenceSettings`.
+        saved: what it holds of the policy; None before the policy is loaded.
+        objective: what a half-trained rollout goes on with.
+        precision: the Trainer's, in which log-probs were taken.
+    """
+
+    run: RunState
+    sources: SourceMixture
+    reference: Reference
+    reference_kind: str
+    saved: SavedPolicy | None
+    objective: Objective
+    precision: str
+
+    def state_dict(self, policy: Any, rollout_length: int) -> dict[str, Any]:
+        """The entries to add to a checkpoint; every rank must call this."""
+        state = self.run.state_dict(rollout_length) | self.sources.state_dict(self.precision)
+        state |= {"reference_kind": self.reference_kind, "reference": self.reference.state_dict(policy)}
+        adapter = None if self.saved is None else self.saved.adapter
+        return {"gvpo": state} if adapter is None else {"gvpo": state, "adapter": adapter}
+
+    def load(self, checkpoint: Mapping[str, Any], policy: Any, *, fits: bool) -> None:
+        """Take up what `state_dict` left; outside of `fit` nothing is measured against the reference.
+
+        Raises:
+            ValueError: another policy, reference, objective or number of ranks than the checkpoint's.
+        """
+        if "gvpo" not in checkpoint:
+            raise ValueError("This checkpoint is not one of a GVPOModule: it has no 'gvpo' entry.")
+        if self.saved is not None:
+            self.saved.check(policy, checkpoint)
+        state = checkpoint["gvpo"]
+        self.run.load_state_dict(state)
+        self.sources.load_state_dict(state, self.precision)
+        if not fits:
+            return
+        if self.reference_kind != state["reference_kind"]:
+            raise ValueError(
+                f"This checkpoint was trained with reference: {state['reference_kind']}, the settings say "
+                f"{self.reference_kind}: set it back, or start a new run from the exported policy."
+            )
+        self.sources.check_cache(state)
+        self.reference.load_state_dict(state["reference"], policy)
+        self.run.load_position(state, self.objective)

@@ -6,8 +6,6 @@ from typing import Any
 import lightning as L
 import torch.distributed as dist
 
-from gvpo_lightning.module import GVPOModule
-
 # what gloo, NCCL and torch's store say of a peer that does not answer
 OTHER_RANK = re.compile(
     r"timed? ?out|connection (closed|reset|refused)|broken pipe|socket|watchdog|remote process exited", re.IGNORECASE
@@ -39,9 +37,16 @@ class Whereabouts(L.Callback):
         """Add the notes."""
         if isinstance(exception, SystemExit):
             return
-        assert isinstance(pl_module, GVPOModule)
-        place = where(trainer, pl_module) if self._has_begun else f"on rank {trainer.global_rank}, outside of training"
+        place = f"on rank {trainer.global_rank}, outside of training"
         if self._has_begun:
+            module: Any = pl_module  # a GVPOModule
+            accumulate = trainer.accumulate_grad_batches
+            rollout, slot = divmod(module.microstep, module.micro_batches_per_rollout)
+            phase = module.phase if trainer.training else str(trainer.state.stage and trainer.state.stage.value)
+            place = (
+                f"on rank {trainer.global_rank} of {trainer.world_size}, in rollout {rollout}, update "
+                f"{trainer.global_step}, micro-batch {slot % accumulate} of {accumulate} (phase: {phase})"
+            )
             exception.add_note(f"This was {place}.")
         if is_other_ranks(exception):
             timeout = getattr(trainer.strategy, "_timeout", None)
@@ -52,17 +57,6 @@ class Whereabouts(L.Callback):
                 "strategy's timeout, as in DDPStrategy(timeout=timedelta(hours=1))."
             )
         self._has_begun = False
-
-
-def where(trainer: L.Trainer, module: GVPOModule) -> str:
-    """Where in the run this rank is, counted from 0."""
-    accumulate = trainer.accumulate_grad_batches
-    rollout, slot = divmod(module.microstep, module.micro_batches_per_rollout)
-    phase = module.phase if trainer.training else str(trainer.state.stage and trainer.state.stage.value)
-    return (
-        f"on rank {trainer.global_rank} of {trainer.world_size}, in rollout {rollout}, update {trainer.global_step}, "
-        f"micro-batch {slot % accumulate} of {accumulate} (phase: {phase})"
-    )
 
 
 def is_other_ranks(exception: BaseException) -> bool:

@@ -1,19 +1,65 @@
 """What must hold of prompts before anything is trained."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
+from gvpo_lightning.checks.reference import check_reference_model
 from gvpo_lightning.data.rows import Row
 from gvpo_lightning.policy.prompts import encode_prompt
-from gvpo_lightning.policy.source import context_length
+from gvpo_lightning.policy.source import PolicySource, context_length
 from gvpo_lightning.rewards import reward_columns
 from gvpo_lightning.rewards.run import Rewards
+from gvpo_lightning.rollout.settings import GenerationSettings
+from gvpo_lightning.sources.mixture import SourceMixture
+
+
+@dataclass
+class PromptCheck:
+    """Whether a run's prompts can be given to its models, rewards and sources.
+
+    Attributes:
+        source, generation, rewards, sources: the run's.
+        reference_model: the hub id or folder of a reference of its own.
+        longest: tokens of the longest training prompt, once there are some.
+    """
+
+    source: PolicySource
+    generation: GenerationSettings
+    rewards: Rewards | None
+    sources: SourceMixture
+    reference_model: str | None
+    longest: int = 0
+
+    def check(self, rows: Iterable[Row]) -> None:
+        """Raise ValueError, naming the row, for prompts that completions can't be sampled for."""
+        self._check(rows, self.source.config(), self.generation.max_new_tokens)
+
+    def check_training(self, rows: Sequence[Row]) -> None:
+        """Raise ValueError for prompts that can't be trained on, or can't be given completions."""
+        source, sources = self.source, self.sources
+        least_room = self.generation.max_new_tokens if sources.settings.generates else 1
+        self.longest = self._check(rows, source.config(), least_room)
+        sources.open(source.tokenizer, source.vocab_size())
+        context = context_length(source.config())
+        if self.reference_model is not None:
+            config = check_reference_model(self.reference_model, source)
+            own = context_length(config)
+            if own is not None and (context is None or own < context):
+                context = own
+                try:
+                    self._check(rows, config, least_room)
+                except ValueError as error:
+                    raise ValueError(f"reference.model={self.reference_model!r}: {error}") from error
+        sources.check(rows, context)
+
+    def _check(self, rows: Iterable[Row], config: PretrainedConfig, max_new_tokens: int) -> int:
+        return check_prompts(rows, self.source.tokenizer, config, self.rewards, max_new_tokens)
 
 
 def check_prompts(
     rows: Iterable[Row],
-    *,
     tokenizer: PreTrainedTokenizerBase,
     config: PretrainedConfig,
     rewards: Rewards | None,

@@ -1,24 +1,23 @@
 """What must hold of the Trainer's settings before anything is trained."""
 
 import math
+from collections.abc import Iterable
+from typing import Any
 
-from lightning.pytorch import Trainer
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch.utils.data import DataLoader
 
-from gvpo_lightning.distributed.placement import data_ranks
 from gvpo_lightning.rollout.loader import RolloutLoader
 from gvpo_lightning.rollout.plan import Limits
-from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
+from gvpo_lightning.rollout.settings import RolloutSettings
 
 
-def check_devices(trainer: Trainer) -> None:
+def check_devices(strategy: Strategy, devices: int) -> None:
     """Raise ValueError where a strategy with given sizes gets another number of devices."""
-    strategy = trainer.strategy
     if not isinstance(strategy, ModelParallelStrategy):
         return
-    sizes, devices = (strategy._data_parallel_size, strategy._tensor_parallel_size), trainer.world_size
+    sizes = (strategy._data_parallel_size, strategy._tensor_parallel_size)
     if "auto" not in sizes and math.prod(map(int, sizes)) != devices:
         raise ValueError(
             f"data_parallel_size={sizes[0]} times tensor_parallel_size={sizes[1]} of trainer.strategy must be the "
@@ -27,52 +26,29 @@ def check_devices(trainer: Trainer) -> None:
         )
 
 
-def check_trainer(
-    trainer: Trainer,
-    settings: RolloutSettings,
-    generation: GenerationSettings,
-    *,
-    generates: bool,
-    largest_group: int,
-) -> None:
-    """Raise ValueError for what `fit` was given that rollouts can't be trained with."""
-    # the earliest place that shows what `fit` was given; a property that says so comes only much later
-    if isinstance(trainer.fit_loop._data_source.instance, DataLoader):
+def check_fit(data: Any, overfit_batches: float, callbacks: Iterable[object]) -> None:
+    """Raise ValueError for training data and settings of `fit` that rollouts can't be trained with."""
+    if isinstance(data, DataLoader):
         raise ValueError(
             "GVPOModule trains micro-batches of rollouts, so its prompts can't come from a bare DataLoader: "
             "write trainer.fit(module, RolloutLoader(dataloader, module))."
         )
-    overfit_batches: float = trainer.overfit_batches  # type: ignore[attr-defined]
     if overfit_batches:
         raise ValueError(
             f"overfit_batches={overfit_batches} repeats batches, but every rollout samples anew: "
             "train on a dataset of a few prompts instead."
         )
-    callbacks: list[object] = trainer.callbacks  # type: ignore[attr-defined]
     if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
         raise ValueError(
             "GradientAccumulationScheduler changes how a rollout is cut into updates in the middle of it: "
             "set Trainer(accumulate_grad_batches=…) for the whole run."
         )
-    check_batch_sizes(
-        group_size=largest_group,
-        prompts_per_rollout=settings.prompts_per_rollout,
-        prompts_per_update=settings.prompts_per_update,
-        limits=settings.limits,
-        longest_completion=generation.max_new_tokens if generates else 0,
-        accumulate=trainer.accumulate_grad_batches,
-        world_size=data_ranks(trainer.strategy).size,
-    )
 
 
-def check_training_batches(trainer: Trainer) -> None:
-    """Raise ValueError where an epoch or a validation would cut an optimizer update in two."""
-    if not isinstance(trainer.train_dataloader, RolloutLoader):
+def check_training_batches(data: Any, batches: float, validation: float, accumulate: int) -> None:
+    """Raise ValueError where an epoch of `batches`, or a validation every so many, would cut an update in two."""
+    if not isinstance(data, RolloutLoader):
         raise ValueError("The training prompts must come from RolloutLoader(prompts, module).")
-    if trainer.fast_dev_run:  # type: ignore[attr-defined]
-        return
-    accumulate = trainer.accumulate_grad_batches
-    batches, validation = trainer.num_training_batches, trainer.val_check_batch
     if batches % accumulate:
         raise ValueError(
             f"An epoch must hold whole optimizer updates: limit_train_batches leaves {batches} micro-batches, not "
@@ -84,6 +60,21 @@ def check_training_batches(trainer: Trainer) -> None:
             f"every {validation} micro-batches (val_check_interval), not a multiple of "
             f"accumulate_grad_batches={accumulate}."
         )
+
+
+def check_rollout_sizes(
+    settings: RolloutSettings, largest_group: int, longest_completion: int, accumulate: int, num_ranks: int
+) -> None:
+    """`check_batch_sizes` of a run's settings."""
+    check_batch_sizes(
+        group_size=largest_group,
+        prompts_per_rollout=settings.prompts_per_rollout,
+        prompts_per_update=settings.prompts_per_update,
+        limits=settings.limits,
+        longest_completion=longest_completion,
+        accumulate=accumulate,
+        world_size=num_ranks,
+    )
 
 
 def check_batch_sizes(

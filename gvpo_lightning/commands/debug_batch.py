@@ -9,7 +9,7 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -22,12 +22,10 @@ from gvpo_lightning.data.batch import CompletionBatch
 from gvpo_lightning.objectives.base import Objective
 from gvpo_lightning.objectives.gvpo import gvpo_loss
 from gvpo_lightning.objectives.make import make_objective
-from gvpo_lightning.policy.head import completion_logprobs
+from gvpo_lightning.policy.head import Scoring, completion_logprobs
+from gvpo_lightning.policy.source import PolicySource
+from gvpo_lightning.seeding import derive_seed, run_seed
 from gvpo_lightning.updates.failed_update import OffendingUpdate, load_offending_update, not_finite_parameters
-
-if TYPE_CHECKING:
-    from gvpo_lightning.module import GVPOModule
-
 
 SHOWN = 32  # rows of a table
 NAMED = 8  # parameters in a list
@@ -54,55 +52,53 @@ class GroupFindings:
     bad_gradients: list[str]
 
 
-def debug_batch(module: "GVPOModule", batch: str | Path, ckpt_path: str | Path | None = None) -> None:
+def debug_batch(
+    source: PolicySource, objective: Objective, scoring: Scoring, batch: str | Path, ckpt_path: str | Path | None = None
+) -> None:
     """Print what the run saw of the update in the file `batch`, and what it gives now, the worst first.
 
     Raises:
         FileNotFoundError, ValueError: one of the files is not there or not what it should be.
     """
     update = load_offending_update(batch)
-    objective, saved = str(module.objective_settings), update.settings.get("objective", "gvpo")
-    if objective != saved:
+    name, saved = str(objective.settings), update.settings.get("objective", "gvpo")
+    if name != saved:
         raise ValueError(
-            f"{str(batch)!r} is an update of objective: {saved}, the config says {objective}: give the config of "
-            "that run."
+            f"{str(batch)!r} is an update of objective: {saved}, the config says {name}: give the config of that run."
         )
-    module.loading = replace(module.loading, dtype="float32", attn_implementation=None)
-    module.configure_model()
+    seed, loading = derive_seed(run_seed(), "lora"), replace(source.loading, dtype="float32", attn_implementation=None)
+    policy = source.load(seed, loading)
     if ckpt_path is not None:
-        load_weights(module.policy, ckpt_path)
-    module.policy.to("cuda" if torch.cuda.is_available() else "cpu")
+        load_weights(policy, ckpt_path)
+    policy.to("cuda" if torch.cuda.is_available() else "cpu")
+    scoring = replace(scoring, temperature=update.settings["temperature"])
     present = update.batch.group_ids[update.batch.kept].unique().tolist()
-    groups = [recompute(module, update, group) for group in present]
+    groups = [recompute(policy, objective, scoring, update, group) for group in present]
     console = Console()
     facts = ", ".join(f"{name} {value}" for name, value in update.settings.items())
     console.print(Text(f"{batch}: {len(update.batch)} completions in {len(groups)} groups; {facts}"))
-    console.print(completions_table(update, groups, module.tokenizer))
+    console.print(completions_table(update, groups, source.tokenizer))
     console.print(groups_table(update, groups))
-    weights = f"the weights of {ckpt_path or module.policy_source!r:.200}"
-    lines = ["In the run:", *run_lines(update), f"Under {weights}:", *now_lines(module, update, groups)]
+    weights = f"the weights of {ckpt_path or source.given!r:.200}"
+    lines = ["In the run:", *run_lines(update), f"Under {weights}:", *now_lines(policy, update, groups)]
     console.print(Text("\n".join(lines)))
 
 
-def recompute(module: "GVPOModule", update: OffendingUpdate, group: int) -> GroupFindings:
-    """Log-probs, loss and gradient of one group under the module's policy."""
+def recompute(
+    policy: Any, objective: Objective, scoring: Scoring, update: OffendingUpdate, group: int
+) -> GroupFindings:
+    """Log-probs, loss and gradient of one group under the policy."""
     rows = (update.batch.group_ids == group).nonzero().squeeze(-1)
-    part = update.batch.select(rows).to(module.policy.device)
-    logprobs, _ = completion_logprobs(
-        module.policy,
-        part,
-        temperature=update.settings["temperature"],
-        implementation=module.loss_implementation,
-        padding_free=module.padding_free,
-    )
+    part = update.batch.select(rows).to(policy.device)
+    logprobs, _ = completion_logprobs(policy, part, scoring)
     token_ratios = (logprobs - part.reference_logprobs).detach()
-    objective = make_objective(module.objective_settings, update.settings["beta"], module.generation.max_new_tokens)
-    loss = share_of_loss(objective, logprobs, part, update, rows)
-    module.policy.zero_grad()
+    own = make_objective(objective.settings, update.settings["beta"], objective.max_completion_tokens)
+    loss = share_of_loss(own, logprobs, part, update, rows)
+    policy.zero_grad()
     loss.backward()
-    norms = [parameter.grad.norm() for parameter in module.policy.parameters() if parameter.grad is not None]
-    bad = not_finite_parameters(module.policy)["gradients"]
-    module.policy.zero_grad()
+    norms = [parameter.grad.norm() for parameter in policy.parameters() if parameter.grad is not None]
+    bad = not_finite_parameters(policy)["gradients"]
+    policy.zero_grad()
     return GroupFindings(
         rows=rows,
         log_ratios=token_ratios.sum(dim=1).cpu(),
@@ -168,9 +164,9 @@ def run_lines(update: OffendingUpdate) -> list[str]:
     ]
 
 
-def now_lines(module: "GVPOModule", update: OffendingUpdate, groups: list[GroupFindings]) -> list[str]:
+def now_lines(policy: Any, update: OffendingUpdate, groups: list[GroupFindings]) -> list[str]:
     """What the same completions give under the policy at hand, in words."""
-    weights = not_finite_parameters(module.policy)["weights"]
+    weights = not_finite_parameters(policy)["weights"]
     gradients = list(dict.fromkeys(name for group in groups for name in group.bad_gradients))
     log_ratios = torch.zeros_like(update.log_ratios)
     for group in groups:

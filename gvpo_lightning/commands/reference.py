@@ -2,32 +2,46 @@
 
 import hashlib
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from lightning.pytorch import Trainer
+from lightning.pytorch.strategies import Strategy
 from rich.progress import track
 from torch import nn
+from transformers import PreTrainedTokenizerBase
 
+from gvpo_lightning.atomic import appearing
 from gvpo_lightning.data.batch import collate_completions
+from gvpo_lightning.policy.head import Scoring
 from gvpo_lightning.policy.head_check import check_logprob_head
 from gvpo_lightning.policy.loading import check_attention
 from gvpo_lightning.policy.prepare import load_policy, prepare_policy, stop_token_ids
 from gvpo_lightning.policy.prompts import encode_prompt
 from gvpo_lightning.policy.score import score
+from gvpo_lightning.policy.source import PolicySource
 from gvpo_lightning.reference.cache import cache_identity
 from gvpo_lightning.sources.offline import OfflineFile, row_completions
-
-if TYPE_CHECKING:
-    from gvpo_lightning.module import GVPOModule
+from gvpo_lightning.sources.settings import FileSettings
 
 
-def fill_cache(module: "GVPOModule", trainer: Trainer, output: str | None = None) -> Path:
+def fill_cache(
+    file_settings: FileSettings | None,
+    source: PolicySource,
+    model_name: str | None,
+    scoring: Scoring,
+    batch_size: int,
+    strategy: Strategy,
+    output: str | None = None,
+) -> Path:
     """Score the completions of `sources.file` under the reference; write its rows with log-probs.
 
     Args:
+        file_settings: which completions.
+        source: the policy's, whose tokenizer encodes them.
+        model_name: a reference of its own; None: the policy as it is loaded.
+        scoring, batch_size: how, and how many at once.
+        strategy: the Trainer's, of one device.
         output: where to; default: the file itself, which is replaced when all rows are done.
 
     Rows are written as they come to `<output>.partial`; a run that was stopped goes on there.
@@ -35,9 +49,38 @@ def fill_cache(module: "GVPOModule", trainer: Trainer, output: str | None = None
     Raises:
         ValueError: there is no file in the settings, it can't be replaced, or several devices.
     """
-    settings = module.sources.settings.file
-    if settings is None:
+    if file_settings is None:
         raise ValueError("gvpo reference scores recorded completions: set model.sources.file.path.")
+    target = _target(file_settings, output)
+    num_devices = getattr(strategy, "world_size", 1)
+    if num_devices > 1:
+        raise ValueError(f"gvpo reference runs on one device, got {num_devices}: set trainer.devices=1.")
+    file = OfflineFile(file_settings.path, file_settings.split, source.tokenizer, source.vocab_size())
+    plugin = strategy.precision_plugin
+    check_attention(source.loading, strategy.root_device, str(plugin.precision))
+    given = model_name or source.given
+    model: Any = load_policy(given, source.loading_of(given)) if isinstance(given, str) else given
+    prepare_policy(model)
+    name = source.shown if model_name is None else model_name
+    identity = cache_identity(model, name, source, scoring.temperature, str(plugin.precision))
+    plugin.convert_module(nn.ModuleList([model]))  # transformers refuses if it is quantized
+    model.to(strategy.root_device)
+
+    partial = target.with_name(target.name + ".partial")
+    done = finished_rows(partial, identity, file.rows)
+    rest = (file.rows[number] for number in range(done, len(file.rows)))
+    with partial.open("a", encoding="utf-8") as lines, plugin.forward_context():
+        check_logprob_head(model, scoring)
+        for row in track(rest, "reference log-probs", total=len(file.rows) - done):
+            columns = _scored(row, source.tokenizer, model, scoring, batch_size)
+            lines.write(json.dumps(columns | {"reference": identity, "of": row_hash(row)}) + "\n")
+    with appearing(target) as finished:
+        _join(file.rows, partial, finished, target.suffix)
+    partial.unlink()
+    return target
+
+
+def _target(settings: FileSettings, output: str | None) -> Path:
     target = Path(output or settings.path)
     if target.suffix not in (".jsonl", ".parquet"):
         raise ValueError(f"The output must be a .jsonl or .parquet file, got {str(target)!r}: give --output FILE.")
@@ -46,48 +89,20 @@ def fill_cache(module: "GVPOModule", trainer: Trainer, output: str | None = None
             f"sources.file.split={settings.split!r} is a part of {settings.path!r}, which would lose the rest: "
             "give --output FILE."
         )
-    if trainer.world_size > 1:
-        raise ValueError(f"gvpo reference runs on one device, got {trainer.world_size}: set trainer.devices=1.")
-    file = OfflineFile(settings.path, settings.split, module.tokenizer, module.vocab_size())
-    source = module.reference_settings.model or module.policy_source
-    check_attention(module.loading, trainer.strategy.root_device, str(trainer.precision))
-    model: Any = load_policy(source, module.loading_of(source)) if isinstance(source, str) else source
-    prepare_policy(model)
-    identity = cache_identity(module, trainer, model, source if isinstance(source, str) else type(source).__name__)
-    trainer.precision_plugin.convert_module(nn.ModuleList([model]))  # transformers refuses if it is quantized
-    model.to(trainer.strategy.root_device)
-
-    partial = target.with_name(target.name + ".partial")
-    done = finished_rows(partial, identity, file.rows)
-    rest = (file.rows[number] for number in range(done, len(file.rows)))
-    with partial.open("a", encoding="utf-8") as lines, trainer.precision_plugin.forward_context():
-        check_logprob_head(model, module.loss_implementation, padding_free=module.padding_free)
-        for row in track(rest, "reference log-probs", total=len(file.rows) - done):
-            columns = _scored(row, module, model) | {"reference": identity, "of": row_hash(row)}
-            lines.write(json.dumps(columns) + "\n")
-    finished = target.with_name(target.name + ".finished")
-    _join(file.rows, partial, finished, target.suffix)
-    os.replace(finished, target)
-    partial.unlink()
     return target
 
 
-def _scored(row: dict[str, Any], module: "GVPOModule", model: Any) -> dict[str, Any]:
+def _scored(
+    row: dict[str, Any], tokenizer: PreTrainedTokenizerBase, model: Any, scoring: Scoring, batch_size: int
+) -> dict[str, Any]:
     """The token ids of the row's completions and their log-probs."""
-    completions = list(row_completions(row, module.tokenizer, stop_token_ids(model, module.tokenizer)))
+    completions = list(row_completions(row, tokenizer, stop_token_ids(model, tokenizer)))
     ids = [completion.token_ids for completion in completions]
     columns: dict[str, Any] = {"token_ids": [i.tolist() for i in ids], "reference_logprobs": []}
     if ids:
-        prompts = [encode_prompt(row["prompt"], module.tokenizer)] * len(ids)
+        prompts = [encode_prompt(row["prompt"], tokenizer)] * len(ids)
         batch = collate_completions(prompts, ids, [False] * len(ids), [0] * len(ids), 0).to(model.device)
-        values = score(
-            model,
-            batch,
-            temperature=module.temperature,
-            batch_size=module.rollout_settings.micro_batch_size or module.generation.batch_size,
-            implementation=module.loss_implementation,
-            padding_free=module.padding_free,
-        )
+        values = score(model, batch, scoring, batch_size=batch_size)
         columns["reference_logprobs"] = [v[: len(i)].tolist() for v, i in zip(values, ids, strict=True)]
     return columns
 

@@ -88,7 +88,7 @@ def main(args: list[str]) -> None:
     if settings.names is not None and len(settings.names) != len(settings.folders):
         raise ValueError(f"--names must be one a folder, {len(settings.folders)}, got {settings.names}.")
     rewards = Rewards(settings.reward or BoxedMath(), settings.reward_settings)
-    rewards.shows_progress = True
+    rewards.place("cpu", shows_progress=True)
     try:
         runs = [regrade(Path(folder), rewards) for folder in settings.folders]
     finally:

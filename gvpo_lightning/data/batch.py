@@ -33,6 +33,14 @@ class Completion:
     reference_logprobs: Tensor | None = None
     reference_version: int = 0
 
+    def set_reward(self, total: float, components: dict[str, float], failure: str | None) -> None:
+        """What the rewards have said of it."""
+        self.reward, self.components, self.failure = total, components, failure
+
+    def set_reference(self, logprobs: Tensor, version: int) -> None:
+        """What it has come to under a version of the reference; of (T or more,) log-probs its own are copied."""
+        self.reference_logprobs, self.reference_version = logprobs[: len(self.token_ids)].clone(), version
+
 
 @dataclass
 class CompletionBatch:
@@ -98,6 +106,11 @@ class CompletionBatch:
         """Take the completions marked in `rows`, (S,) bool, out of their groups."""
         self.completion_mask = self.completion_mask & ~rows[:, None]
 
+    def add_sampler_logprobs(self) -> Tensor:
+        """(S, T) zeros, to be filled in."""
+        self.sampler_logprobs = torch.zeros_like(self.reference_logprobs)
+        return self.sampler_logprobs
+
     def state_dict(self) -> dict[str, Tensor]:
         """The tensors by name, those that there are."""
         tensors = {field.name: getattr(self, field.name) for field in fields(self)}
@@ -138,7 +151,7 @@ def dropped_completion() -> CompletionBatch:
     """One completion that counts for nothing: what a rank runs that must step with the others."""
     batch = collate_completions([[0]], [[0]], [True], [0], pad_token_id=0)
     batch.drop(torch.ones(1, dtype=torch.bool))
-    batch.sampler_logprobs = torch.zeros_like(batch.reference_logprobs)  # whoever needs them may take them
+    batch.add_sampler_logprobs()  # whoever needs them may take them
     return batch
 
 

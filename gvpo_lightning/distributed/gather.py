@@ -1,13 +1,11 @@
 """Sharded weights, made whole for a while and sharded again."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any, cast
+from contextlib import contextmanager
+from typing import Any
 
-import lightning as L
 import torch
 import torch.distributed as dist
-from lightning.pytorch.strategies import FSDPStrategy
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 from torch.distributed.fsdp._flat_param import HandleShardingStrategy
@@ -32,20 +30,15 @@ def root_stays_gathered(policy: Any) -> Iterator[None]:
 
 
 @contextmanager
-def gathered(module: L.LightningModule) -> Iterator[None]:
-    """Inside, every rank holds the whole policy, and calls of it need no other rank."""
-    # evaluation's inference tensors must not stay in what is gathered: training would fail on them later
-    with torch.inference_mode(False), torch.no_grad():
-        yield from _gathered(module)
+def gathered_fsdp1(model: nn.Module) -> Iterator[None]:
+    """Inside, every rank holds all that FSDP1 has sharded in the model."""
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False), _kept_after_forward(model):
+        yield
 
 
-def _gathered(module: L.LightningModule) -> Iterator[None]:
-    strategy: Any = module.trainer.strategy
-    if isinstance(strategy, FSDPStrategy):
-        model = cast(nn.Module, strategy.model)
-        with FullyShardedDataParallel.summon_full_params(model, writeback=False), _kept_after_forward(model):
-            yield
-        return
+@contextmanager
+def gathered_units(module: nn.Module) -> Iterator[None]:
+    """Inside, every rank holds all that FSDP2 has sharded in the module; nothing where it has not."""
     units = [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
@@ -77,9 +70,8 @@ def _kept_after_forward(model: nn.Module) -> Iterator[None]:
             handle._sharding_strategy = strategy
 
 
-def reshard(module: L.LightningModule) -> None:
+def reshard(model: nn.Module) -> None:
     """Let go of what a pass without gradient has left gathered, FSDP1's root, before sharded values are changed."""
-    model: Any = module.trainer.strategy.model
     for unit in model.modules():
         if isinstance(unit, FullyShardedDataParallel):
             handle = unit._handle
@@ -87,11 +79,6 @@ def reshard(module: L.LightningModule) -> None:
                 _reshard(unit, handle, free_unsharded_flat_param=True)
         elif isinstance(unit, FSDPModule):
             unit.reshard()
-
-
-def callable_outside_steps(module: L.LightningModule) -> Any:
-    """Inside, the policy can be called where the strategy has not called a step: FSDP1's must be gathered for it."""
-    return gathered(module) if isinstance(module.trainer.strategy, FSDPStrategy) else nullcontext()
 
 
 def local_tensor(tensor: Tensor) -> Tensor:

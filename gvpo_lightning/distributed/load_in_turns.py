@@ -1,28 +1,24 @@
 """Ranks of one machine load whole models one after the other, as many at once as memory has room for."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
-from transformers import PretrainedConfig
-
-from gvpo_lightning.policy.loading import LoadingSettings, empty_model
 
 
 @contextmanager
-def loading_in_turns(strategy: Strategy, config: PretrainedConfig, loading: LoadingSettings) -> Iterator[None]:
-    """Inside, a rank may load a whole model before it is sharded: as many ranks at once as memory has room.
+def loading_in_turns(strategy: Strategy, size: Callable[[], int]) -> Iterator[None]:
+    """Inside, a rank may load a model of `size()` bytes before it is sharded: as many ranks at once as memory has room.
 
     Every rank must enter, and must not wait for another inside.
     """
     if not isinstance(strategy, ModelParallelStrategy):
         yield
         return
-    size = loading.torch_dtype.itemsize * sum(p.numel() for p in empty_model(config, loading).parameters())
-    room = torch.tensor(max(1, int(0.8 * available_host_memory() // size)), device=strategy.root_device)
+    room = torch.tensor(max(1, int(0.8 * available_host_memory() // size())), device=strategy.root_device)
     at_once = int(strategy.reduce(room, reduce_op="min"))
     turn, num_turns = strategy.local_rank // at_once, math.ceil(strategy.num_processes / at_once)
     for _ in range(turn):

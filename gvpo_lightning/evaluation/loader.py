@@ -3,10 +3,9 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from gvpo_lightning.data.rows import Row
-from gvpo_lightning.distributed.ranks import rank_share
+from gvpo_lightning.distributed.ranks import DataRanks, rank_share
 from gvpo_lightning.evaluation.benchmarks import ProblemSet
 
 
@@ -47,19 +46,19 @@ class ProblemLoader:
     Args:
         sets: what is evaluated.
         batch_size: the most problems in one batch.
-        module: whose `data_ranks` share the problems.
+        ranks: who share the problems.
     """
 
-    def __init__(self, sets: Sequence[ProblemSet], batch_size: int, module: Any) -> None:
-        self.sets, self.batch_size, self.module = sets, batch_size, module
+    def __init__(self, sets: Sequence[ProblemSet], batch_size: int, ranks: DataRanks) -> None:
+        self.sets, self.batch_size, self.ranks = sets, batch_size, ranks
 
     def __len__(self) -> int:
-        shares = (self.module.data_ranks.share(len(problems.rows)) for problems in self.sets)
+        shares = (self.ranks.share(len(problems.rows)) for problems in self.sets)
         return sum(math.ceil(len(share) / self.batch_size) for share in shares)
 
     def __iter__(self) -> Iterator[ProblemBatch]:
         for problems in self.sets:
-            mine = self.module.data_ranks.share(len(problems.rows))
+            mine = self.ranks.share(len(problems.rows))
             for start in range(0, len(mine), self.batch_size):
                 numbers = mine[start : start + self.batch_size]
                 rows = [dict(problems.rows[number]) for number in numbers]

@@ -1,6 +1,7 @@
 """Exact probabilities of right answers, and those that the theory predicts."""
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -8,6 +9,8 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_lightning.data.batch import collate_completions
+from gvpo_lightning.distributed.placement import Placement
+from gvpo_lightning.policy.head import Scoring
 from gvpo_lightning.policy.prepare import stop_token_ids
 from gvpo_lightning.policy.prompts import encode_prompt
 from gvpo_lightning.policy.score import score
@@ -37,7 +40,32 @@ def answer_probabilities(
     for stop in stops:
         completions = [[*ids, stop] for ids in answer_ids]
         batch = collate_completions(prompt_ids, completions, [False] * len(prompts), [0] * len(prompts), stop)
-        token_logprobs = score(model, batch.to(model.device), temperature=temperature, batch_size=batch_size)
+        token_logprobs = score(model, batch.to(model.device), Scoring(temperature), batch_size=batch_size)
         total += token_logprobs.double().sum(dim=1).exp().cpu()
     assert not math.isnan(float(total.sum()))
     return total
+
+
+@dataclass(frozen=True)
+class RightAnswers:
+    """Prompts of this rank with the one right answer of each.
+
+    Attributes:
+        prompts, answers: texts or messages, and texts.
+        tokenizer, temperature, batch_size: how their probabilities are taken.
+        placement: where the models are.
+    """
+
+    prompts: list[Any]
+    answers: list[str]
+    tokenizer: PreTrainedTokenizerBase
+    temperature: float
+    batch_size: int
+    placement: Placement
+
+    def accuracy_of(self, model: PreTrainedModel) -> Tensor:
+        """(num_prompts,) of the prompts of all ranks: the exact probability of the right answer; all must call this."""
+        options: dict[str, Any] = {"temperature": self.temperature, "batch_size": self.batch_size}
+        with self.placement.forward_context(), self.placement.callable():
+            own = answer_probabilities(model, self.tokenizer, self.prompts, self.answers, **options)
+        return torch.cat(self.placement.ranks.gather(own))

@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from gvpo_lightning.atomic import write_whole
 from gvpo_lightning.evaluation.grading import Extractor
 from gvpo_lightning.evaluation.loader import ProblemBatch
 from gvpo_lightning.rollout.rollout import Rollout
@@ -54,13 +55,6 @@ def append_records(path: Path, records: Iterable[Record]) -> None:
 
 def _line(record: Record) -> str:
     return json.dumps(record, ensure_ascii=False) + "\n"
-
-
-def write_whole(path: Path, text: str) -> None:
-    """A whole text file; an earlier one is there until the new one is complete."""
-    new = path.with_name(path.name + ".new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
 
 
 def write_records(path: Path, records: Iterable[Record]) -> None:

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from gvpo_lightning.evaluation.records import write_whole
+from gvpo_lightning.atomic import appearing, write_whole
 
 Run = dict[str, Any]  # what evaluation.json holds: name, benchmarks, average, settings, versions
 
@@ -139,9 +139,8 @@ def plot(path: Path, runs: list[Run]) -> None:
         panels[1].set_xscale("log", base=2)
         panels[1].set_xlabel("k")
         panels[1].legend(fontsize="small")
-    new = path.with_name(path.name + ".new")
-    figure.savefig(new, dpi=120, format="png")
-    new.replace(path)
+    with appearing(path) as partial:
+        figure.savefig(partial, dpi=120, format="png")
 
 
 def _curve(entry: dict[str, Any], kind: str) -> list[tuple[int, float]]:

@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from lightning.pytorch.utilities import rank_zero_info
@@ -13,33 +13,31 @@ from torch import Tensor
 from gvpo_lightning.policy.loading import adapter_base, empty_model, load_base_model
 from gvpo_lightning.policy.lora import add_lora, import_peft, trained_names
 from gvpo_lightning.policy.names import unwrapped_name
-
-if TYPE_CHECKING:
-    from gvpo_lightning.policy_module import PolicyModule
+from gvpo_lightning.policy.source import PolicySource
 
 
-def adapted_model(module: "PolicyModule", *, with_weights: bool) -> Any:
+def adapted_model(source: PolicySource, *, with_weights: bool) -> Any:
     """The policy beneath an adapter of the run's shape, not quantized; without weights, no memory is taken.
 
     None where the policy, given by name, has no adapter.
     """
-    name = module.policy_source
+    name = source.given
     assert isinstance(name, str)
-    found = adapter_base(name, module.loading)
-    if found is None and module.lora is None:
+    found = adapter_base(name, source.loading)
+    if found is None and source.lora is None:
         return None
-    source, loading = found or (name, module.loading)
-    model = load_base_model(source, loading.whole()) if with_weights else empty_model(module.model_config(), loading)
+    beneath, loading = found or (name, source.loading)
+    model = load_base_model(beneath, loading.whole()) if with_weights else empty_model(source.config(), loading)
     if found is None:
-        assert module.lora is not None
-        adapted = add_lora(model, module.lora, seed=0)
+        assert source.lora is not None
+        adapted = add_lora(model, source.lora, seed=0)
     else:
         peft = import_peft(f"policy={name!r}, an adapter,")
-        adapter = peft.PeftConfig.from_pretrained(name, revision=module.loading.revision)
+        adapter = peft.PeftConfig.from_pretrained(name, revision=source.loading.revision)
         adapter.inference_mode = False  # as in the folder's file, nothing would be trained
         adapted = peft.get_peft_model(model, adapter)
     config = adapted.peft_config["default"]
-    config.base_model_name_or_path, config.revision = source, loading.revision
+    config.base_model_name_or_path, config.revision = beneath, loading.revision
     return adapted
 
 
@@ -88,29 +86,28 @@ def merge(model: Any, tensors: Mapping[str, Tensor]) -> Any:
     return model.merge_and_unload(safe_merge=True)
 
 
-def merged_policy(module: "PolicyModule", state: Mapping[str, Tensor] | None) -> Any:
-    """The module's policy with its adapter merged in; `state` is the whole of its weights where it is sharded.
+def merged_policy(policy: Any, source: PolicySource, state: Mapping[str, Tensor] | None) -> Any:
+    """The policy with its adapter merged in; `state` is the whole of its weights where it is sharded.
 
     Raises:
         ValueError: it has no adapter, or was given as a model object and is sharded.
     """
-    policy: Any = module.policy
     if not hasattr(policy, "merge_and_unload"):
         raise ValueError("There is no adapter to merge: the policy's own weights were trained. Leave merge out.")
-    if isinstance(module.policy_source, str):
+    if source.can_be_reloaded:
         trained, weights = trained_names(policy), dict(policy.named_parameters()) if state is None else state
-        say_dequantized(module)
-        return merge(adapted_model(module, with_weights=True), {name: weights[name].cpu() for name in trained})
+        say_dequantized(source)
+        return merge(adapted_model(source, with_weights=True), {name: weights[name].cpu() for name in trained})
     if state is not None:
         raise ValueError("A sharded policy can only be merged if it is given by name (policy, lora): leave merge out.")
     return copy.deepcopy(policy).merge_and_unload(safe_merge=True)
 
 
-def say_dequantized(module: "PolicyModule") -> None:
+def say_dequantized(source: PolicySource) -> None:
     """Tell what of a quantized policy is merged into."""
-    if module.loading.quantization is not None:
+    if source.loading.quantization is not None:
         rank_zero_info(
-            f"The adapter was trained on weights in {module.loading.quantization} and is merged into those of "
-            f"{module.policy_source!r} as its files hold them, in {module.loading.whole().dtype}: log-probs differ by "
+            f"The adapter was trained on weights in {source.loading.quantization} and is merged into those of "
+            f"{source.given!r} as its files hold them, in {source.loading.whole().dtype}: log-probs differ by "
             "the quantization's error."
         )

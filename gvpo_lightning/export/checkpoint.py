@@ -6,11 +6,9 @@ needed.
 
 import copy
 import json
-import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from huggingface_hub import split_torch_state_dict_into_shards
@@ -20,23 +18,22 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
+from gvpo_lightning.atomic import appearing
 from gvpo_lightning.checkpointing.adapter import adapter_state, check_adapter_state
 from gvpo_lightning.checkpointing.weights import SavedWeights, as_written, match_names, open_weights
 from gvpo_lightning.export.adapter import adapted_model, merge, say_dequantized, trained_sources, write_adapter
 from gvpo_lightning.export.folder import save_model, write_beside
-from gvpo_lightning.export.model_card import Kind, files_of_run
+from gvpo_lightning.export.model_card import Kind, Origin, files_of_run
 from gvpo_lightning.policy.fingerprint import frozen_fingerprint
 from gvpo_lightning.policy.loading import adapter_base, empty_model, load_generation_config
-
-if TYPE_CHECKING:
-    from gvpo_lightning.policy_module import PolicyModule
-
+from gvpo_lightning.policy.source import PolicySource
 
 Tensors = dict[str, Tensor]
 
 
 def export_checkpoint(
-    module: "PolicyModule",
+    source: PolicySource,
+    settings: Mapping[str, Any],
     ckpt_path: str | Path,
     output: str | Path,
     *,
@@ -49,7 +46,8 @@ def export_checkpoint(
     A policy with an adapter is written as peft loads it, the adapter alone; or merged, which takes memory for it all.
 
     Args:
-        module: names policy, adapter and tokenizer; its weights are neither loaded nor used.
+        source: names policy, adapter and tokenizer; the policy's weights are neither loaded nor used.
+        settings: what the policy was trained with, for the model card.
         ckpt_path: a file, or the folder of a distributed checkpoint of any number of ranks.
         output: a folder that does not exist or is empty; it appears when it is complete.
         max_shard_size: of one safetensors file, in bytes or such as "5GB"; also what is in memory at a time. A larger
@@ -65,18 +63,19 @@ def export_checkpoint(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output={str(output)!r} exists and is not an empty folder: remove it, or give another one.")
     weights = open_weights(ckpt_path)
-    adapted = adapted_model(module, with_weights=merge_adapter) if isinstance(module.policy_source, str) else None
+    adapted = adapted_model(source, with_weights=merge_adapter) if source.can_be_reloaded else None
     kind: Kind = "model" if adapted is None else "merged" if merge_adapter else "adapter"
     if adapted is None:
         _refuse_adapters(weights, merge_adapter)
-    model = _without_storage(module) if adapted is None else adapted
+    model = empty_model(source.config(), source.loading) if adapted is None else adapted
     sources = match_names(model, weights)
     if adapted is not None:  # the weights that a quantized policy is merged into are others by their bits
-        comparable = merge_adapter and module.loading.quantization is None
+        comparable = merge_adapter and source.loading.quantization is None
         check_adapter_state(
             adapter_state(adapted, frozen_fingerprint(adapted) if comparable else None), weights.adapter
         )
-    with _appearing(output) as partial:
+    with appearing(output) as partial:
+        partial.mkdir()
         if adapted is None:
             _write_weights(model, weights, sources, partial, max_shard_size, dtype)
             _write_config(model, as_written(weights.tensors[next(iter(sources.values()))], dtype), partial)
@@ -85,29 +84,13 @@ def export_checkpoint(
             tensors = weights.load(trained.values(), dtype)
             tensors = {name: tensors[source] for name, source in trained.items()}
             if merge_adapter:
-                say_dequantized(module)
+                say_dequantized(source)
                 save_model(merge(model, tensors).to(dtype or model.dtype), partial, max_shard_size)
             else:
                 write_adapter(model, tensors, partial)
-        write_beside(
-            module, _generation_config(module, model), partial, kind, *files_of_run(weights.path, weights.step)
-        )
+        origin = Origin(settings, *files_of_run(weights.path, weights.step))
+        write_beside(source, _generation_config(source, model), partial, kind, origin)
     return output
-
-
-@contextmanager
-def _appearing(output: Path) -> Iterator[Path]:
-    """A folder that takes the name `output` when all is written, and leaves nothing if that fails."""
-    partial = output.with_name(f"{output.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)  # of an export that was killed
-    partial.mkdir(parents=True)
-    try:
-        yield partial
-        if output.exists():
-            output.rmdir()
-        partial.rename(output)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _refuse_adapters(weights: SavedWeights, merge_adapter: bool) -> None:
@@ -120,10 +103,6 @@ def _refuse_adapters(weights: SavedWeights, merge_adapter: bool) -> None:
             )
     if merge_adapter:
         raise ValueError("There is no adapter to merge: the policy's own weights were trained. Leave --merge out.")
-
-
-def _without_storage(module: "PolicyModule") -> PreTrainedModel:
-    return empty_model(module.model_config(), module.loading)
 
 
 def _write_weights(
@@ -189,13 +168,12 @@ def _write_config(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> N
     config.save_pretrained(folder)
 
 
-def _generation_config(module: "PolicyModule", model: PreTrainedModel) -> GenerationConfig:
-    source = module.policy_source
-    if not isinstance(source, str):
-        return copy.deepcopy(source.generation_config)
-    beneath = adapter_base(source, module.loading)
+def _generation_config(source: PolicySource, model: PreTrainedModel) -> GenerationConfig:
+    if not isinstance(source.given, str):
+        return copy.deepcopy(source.given.generation_config)
+    beneath = adapter_base(source.given, source.loading)
     return (
-        load_generation_config(source, module.loading)
+        load_generation_config(source.given, source.loading)
         or (load_generation_config(*beneath) if beneath else None)
         or model.generation_config  # the one that transformers makes of the model's config
     )

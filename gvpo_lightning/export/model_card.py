@@ -3,11 +3,11 @@
 import json
 import platform
 import re
-from collections.abc import Mapping
-from dataclasses import asdict, is_dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, is_dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import yaml
 from huggingface_hub import ModelCard, ModelCardData
@@ -16,10 +16,7 @@ from lightning.pytorch.cli import SaveConfigCallback
 from gvpo_lightning.export.publishable import publishable
 from gvpo_lightning.objectives.settings import ObjectiveSettings
 from gvpo_lightning.policy.loading import adapter_base, is_installed
-
-if TYPE_CHECKING:
-    from gvpo_lightning.policy_module import PolicyModule
-
+from gvpo_lightning.policy.source import PolicySource
 
 Kind = Literal["model", "adapter", "merged"]
 CONFIG, SUMMARY = "config.yaml", "summary.json"
@@ -28,11 +25,6 @@ HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 FILE = re.compile(r"\.(jsonl?|parquet|csv|tsv|txt|ya?ml|arrow|gz|zst|pt|pth|ckpt|bin|gguf|safetensors)$", re.IGNORECASE)
 # no one's names on the hub
 FOLDERS = frozenset(["checkpoints", "configs", "data", "datasets", "models", "output", "outputs", "run", "runs"])
-
-HYPERPARAMETERS = (
-    *("objective_settings", "beta", "temperature", "loading", "lora"),
-    *("reference_settings", "rollout_settings", "generation"),
-)
 
 TEMPLATE = """---
 {{ card_data }}
@@ -81,28 +73,34 @@ Versions: {{ versions }}.
 {% endif %}"""
 
 
-def write_card(
-    folder: str | Path,
-    module: "PolicyModule",
-    kind: Kind,
-    config: Mapping[str, Any] | None,
-    summary: Mapping[str, Any] | None,
-) -> None:
-    """Write README.md into an exported folder.
+@dataclass(frozen=True)
+class Origin:
+    """What a model card tells of how a policy came about.
 
-    Args:
-        kind: what lies there: a whole model, an adapter, or a model that an adapter was merged into.
-        config: the run's, as LightningCLI saves it; None = the module's hyperparameters.
+    Attributes:
+        settings: what it was trained with, `objective` among them; shown where there is no config.
+        config: the run's, as LightningCLI saves it.
         summary: the run's results, as `RunSummary` writes them.
     """
-    policy: Any = module.policy_source
-    source: str = policy if isinstance(policy, str) else policy.name_or_path
-    beneath = adapter_base(source, module.loading) if isinstance(policy, str) else None
-    source = source if beneath is None else beneath[0]
-    objective = getattr(module, "objective_settings", ObjectiveSettings())
-    dataset: Any = ((config or {}).get("data") or {}).get("path")
+
+    settings: Mapping[str, Any]
+    config: Mapping[str, Any] | None
+    summary: Mapping[str, Any] | None
+
+
+def write_card(folder: str | Path, source: PolicySource, kind: Kind, origin: Origin) -> None:
+    """Write README.md into an exported folder.
+
+    `kind`: what lies there: a whole model, an adapter, or a model that an adapter was merged into.
+    """
+    given: Any = source.given
+    base: str = given if isinstance(given, str) else given.name_or_path
+    beneath = adapter_base(base, source.loading) if isinstance(given, str) else None
+    base = base if beneath is None else beneath[0]
+    objective = origin.settings.get("objective", ObjectiveSettings())
+    dataset: Any = ((origin.config or {}).get("data") or {}).get("path")
     data = ModelCardData(
-        base_model=source if _is_hub_id(source) else None,
+        base_model=base if _is_hub_id(base) else None,
         datasets=[dataset] if _is_hub_id(dataset) else None,
         library_name="peft" if kind == "adapter" else "transformers",
         pipeline_tag="text-generation",
@@ -111,22 +109,22 @@ def write_card(
             *([] if kind == "model" else ["lora"]),
         ],
     )
-    name = Path(source).name or type(module.policy_source).__name__
-    origin = {
+    name = Path(base).name or source.shown
+    kinds = {
         "model": name,
         "adapter": f"A LoRA adapter for {name},",
         "merged": f"{name}, with a LoRA adapter merged in,",
     }
-    shown = yaml.safe_dump(publishable(config or hyperparameters(module)), sort_keys=False, allow_unicode=True)
+    shown = yaml.safe_dump(publishable(origin.config or _plain(origin.settings)), sort_keys=False, allow_unicode=True)
     card = ModelCard.from_template(
         data,
         template_str=TEMPLATE,
         title=f"{name}-{objective.kind}",
-        origin=origin[kind],
+        origin=kinds[kind],
         objective=str(objective),
         kind=objective.kind,
-        code=_loading_code(source if _is_hub_id(source) else "BASE", kind, _brings_code(module)),
-        results="\n".join(f"| {key} | {value} |" for key, value in _numbers(summary or {})),
+        code=_loading_code(base if _is_hub_id(base) else "BASE", kind, _brings_code(source)),
+        results="\n".join(f"| {key} | {value} |" for key, value in _numbers(origin.summary or {})),
         config=shown,
         fence="`" * (1 + max([2, *(len(ticks) for ticks in re.findall("`+", shown))])),  # no value ends the block
         versions=", ".join(
@@ -136,23 +134,22 @@ def write_card(
     Path(folder, "README.md").write_text(str(card), encoding="utf-8")
 
 
-def hyperparameters(module: "PolicyModule") -> dict[str, Any]:
-    """What the module was built with, where no config says it."""
-    source = module.policy_source
-    found: dict[str, Any] = {"policy": source if isinstance(source, str) else type(source).__name__}
-    for name in HYPERPARAMETERS:
-        value: Any = getattr(module, name, None)
-        if value is not None:
-            found[name.removesuffix("_settings")] = asdict(value) if is_dataclass(value) else value  # type: ignore[arg-type]
-    return found
+def _plain(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """What is set, as values that YAML has."""
+    return {
+        name: asdict(value) if is_dataclass(value) and not isinstance(value, type) else value
+        for name, value in settings.items()
+        if value is not None
+    }
 
 
-def run_config(trainer: Any) -> dict[str, Any] | None:
+def run_config(callbacks: Iterable[object]) -> dict[str, Any] | None:
     """The config that LightningCLI runs with, None where a script has built all."""
-    savers = [part for part in getattr(trainer, "callbacks", []) if isinstance(part, SaveConfigCallback)]
-    if not savers:
-        return None
-    return yaml.safe_load(savers[0].parser.dump(savers[0].config, skip_none=False))
+    for saver in callbacks:
+        if isinstance(saver, SaveConfigCallback):
+            config: dict[str, Any] = yaml.safe_load(saver.parser.dump(saver.config, skip_none=False))
+            return config
+    return None
 
 
 def files_of_run(checkpoint: Path, step: int | None) -> tuple[dict[str, Any] | None, dict[str, Any] | None]:
@@ -186,12 +183,11 @@ def _is_hub_id(name: Any) -> bool:
     return first not in FOLDERS and not Path(first).exists()
 
 
-def _brings_code(module: "PolicyModule") -> bool:
+def _brings_code(source: PolicySource) -> bool:
     """Whether the model is a class that lies beside its weights."""
-    policy = module.policy_source
-    if not isinstance(policy, str):
-        return getattr(policy, "_auto_class", None) is not None
-    return module.loading.trust_remote_code and bool(getattr(module.model_config(), "auto_map", None))
+    if not isinstance(source.given, str):
+        return getattr(source.given, "_auto_class", None) is not None
+    return source.loading.trust_remote_code and bool(getattr(source.config(), "auto_map", None))
 
 
 def _loading_code(source: str, kind: Kind, brings_code: bool) -> str:

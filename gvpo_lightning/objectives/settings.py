@@ -58,6 +58,11 @@ class ObjectiveSettings:
                 "only. Set variance_term and covariance_term back, or length_exponent to 0."
             )
 
+    @classmethod
+    def of(cls, given: "ObjectiveKind | ObjectiveSettings") -> "ObjectiveSettings":
+        """Settings, of a kind alone too."""
+        return given if isinstance(given, cls) else cls(given)  # type: ignore[arg-type]
+
     def __str__(self) -> str:
         """The kind, and what is set otherwise than usual."""
         changed = [

@@ -11,7 +11,7 @@ head give known numbers, and becomes part of the fused head; what it then does t
 
 import functools
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,19 +44,29 @@ def install_logprob_head(model: PreTrainedModel) -> None:
     vars(head).update(attributes)  # a partial, not a bound method, follows the head into copies and pickles
 
 
+@dataclass(frozen=True)
+class Scoring:
+    """How log-probs are taken, of policy and reference alike.
+
+    Attributes:
+        temperature: of the distributions that they are log-probs of.
+        implementation: of the fused head, as `gvpo_kernels.linear_logprob` takes it.
+        padding_free: the model is given one row of all sequences, one after another, instead of padded rows.
+    """
+
+    temperature: float = 1.0
+    implementation: str = "auto"
+    padding_free: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.temperature > 0:
+            raise ValueError(f"temperature must be > 0, got {self.temperature}.")
+
+
 def completion_logprobs(
-    model: PreTrainedModel,
-    batch: CompletionBatch,
-    *,
-    temperature: float = 1.0,
-    return_entropy: bool = False,
-    implementation: str = "auto",
-    padding_free: bool = False,
+    model: PreTrainedModel, batch: CompletionBatch, scoring: Scoring = Scoring(), *, return_entropy: bool = False
 ) -> tuple[Tensor, Tensor | None]:
     """Log-probs of the batch's completion tokens under the model.
-
-    Args:
-        padding_free: the model is given one row of all sequences, one after another, instead of padded rows.
 
     Returns:
         (S, T) float32 log-probs in nats, 0 where completion_mask is 0, differentiable in the weights; and
@@ -66,13 +76,11 @@ def completion_logprobs(
 
     def compute(hidden: Tensor, weight: Tensor, **head: Any) -> Tensor:
         nonlocal entropies
-        result: Any = linear_logprob(
-            hidden, weight, targets, **head, return_entropy=return_entropy, implementation=implementation
-        )
+        result: Any = linear_logprob(hidden, weight, targets, **head, return_entropy=return_entropy)
         token_logprobs, entropies = result if return_entropy else (result, None)
         return token_logprobs
 
-    token_logprobs = _call_with_head(model, batch, compute, temperature, padding_free)
+    token_logprobs = _call_with_head(model, batch, compute, scoring)
     return batch.unpack(token_logprobs), None if entropies is None else batch.unpack(entropies)
 
 
@@ -80,18 +88,15 @@ def completion_loss(
     model: PreTrainedModel,
     batch: CompletionBatch,
     beta: float,
+    scoring: Scoring = Scoring(),
     *,
     num_groups: int | None = None,
     sequence_coefficients: Tensor | None = None,
-    temperature: float = 1.0,
-    implementation: str = "auto",
-    padding_free: bool = False,
 ) -> FusedLoss:
     """GVPO's loss of the batch, fused with the model's head; arguments and record as in `fused_gvpo_loss`.
 
     The record's `loss` is differentiable in the weights; `token_logprobs` and `entropies` are packed, (N,). With
-    `sequence_coefficients`, known from a pass before, there are no entropies. `padding_free`: see
-    `completion_logprobs`.
+    `sequence_coefficients`, known from a pass before, there are no entropies.
     """
     record: FusedLoss | None = None
 
@@ -109,33 +114,28 @@ def completion_loss(
             **head,
             num_groups=num_groups,
             sequence_coefficients=sequence_coefficients,
-            implementation=implementation,
             return_entropy=sequence_coefficients is None,
         )
         return record.loss
 
-    loss = _call_with_head(model, batch, compute, temperature, padding_free)
+    loss = _call_with_head(model, batch, compute, scoring)
     assert record is not None
     return replace(record, loss=loss)  # as it came through the model's own hooks
 
 
 def _call_with_head(
-    model: PreTrainedModel,
-    batch: CompletionBatch,
-    compute: Callable[..., Tensor],
-    temperature: float,
-    padding_free: bool,
+    model: PreTrainedModel, batch: CompletionBatch, compute: Callable[..., Tensor], scoring: Scoring
 ) -> Tensor:
     """One forward pass of the model in which its head runs `compute` instead; what that gave.
 
     Args:
-        compute: takes (N, H) hidden states, the weight, and `bias`, `temperature` and `softcap` by name.
+        compute: takes (N, H) hidden states, the weight, and by name `bias` and the head's options.
     """
     head: Any = model.get_output_embeddings()
     assert "head_request" in vars(head), "prepare_policy has not been called"
     if head.logit_map is None:
         head.logit_map = find_logit_map(model)
-    inputs, positions = (packed_inputs if padding_free else padded_inputs)(batch)
+    inputs, positions = (packed_inputs if scoring.padding_free else padded_inputs)(batch)
     value: Tensor | None = None
 
     def answer(hidden: Tensor) -> Tensor:
@@ -145,7 +145,8 @@ def _call_with_head(
             # what autocast would do for the layer that this stands in for; float32 matmuls are many times slower
             dtype = torch.get_autocast_dtype("cuda")
             hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        value = compute(hidden, weight, bias=bias, **head.logit_map.head_options(temperature))
+        options = head.logit_map.head_options(scoring.temperature)
+        value = compute(hidden, weight, bias=bias, implementation=scoring.implementation, **options)
         return value.reshape(1, 1, -1).clone()
 
     output = _model_output(model, inputs, answer)

@@ -1,14 +1,16 @@
 """The start-up check: the fused head and padding-free rows against the model's own logits, on a few tokens."""
 
+from dataclasses import replace
+
 import torch
 from transformers import PreTrainedModel
 
 from gvpo_kernels import gvpo_loss
 from gvpo_lightning.data.batch import CompletionBatch
-from gvpo_lightning.policy.head import completion_logprobs, completion_loss
+from gvpo_lightning.policy.head import Scoring, completion_logprobs, completion_loss
 
 
-def check_logprob_head(model: PreTrainedModel, implementation: str = "auto", *, padding_free: bool = False) -> float:
+def check_logprob_head(model: PreTrainedModel, scoring: Scoring = Scoring()) -> float:
     """Compare the fused head with the model's own logits on a few tokens: log-probs, loss and a gradient.
 
     Returns:
@@ -18,9 +20,9 @@ def check_logprob_head(model: PreTrainedModel, implementation: str = "auto", *, 
         ValueError: they differ (the model does something else to its logits after the head), the implementation
             can't run here, or the model does not keep the sequences of a padding-free row apart.
     """
-    batch = _example_batch(model)
+    batch, plain = _example_batch(model), Scoring(implementation=scoring.implementation)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad][-1:]
-    record = completion_loss(model, batch, beta=1.0, implementation=implementation)
+    record = completion_loss(model, batch, 1.0, plain)
     attention_mask = torch.ones((2, 8), dtype=torch.int64, device=model.device)
     ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)
     logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
@@ -29,7 +31,7 @@ def check_logprob_head(model: PreTrainedModel, implementation: str = "auto", *, 
         own_logprobs, batch.reference_logprobs, batch.completion_mask, batch.rewards, batch.group_ids, beta=1.0
     ).loss
     # log-probs that went through whatever the model does after its head: large numbers, so a cap shows
-    logprobs, _ = completion_logprobs(model, batch, implementation=implementation)
+    logprobs, _ = completion_logprobs(model, batch, plain)
     pairs = [(logprobs, own_logprobs), (record.loss, own_loss)]
     if trainable and torch.is_grad_enabled():
         pairs += zip(torch.autograd.grad(record.loss, trainable), torch.autograd.grad(own_loss, trainable), strict=True)
@@ -40,17 +42,17 @@ def check_logprob_head(model: PreTrainedModel, implementation: str = "auto", *, 
             f"The log-probs, loss or gradient from the policy's head differ by {error:.2g} from those of its own "
             f"logits: {type(model).__name__} changes its logits after the head in a way that is not supported."
         )
-    if padding_free:
-        _check_padding_free(model, batch, implementation, tolerance)
+    if scoring.padding_free:
+        _check_padding_free(model, batch, plain, tolerance)
     return error
 
 
-def _check_padding_free(model: PreTrainedModel, batch: CompletionBatch, implementation: str, tolerance: float) -> None:
+def _check_padding_free(model: PreTrainedModel, batch: CompletionBatch, plain: Scoring, tolerance: float) -> None:
     """Raise ValueError where a sequence of a padding-free row sees the one before it, or has not its own positions."""
 
     def logprobs(*rows: int, padding_free: bool) -> torch.Tensor:
         part = batch.select(torch.tensor(rows))
-        return completion_logprobs(model, part, implementation=implementation, padding_free=padding_free)[0]
+        return completion_logprobs(model, part, replace(plain, padding_free=padding_free))[0]
 
     with torch.no_grad():
         packed = logprobs(0, 1, padding_free=True)

@@ -10,18 +10,11 @@ from transformers import PreTrainedModel
 
 from gvpo_lightning.data.batch import CompletionBatch, dropped_completion
 from gvpo_lightning.distributed.ranks import rank_share
-from gvpo_lightning.policy.head import completion_logprobs
+from gvpo_lightning.policy.head import Scoring, completion_logprobs
 
 
 def score(
-    model: PreTrainedModel,
-    batch: CompletionBatch,
-    *,
-    temperature: float,
-    batch_size: int,
-    num_parts: int | None = None,
-    implementation: str = "auto",
-    padding_free: bool = False,
+    model: PreTrainedModel, batch: CompletionBatch, scoring: Scoring, *, batch_size: int, num_parts: int | None = None
 ) -> Tensor:
     """(S, T) float32 log-probs of the whole batch under the model, `batch_size` completions at a time.
 
@@ -35,13 +28,7 @@ def score(
         for number in range(num_parts):
             rows = torch.tensor(rank_share(len(batch), number, num_parts), dtype=torch.int64)
             part = batch.select(rows) if len(rows) else dropped_completion()
-            values, _ = completion_logprobs(
-                model,
-                part.to(model.device),
-                temperature=temperature,
-                implementation=implementation,
-                padding_free=padding_free,
-            )
+            values, _ = completion_logprobs(model, part.to(model.device), scoring)
             token_logprobs[rows, : values.shape[1]] = values[: len(rows)].to(token_logprobs)
     return token_logprobs
 

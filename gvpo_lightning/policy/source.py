@@ -1,6 +1,94 @@
 """`PolicySource`: where the policy comes from, and what can be known of it before it is loaded."""
 
-from transformers import PretrainedConfig
+from typing import Any
+
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from gvpo_lightning.policy.loading import LoadingSettings, empty_model, load_config
+from gvpo_lightning.policy.lora import add_lora, check_policy_settings, starts_at_base
+from gvpo_lightning.policy.prepare import load_policy, load_tokenizer, prepare_policy
+
+
+class PolicySource:
+    """A run's policy as the user has named or given it; arguments as in `GVPOModule`.
+
+    Attributes:
+        given: a hub id, a folder, or a transformers model.
+        loading, lora: how it is loaded, and the new adapter on it.
+        tokenizer: the policy's own unless another one was given.
+
+    Raises:
+        ValueError: there is no such policy or tokenizer, or the settings contradict each other.
+    """
+
+    def __init__(
+        self,
+        given: str | PreTrainedModel,
+        loading: LoadingSettings = LoadingSettings(),
+        lora: dict[str, Any] | None = None,
+        tokenizer: str | PreTrainedTokenizerBase | None = None,
+    ) -> None:
+        check_policy_settings(given, loading, lora)
+        self.given, self.loading, self.lora = given, loading, lora
+        # Read the config first: a missing policy must be reported as such, not as a missing tokenizer.
+        self._config = load_config(given, loading) if isinstance(given, str) else given.config
+        if lora is not None:
+            add_lora(empty_model(self._config, loading), lora, seed=0)  # it fits, before data and weights are loaded
+        if tokenizer is None and not isinstance(given, str):
+            raise ValueError("A policy given as a model object needs its tokenizer: pass tokenizer=…")
+        named: Any = given if tokenizer is None else tokenizer
+        self.tokenizer: PreTrainedTokenizerBase = (
+            load_tokenizer(named, self.loading_of(named)) if isinstance(named, str) else named
+        )
+
+    @property
+    def name(self) -> str:
+        """The folder or hub id, or what a model's config calls it."""
+        return self.given if isinstance(self.given, str) else self.given.config.name_or_path or self.shown
+
+    @property
+    def shown(self) -> str:
+        """The folder or hub id, or a model's class."""
+        return self.given if isinstance(self.given, str) else type(self.given).__name__
+
+    @property
+    def can_be_reloaded(self) -> bool:
+        """Whether it lies in a folder or on the hub."""
+        return isinstance(self.given, str)
+
+    @property
+    def starts_at_base(self) -> bool:
+        """Whether the policy without its adapter is what it starts as, and stays that."""
+        return self.lora is not None and starts_at_base(self.lora)
+
+    def config(self) -> PretrainedConfig:
+        """The model's; of an adapter's folder, that of the model beneath."""
+        return self._config
+
+    def vocab_size(self) -> int:
+        """Token ids that the policy has."""
+        return self._config.get_text_config().vocab_size
+
+    def loading_of(self, name: str) -> LoadingSettings:
+        """How a model or tokenizer of this name is loaded."""
+        return self.loading if name == self.given else self.loading.elsewhere()
+
+    def bytes(self) -> int:
+        """Of the weights in memory, before any is quantized."""
+        parameters = empty_model(self._config, self.loading).parameters()
+        return self.loading.torch_dtype.itemsize * sum(parameter.numel() for parameter in parameters)
+
+    def load(self, seed: int, loading: LoadingSettings | None = None) -> Any:
+        """The model, ready to train; one that was given is made ready in place.
+
+        Args:
+            seed: a new adapter is drawn from it.
+            loading: instead of the source's own.
+        """
+        if isinstance(self.given, str):
+            return load_policy(self.given, loading or self.loading, self.lora, seed)
+        prepare_policy(self.given)
+        return self.given
 
 
 def context_length(config: PretrainedConfig) -> int | None:

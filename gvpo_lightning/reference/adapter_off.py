@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from gvpo_lightning.distributed.placement import Placement
 from gvpo_lightning.policy.fingerprint import check_fingerprint, frozen_fingerprint
 from gvpo_lightning.reference.base import Reference
 
@@ -17,7 +18,7 @@ class AdapterOffReference(Reference):
         super().__init__()
         self.fingerprint: str | None = None
 
-    def identify(self, policy: Any) -> None:
+    def identify(self, policy: Any, placement: Placement) -> None:
         """Check that there is an adapter to switch off, and take the fingerprint of what is beneath."""
         if not hasattr(policy, "disable_adapter") and not getattr(policy, "_hf_peft_config_loaded", False):
             raise ValueError(

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch.strategies import Strategy
+from gvpo_lightning.distributed.placement import Placement
 
 
 class Reference:
@@ -37,10 +37,10 @@ class Reference:
     def __init__(self) -> None:
         self.version = 0
 
-    def identify(self, policy: Any) -> None:
+    def identify(self, policy: Any, placement: Placement) -> None:
         """Note which weights the whole policy, not yet sharded, starts from; called again, it does nothing."""
 
-    def prepare(self, policy: Any, strategy: Strategy, precision: str) -> None:
+    def prepare(self, policy: Any, placement: Placement) -> None:
         """Take what is needed of the policy, as it is sharded, before it is trained; called again, it does nothing."""
 
     def refresh(self, policy: Any, *, rollout: int, update: int) -> None:

@@ -1,6 +1,9 @@
 """The reference of a run's settings."""
 
-from gvpo_lightning.policy.loading import LoadingSettings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from gvpo_lightning.policy.source import PolicySource
 from gvpo_lightning.reference.adapter_off import AdapterOffReference
 from gvpo_lightning.reference.base import Reference
 from gvpo_lightning.reference.cache import CachedReference
@@ -10,23 +13,22 @@ from gvpo_lightning.reference.weights import WeightsReference
 
 
 def make_reference(
-    settings: ReferenceSettings, *, can_be_reloaded: bool, is_base: bool, loading: LoadingSettings
+    settings: ReferenceSettings,
+    source: PolicySource,
+    temperature: float,
+    recorded: Callable[[], tuple[Sequence[dict[str, Any]], str]],
 ) -> Reference:
-    """The reference of these settings.
+    """The reference of these settings, for a policy from this source, with log-probs at this temperature.
 
-    Args:
-        can_be_reloaded: the policy comes from a hub id or a folder.
-        is_base: without its adapter the policy is what it started as, so that "frozen" needs no copy.
-        loading: of a model of its own.
+    `recorded`: see `CachedReference`.
     """
     if settings.kind == "previous":
         return Reference()
-    if settings.kind == "adapter_off":
-        return AdapterOffReference()
     if settings.kind == "cached":
-        return CachedReference()
+        return CachedReference(settings.model, source, temperature, recorded)
     if settings.model is not None:
-        return ModelReference(settings.model, loading)
-    if settings.kind == "frozen" and is_base:
+        return ModelReference(settings.model, source.loading_of(settings.model))
+    # without a new adapter the policy is what it started as, so that "frozen" needs no copy
+    if settings.kind == "adapter_off" or (settings.kind == "frozen" and source.starts_at_base):
         return AdapterOffReference()
-    return WeightsReference(settings, can_be_reloaded=can_be_reloaded)
+    return WeightsReference(settings, can_be_reloaded=source.can_be_reloaded)

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from lightning.pytorch.strategies import FSDPStrategy, Strategy
 from torch import nn
 
-from gvpo_lightning.distributed.sharding import is_sharded, shard_model
+from gvpo_lightning.distributed.placement import Placement
+from gvpo_lightning.distributed.sharding import shard_model
 from gvpo_lightning.policy.fingerprint import check_fingerprint, fingerprint
 from gvpo_lightning.policy.loading import LoadingSettings
 from gvpo_lightning.policy.prepare import load_policy
@@ -25,28 +25,30 @@ class ModelReference(Reference):
         self.model: Any = None  # a PreTrainedModel, once there is a policy
         self.stays = False  # on the device
 
-    def identify(self, policy: Any) -> None:
+    def identify(self, policy: Any, placement: Placement) -> None:
         """Load it."""
         if self.model is None:
             self.model = load_policy(self.source, self.loading).requires_grad_(False).cpu()
             self.fingerprint = fingerprint(self.model.parameters())
 
-    def prepare(self, policy: Any, strategy: Strategy, precision: str) -> None:
+    def prepare(self, policy: Any, placement: Placement) -> None:
         """Cast and shard it like the policy; a sharded one stays on the device, a whole one waits in host memory.
 
         Raises:
             ValueError: FSDP1, which shards what Lightning wraps and nothing beside it.
         """
-        strategy.precision_plugin.convert_module(nn.ModuleList([self.model]))  # transformers refuses if it is quantized
-        if self.stays or not is_sharded(strategy):
+        placement.strategy.precision_plugin.convert_module(
+            nn.ModuleList([self.model])
+        )  # transformers refuses if it is quantized
+        if self.stays or not placement.is_sharded:
             return
-        if isinstance(strategy, FSDPStrategy):
+        if placement.is_fsdp1:
             raise ValueError(
                 "reference.model holds a second model, which FSDPStrategy can't shard: use FSDP2 "
                 "(ModelParallelStrategy, configs/strategy/fsdp2.yaml)."
             )
-        shard_model(self.model, strategy, precision)
-        self.model.to(strategy.root_device)
+        shard_model(self.model, placement.strategy, placement.precision)
+        self.model.to(placement.device)
         self.stays = True
 
     def refresh(self, policy: Any, *, rollout: int, update: int) -> None:

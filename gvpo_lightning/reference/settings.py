@@ -46,3 +46,8 @@ class ReferenceSettings:
             raise ValueError(
                 f"reference.decay must be in (0, 1), got {self.decay}: write reference: {{kind: ema, decay: 0.9}}."
             )
+
+    @classmethod
+    def of(cls, given: "ReferenceKind | ReferenceSettings") -> "ReferenceSettings":
+        """Settings, of a kind alone too."""
+        return given if isinstance(given, cls) else cls(given)  # type: ignore[arg-type]

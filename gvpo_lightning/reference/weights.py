@@ -5,10 +5,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import Strategy
 from torch import Tensor
 
 from gvpo_lightning.distributed.gather import gather_like, local_tensor, shard_like
+from gvpo_lightning.distributed.placement import Placement
 from gvpo_lightning.policy.fingerprint import check_fingerprint, fingerprint
 from gvpo_lightning.reference.base import Reference
 from gvpo_lightning.reference.settings import ReferenceSettings
@@ -26,12 +26,12 @@ class WeightsReference(Reference):
         self.last_refresh = 0  # in updates
         self.fingerprint: str | None = None  # of weights that never change
 
-    def identify(self, policy: Any) -> None:
+    def identify(self, policy: Any, placement: Placement) -> None:
         """Take the fingerprint of weights that never change."""
         if self.is_fixed and self.fingerprint is None:
             self.fingerprint = fingerprint(p for p in policy.parameters() if p.requires_grad)
 
-    def prepare(self, policy: Any, strategy: Strategy, precision: str) -> None:
+    def prepare(self, policy: Any, placement: Placement) -> None:
         """Copy the weights that will be trained, of those on other ranks nothing."""
         if self.weights:
             return

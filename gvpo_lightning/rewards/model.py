@@ -1,9 +1,7 @@
 """Rewards from a model: a Hugging Face sequence classifier with one output."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
-
-from gvpo_lightning.rewards.progress import advance
 
 
 class RewardModel:
@@ -39,6 +37,7 @@ class RewardModel:
         self.name = name
         self.device: Any = "cpu"
         self._model: Any = None
+        self._advance: Callable[[int], object] = lambda count: None
         self._tokenizer: Any = None
 
     def weight_bytes(self) -> int:
@@ -58,6 +57,10 @@ class RewardModel:
         if self._model is not None:
             self._model.to(device)
 
+    def track(self, advance: Callable[[int], object]) -> None:
+        """Call this with the number of completions that are done, batch by batch."""
+        self._advance = advance
+
     def __call__(
         self, prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]
     ) -> list[float | Exception]:
@@ -74,7 +77,7 @@ class RewardModel:
             rows = fits[start : start + self.batch_size]
             for row, reward in zip(rows, self._outputs([ids[row] for row in rows]), strict=True):
                 rewards[row] = reward
-            advance(len(rows))
+            self._advance(len(rows))
         return rewards
 
     def _load(self) -> None:

@@ -16,6 +16,8 @@ Reward = Callable[..., Any]  # (prompts, completions, **columns) -> list of floa
 RAISED, TIMEOUT, DIED, NOT_FINITE = "reward_raised", "reward_timeout", "reward_died", "reward_not_finite"
 REASONS = (RAISED, TIMEOUT, DIED, NOT_FINITE)
 COMPONENT = "reward/"  # begins the columns that `predict` writes of each reward
+# of the offline format, what a row says of its completions; the other columns are the prompt's
+COMPLETION_COLUMNS = ("completions", "rewards", "token_ids", "truncated", "sources", "reference_logprobs", "reference")
 TOKEN_IDS = "completion_ids"  # the column that only rewards that name it are given
 
 
@@ -160,7 +162,3 @@ def check_reward_columns(reward: Reward, columns: set[str]) -> None:
             f"The reward {reward_name(reward)} needs the columns {missing}, but besides the prompt the dataset has "
             f"{sorted(columns)}."
         )
-
-
-# of the offline format, what a row says of its completions; the other columns are the prompt's
-COMPLETION_COLUMNS = ("completions", "rewards", "token_ids", "truncated", "sources", "reference_logprobs", "reference")

@@ -2,10 +2,11 @@
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
-from gvpo_lightning.rewards.progress import reward_bar
+from tqdm import tqdm
+
 from gvpo_lightning.rewards.protocol import (
     TOKEN_IDS,
     Failure,
@@ -23,6 +24,7 @@ from gvpo_lightning.rewards.workers.event_loop import reward_concurrently
 from gvpo_lightning.rewards.workers.pool import RewardPool, Task
 
 MAX_WORKERS = 8
+SLOW = 5.0  # seconds without a progress bar
 
 
 class Rewards:
@@ -78,8 +80,9 @@ class Rewards:
             self._pool.close()
         self._pool = None
 
-    def to(self, device: Any) -> None:
-        """Tell rewards with a model, which have a method `to`, where the policy is."""
+    def place(self, device: Any, *, ranks_here: int = 1, shows_progress: bool = False) -> None:
+        """Tell rewards with a model, which have a method `to`, where the policy is; its ranks share this machine."""
+        self.ranks_here, self.shows_progress = ranks_here, shows_progress
         for reward in self.functions.values():
             if callable(getattr(reward, "to", None)):
                 reward.to(device)  # type: ignore[attr-defined]
@@ -126,18 +129,22 @@ class Rewards:
         if self._pool is not None:
             names = list(self._pool.rewards)
             asked = [task for name in names for task in tasks[name]]
-            with reward_bar("rewards", len(asked), shown=self.shows_progress):
-                answers = iter(self._pool.run(asked))
+            with self._bar("rewards", len(asked)) as bar:
+                answers = iter(self._pool.run(asked, bar.update))
             values = {name: [next(answers) for _ in tasks[name]] for name in names}
         for name, reward in self.functions.items():
             if name in values:
                 continue
-            with reward_bar(name, len(tasks[name]), shown=self.shows_progress):
+            with self._bar(name, len(tasks[name])) as bar:
                 if is_async(reward):
-                    values[name] = reward_concurrently(reward, tasks[name], self.settings)
+                    values[name] = reward_concurrently(reward, tasks[name], self.settings, bar.update)
                 else:
-                    values[name] = _in_process(name, reward, tasks[name])
+                    values[name] = _in_process(name, reward, tasks[name], bar.update)
         return values
+
+    def _bar(self, name: str, total: int) -> Any:
+        """On stderr, of what takes long."""
+        return tqdm(total=total, desc=name, leave=False, delay=SLOW, disable=not self.shows_progress)
 
     def _joined(self, values: dict[str, Value]) -> Rewarded:
         numbers = {name: value for name, value in values.items() if isinstance(value, float)}
@@ -155,9 +162,11 @@ def _tasks(name: str, prompts: Sequence[Any], completions: Sequence[str], column
     return [Task(name, *row) for row in zip(prompts, completions, rows, strict=True)]
 
 
-def _in_process(name: str, reward: Reward, tasks: list[Task]) -> list[Value]:
+def _in_process(name: str, reward: Any, tasks: list[Task], advance: Callable[[int], object]) -> list[Value]:
     if not tasks:
         return []
+    if hasattr(reward, "track"):  # it tells of completions that are done
+        reward.track(advance)
     columns = {column: [task.columns[column] for task in tasks] for column in tasks[0].columns}
     return reward_all_at_once(name, reward, [t.prompt for t in tasks], [t.completion for t in tasks], columns)
 

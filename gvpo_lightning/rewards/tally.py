@@ -4,10 +4,8 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
-from gvpo_lightning.rewards.protocol import (
-    Failure,
-    RewardError,
-)
+from gvpo_lightning.guard import Guard
+from gvpo_lightning.rewards.protocol import Failure, RewardError
 from gvpo_lightning.rewards.workers.pool import Task
 
 
@@ -57,11 +55,13 @@ class FailureTally:
             share = f"on {self.fraction(name):.1%} of {self.asked} completions ({reasons})"
             yield name, f"The reward {name} has failed {share}. The first time:\n{first}"
 
-    def check(self, max_failed_fraction: float) -> None:
-        """Raise RewardError where a reward has failed more often than that."""
+    def report(self, max_failed_fraction: float, guard: Guard) -> None:
+        """RewardError where a reward has failed more often than that, else a warning of each that has."""
         for name, description in self.descriptions():
             if self.fraction(name) > max_failed_fraction:
                 raise RewardError(
                     f"{description}\nThat is more than reward_settings.max_failed_fraction={max_failed_fraction:g} "
                     "allows: mend the reward, or raise it."
                 )
+        for name, description in self.descriptions():
+            guard.say(f"reward {name}", description)

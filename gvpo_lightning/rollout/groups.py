@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,6 +11,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gvpo_kernels import reward_statistics
 from gvpo_lightning.data.batch import Completion, collate_completions
 from gvpo_lightning.data.rows import Row
+from gvpo_lightning.distributed.placement import Placement
+from gvpo_lightning.guard import Guard
 from gvpo_lightning.policy.prompts import encode_prompt
 from gvpo_lightning.rewards import reward_columns
 from gvpo_lightning.rewards.protocol import REASONS
@@ -18,6 +21,36 @@ from gvpo_lightning.rewards.tally import FailureTally
 from gvpo_lightning.rollout.generate import generate_completions
 from gvpo_lightning.rollout.rollout import Rollout
 from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How a run samples and rewards completions, in training and in evaluation.
+
+    Attributes:
+        tokenizer, generation, rewards, seed: the run's; no rewards where every completion brings its own.
+        placement: where the policy is.
+        guard: warns of rewards that fail.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    generation: GenerationSettings
+    rewards: Rewards | None
+    placement: Placement
+    guard: Guard
+    seed: int
+
+    def start_rewards(self, *, ranks_here: int, shows_progress: bool) -> None:
+        """Tell the rewards where they are, and start the processes that they run in."""
+        if self.rewards is not None:
+            self.rewards.place(self.placement.device, ranks_here=ranks_here, shows_progress=shows_progress)
+            if self.placement.ranks.is_first_of_model:
+                self.rewards.start()
+
+    def report(self, failures: FailureTally) -> None:
+        """RewardError where rewards have failed too often, else a warning; over all ranks, which must all call this."""
+        if self.rewards is not None:
+            failures.report(self.rewards.settings.max_failed_fraction, self.guard)
 
 
 def sample_groups(
@@ -54,7 +87,7 @@ def reward_groups(
         [c.token_ids.tolist() for c, _ in asked],
     )
     for (completion, _), found in zip(asked, rewarded, strict=True):
-        completion.reward, completion.components, completion.failure = found.total, found.components, found.failure
+        completion.set_reward(found.total, found.components, found.failure)
     return tally
 
 
@@ -64,6 +97,7 @@ def assemble_rollout(
     prompt_ids: Sequence[Sequence[int]],
     groups: Sequence[Sequence[Completion]],
     source_names: Sequence[str],
+    failures: FailureTally,
 ) -> Rollout:
     """Tensors of the groups' completions; those that are empty or have no finite reward leave their group.
 
@@ -85,20 +119,21 @@ def assemble_rollout(
     for row, completion in enumerate(completions):
         if completion.reference_logprobs is not None:
             batch.reference_logprobs[row, : len(completion.token_ids)] = completion.reference_logprobs
+    names = dict.fromkeys(name for c in completions for name in c.components)
+    lengths = [len(c.token_ids) for c in completions]
     rollout = Rollout(
         index,
         batch,
         list(prompts),
         [c.text for c in completions],
         [c.source for c in completions],
-        [len(c.token_ids) for c in completions],
+        lengths,
+        components={name: [c.components.get(name, math.nan) for c in completions] for name in names},
+        dropped={"empty": lengths.count(0)},
+        failures=failures,
     )
-    rollout.dropped["empty"] = rollout.lengths.count(0)
-    names = dict.fromkeys(name for c in completions for name in c.components)
-    rollout.components = {name: [c.components.get(name, math.nan) for c in completions] for name in names}
-    for reason in REASONS if names else ():
-        rollout.drop(torch.tensor([c.failure == reason for c in completions]), reason)
-    rollout.drop(~torch.isfinite(rollout.batch.rewards), "unrewarded")
+    failed = {reason: torch.tensor([c.failure == reason for c in completions]) for reason in REASONS if names}
+    rollout.drop(failed | {"unrewarded": ~torch.isfinite(batch.rewards)})
     return rollout
 
 
@@ -122,9 +157,7 @@ def sample_rollout(
         tally = FailureTally()
         if rewards is not None:
             tally = reward_groups(groups, prompts, rows, rewards)
-        rollout = assemble_rollout(index, prompts, prompt_ids, groups, ["policy"])
-        rollout.failures = tally
-        return rollout
+        return assemble_rollout(index, prompts, prompt_ids, groups, ["policy"], tally)
 
 
 def drop_by_settings(rollout: Rollout, settings: RolloutSettings) -> tuple[int, int]:
@@ -135,9 +168,9 @@ def drop_by_settings(rollout: Rollout, settings: RolloutSettings) -> tuple[int, 
     """
     batch = rollout.batch
     if settings.truncated == "drop":
-        rollout.drop(batch.truncated, "truncated")
+        rollout.drop({"truncated": batch.truncated})
     statistics = reward_statistics(batch.rewards, batch.group_ids, batch.kept)
     flat = (statistics.size >= 2) & (statistics.reward_range == 0)
     if settings.zero_variance == "drop":
-        rollout.drop(flat[statistics.index], "zero_variance")
+        rollout.drop({"zero_variance": flat[statistics.index]})
     return int(flat.sum()), int((statistics.size >= 1).sum())

@@ -9,16 +9,28 @@ checkpoints hold, and every order is a function of the seed; so a resumed run go
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
 from gvpo_lightning.data.rows import Row, check_default_collate, rows_of
+from gvpo_lightning.rollout.settings import RolloutSettings
 from gvpo_lightning.seeding import derive_seed, seeded_permutation
 
-if TYPE_CHECKING:
-    from gvpo_lightning.module import GVPOModule
+
+class Trained(Protocol):
+    """What a loader reads of the module that it feeds; `GVPOModule` has it.
+
+    `microstep`: micro-batches trained so far, of which `micro_batches_per_rollout` make a rollout.
+    """
+
+    rollout_settings: RolloutSettings
+    prompts: Any
+    microstep: Any
+    seed: Any
+    trainer: Any
+    micro_batches_per_rollout: Any
 
 
 class RolloutLoader:
@@ -38,7 +50,7 @@ class RolloutLoader:
             completion in the model's context.
     """
 
-    def __init__(self, prompts: "Sequence[Row] | DataLoader", module: "GVPOModule") -> None:
+    def __init__(self, prompts: "Sequence[Row] | DataLoader", module: Trained) -> None:
         self.prompts = prompts
         self.module = module
         try:
@@ -55,7 +67,7 @@ class RolloutLoader:
         self.num_prompts = num_prompts
         self._pass: tuple[int, list[Row]] | None = None  # the pass over a DataLoader that is being read
         dataset: Any = prompts.dataset if isinstance(prompts, DataLoader) else prompts
-        module.check_training_prompts([dataset[index] for index in range(len(dataset))])
+        module.prompts.check_training([dataset[index] for index in range(len(dataset))])
         if isinstance(prompts, DataLoader) and prompts.collate_fn is default_collate:
             check_default_collate(dataset[0])
 
@@ -76,10 +88,9 @@ class RolloutLoader:
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         micro_batches = self.module.micro_batches_per_rollout
-        limit = self.module.trainer.num_training_batches  # limit_train_batches may cut an epoch
-        length = int(min(len(self), limit))
-        epoch_start = self.module.microstep - self.module.microstep % length
-        for step in range(self.module.microstep, epoch_start + length):
+        length = int(min(len(self), self.module.trainer.num_training_batches))  # limit_train_batches may cut an epoch
+        start = self.module.microstep
+        for step in range(start, start - start % length + length):
             rollout, slot = divmod(step, micro_batches)
             yield {"rows": self._rollout_rows(rollout) if slot == 0 else None, "slot": slot, "rollout": rollout}
 

@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,17 +21,16 @@ def component_metrics(rollout: Rollout) -> dict[str, float]:
     return metrics
 
 
-def rollout_metrics(batch: Any) -> dict[str, float]:
+def rollout_metrics(batch: CompletionBatch) -> dict[str, float]:
     """`reward/*` and `completion/*` over the completions that have not been dropped; NaN where all were."""
-    kept = batch.kept
-    rewards, lengths = batch.rewards[kept].float(), batch.lengths[kept].float()
-    nan = torch.full((), torch.nan)
+    kept, all_lengths = batch.kept, batch.lengths
+    rewards, lengths = batch.rewards[kept].float(), all_lengths[kept].float()
     return {
         "reward/mean": float(rewards.mean()),
-        "reward/std": float(rewards.std(correction=0)) if len(rewards) else float(nan),
+        "reward/std": float(rewards.std(correction=0)) if len(rewards) else math.nan,
         "completion/length_mean": float(lengths.mean()),
-        "completion/length_min": float(lengths.min() if len(lengths) else nan),
-        "completion/length_max": float(lengths.max() if len(lengths) else nan),
+        "completion/length_min": float(lengths.min()) if len(lengths) else math.nan,
+        "completion/length_max": float(lengths.max()) if len(lengths) else math.nan,
         "completion/truncated_fraction": float(batch.truncated.float().mean()),
         "completion/dropped_fraction": float((~kept).float().mean()),
     }
@@ -48,44 +46,41 @@ def measure_rollout(
     `negligible_fraction` of its own, `reward_mean` and `length_mean` of the kept ones.
     """
     batch = rollout.batch
-    negligible = is_negligible(batch, vocab_size)
+    kept, lengths = batch.kept, batch.lengths
+    # on average less likely under the reference than a token drawn at random
+    mean_logprobs = batch.reference_logprobs.sum(dim=1) / lengths.clamp(min=1)
+    negligible = kept & (mean_logprobs < -math.log(vocab_size))
     metrics = rollout_metrics(batch) | component_metrics(rollout)
-    totals = {"group/zero_variance_fraction": flat_groups, **coverage_totals(batch, negligible)}
+    totals = {"group/zero_variance_fraction": flat_groups, **coverage_totals(batch, kept, negligible)}
     for name, (amount, count) in totals.items():
         metrics[name] = amount / max(count, 1)
     for reason, dropped in rollout.dropped.items():
-        metrics[f"completion/dropped_{reason}_fraction"] = dropped / max(len(batch), 1)
+        metrics[f"completion/dropped_{reason}_fraction"] = dropped / max(len(kept), 1)
     for number, name in enumerate(source_names):
         mine = batch.source_ids == number
         if bool(mine.any()):
-            kept = mine & batch.kept
+            own = mine & kept
             metrics |= {
                 f"source/{name}/fraction": float(mine.float().mean()),
-                f"source/{name}/kept_fraction": float(kept.sum() / mine.sum()),
+                f"source/{name}/kept_fraction": float(own.sum() / mine.sum()),
                 f"source/{name}/negligible_fraction": float(negligible[mine].float().mean()),
-                f"source/{name}/reward_mean": float(batch.rewards[kept].mean()),
-                f"source/{name}/length_mean": float(batch.lengths[kept].float().mean()),
+                f"source/{name}/reward_mean": float(batch.rewards[own].mean()),
+                f"source/{name}/length_mean": float(lengths[own].float().mean()),
             }
     return metrics
 
 
-def is_negligible(batch: CompletionBatch, vocab_size: int) -> Tensor:
-    """(S,) bool: the completion's tokens are on average less likely under the reference than 1 in vocab_size."""
-    mean_logprob = batch.reference_logprobs.sum(dim=1) / batch.lengths.clamp(min=1)
-    return batch.kept & (mean_logprob < -math.log(vocab_size))
-
-
-def coverage_totals(batch: CompletionBatch, negligible: Tensor) -> dict[str, tuple[float, int]]:
+def coverage_totals(batch: CompletionBatch, kept: Tensor, negligible: Tensor) -> dict[str, tuple[float, int]]:
     """How much of the reference's support the groups hold: by logged name, a sum and what it is a mean over.
 
     `support/coverage` is the reference's probability of a group's distinct completions: what it might have said
     that is in the group. It is small by nature for long completions. `support/distinct_fraction` is the share of a
-    group's completions that differ. `support/negligible_fraction` is the share that `is_negligible`.
+    group's completions that differ. `support/negligible_fraction` is the share that is `negligible`, of the `kept`.
     """
     coverage: dict[int, dict[tuple[int, ...], float]] = {}
     total = 0
     probabilities = batch.reference_logprobs.double().sum(dim=1).exp().tolist()
-    for row in batch.kept.nonzero().squeeze(-1).tolist():
+    for row in kept.nonzero().squeeze(-1).tolist():
         ids = tuple(batch.completion_ids[row][batch.completion_mask[row]].tolist())
         coverage.setdefault(int(batch.group_ids[row]), {})[ids] = probabilities[row]
         total += 1

@@ -61,7 +61,7 @@ class Update:
             because Lightning divides by the accumulation and DDP and FSDP by the number of ranks.
         is_cut: a group lies in several micro-batches or on several ranks, so a pass without gradient must give
             the group means before the one with gradient.
-        over_limit: some micro-batch holds more than the limits allow.
+        over_limit: some micro-batch holds more than the `limits` allow.
     """
 
     micro_batches: tuple[tuple[int, ...], ...]
@@ -71,6 +71,7 @@ class Update:
     scale: int
     is_cut: bool = False
     over_limit: bool = False
+    limits: Limits = Limits()
 
     @property
     def positions(self) -> list[list[int]]:
@@ -134,6 +135,7 @@ def plan_updates(
                 scale=accumulate * num_ranks,
                 is_cut=_cuts_groups(bins),
                 over_limit=not all(map(limits.hold, bins)),
+                limits=limits,
             )
         )
     return updates

@@ -1,16 +1,19 @@
 """`Rollout`: completions of some prompts, sampled or recorded, their text and their rewards."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gvpo_lightning.data.batch import CompletionBatch, dropped_completion
+from gvpo_lightning.distributed.ranks import DataRanks
 from gvpo_lightning.rewards.protocol import COMPONENT
 from gvpo_lightning.rewards.tally import FailureTally
-from gvpo_lightning.rollout.plan import GroupShape
+from gvpo_lightning.rollout.plan import GroupShape, Update, plan_updates
+from gvpo_lightning.rollout.settings import RolloutSettings
+from gvpo_lightning.seeding import derive_seed
 
 
 @dataclass
@@ -55,10 +58,13 @@ class Rollout:
         """Some rows of the batch, on `device`; without any, a dropped completion, since ranks must step together."""
         return (self.batch.select(torch.tensor(rows)) if rows else dropped_completion()).to(device)
 
-    def drop(self, rows: Tensor, reason: str) -> None:
-        """Take the completions marked in `rows`, (S,) bool, out of their groups, and count them."""
-        self.dropped[reason] = int((rows & self.batch.kept).sum())
-        self.batch.drop(rows)
+    def drop(self, marked: Mapping[str, Tensor]) -> None:
+        """Take completions out of their groups, and count each under the first reason that marks it, (S,) bool."""
+        kept = left = self.batch.kept
+        for reason, rows in marked.items():
+            self.dropped[reason] = int((rows & left).sum())
+            left = left & ~rows
+        self.batch.drop(kept & ~left)
 
     def kept_components(self) -> dict[str, list[float]]:
         """Of each reward, what it gives the kept completions to which it applies."""
@@ -106,6 +112,27 @@ class Rollout:
     def from_state_dict(cls, state: dict[str, Any]) -> "Rollout":
         """What `state_dict` gave."""
         return cls(**{**state, "batch": CompletionBatch(**state["batch"])})
+
+
+def plan_passes(
+    rollout: Rollout, settings: RolloutSettings, ranks: DataRanks, accumulate: int, seed: int, padding_free: bool
+) -> list[Update]:
+    """The optimizer updates of a rollout, all passes over it, as this rank sees them; `seed` is the run's."""
+    shapes, limits = rollout.group_shapes(), replace(settings.limits, padding_free=padding_free)
+    seeds = [derive_seed(seed, "update", rollout.index, epoch) for epoch in range(settings.epochs_per_rollout)]
+    return [
+        update
+        for of_pass in seeds
+        for update in plan_updates(
+            shapes,
+            rank=ranks.rank,
+            num_ranks=ranks.size,
+            num_updates=settings.updates_per_pass,
+            accumulate=accumulate,
+            seed=of_pass,
+            limits=limits,
+        )
+    ]
 
 
 def _nan_as_none(values: Sequence[float]) -> list[float | None]:

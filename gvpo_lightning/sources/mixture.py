@@ -38,6 +38,11 @@ class SourceMixture:
         self.replay = None if settings.replay is None else ReplayBuffer(settings.replay)
         self.file: OfflineFile | None = None
         self.stops: tuple[int, ...] = ()  # the policy's, once it is loaded
+        if settings.generates and not has_reward:
+            raise ValueError(
+                "A reward is needed for completions that are sampled: set model.reward, or train offline on "
+                "completions with rewards of their own (sources.policy: 0)."
+            )
         if cached and (settings.file is None or set(self.counts) - {"policy", "file"} or settings.generates):
             raise ValueError(
                 "reference: cached needs completions that bring log-probs along, so sources.file as the only source: "
@@ -49,6 +54,16 @@ class SourceMixture:
         """Every source that a completion of this run can come from; a completion's source id counts them."""
         recorded = sorted(self.file.source_names) if self.file is not None else ["file"]
         return ["policy", "replay", "demonstrations", *recorded]
+
+    @property
+    def has_recorded(self) -> bool:
+        """Whether any completion comes from elsewhere than the policy of now."""
+        return self.counts.keys() != {"policy"}
+
+    def recorded_references(self) -> tuple[list[dict[str, Any]], str]:
+        """What made the log-probs that the file's rows bring along, and the file's path."""
+        assert self.settings.file is not None
+        return self.references, self.settings.file.path
 
     @property
     def references(self) -> list[dict[str, Any]]:
@@ -71,6 +86,14 @@ class SourceMixture:
                     f"{self.file.num_without_logprobs} of the {len(self.file.rows)} rows of {file.path!r} have no "
                     "reference_logprobs, but reference: cached needs them: run `gvpo reference` with this config."
                 )
+
+    def end_with(self, stops: tuple[int, ...]) -> None:
+        """Take the policy's end tokens, which end what must be tokenized; ValueError where there are none."""
+        if not stops:
+            raise ValueError(
+                "The policy has no end-of-sequence token: set generation_config.eos_token_id or tokenizer.eos_token."
+            )
+        self.stops = stops
 
     def check(self, rows: Sequence[Row], context: int | None) -> None:
         """Raise ValueError, before anything is trained, where these prompts can't be given completions.
@@ -141,18 +164,24 @@ class SourceMixture:
                 "with each other."
             )
 
-    def draw(self, rows: Sequence[Row], seed: int, version: int) -> list[list[Completion]]:
-        """Recorded completions for each prompt; log-probs under other versions of the reference are left out."""
-        return [self._draw(row, derive_seed(seed, prompt_key(row["prompt"])), version) for row in rows]
+    def draw(self, rows: Sequence[Row], purpose: tuple[int | str, ...], version: int) -> list[list[Completion]]:
+        """Recorded completions for each prompt; log-probs under other versions of the reference are left out.
+
+        `purpose`: what the draws' seed is derived from.
+        """
+        if not self.has_recorded:
+            return [[] for _ in rows]
+        seed, keys = derive_seed(*purpose), [prompt_key(row["prompt"]) for row in rows]
+        return [self._draw(row, key, derive_seed(seed, key), version) for row, key in zip(rows, keys, strict=True)]
 
     def num_fresh(self, groups: Sequence[Sequence[Completion]]) -> list[int]:
         """Completions to be sampled for each prompt: what fills its group up."""
         return [max(self.group_size - len(group), 0) if self.settings.generates else 0 for group in groups]
 
-    def _draw(self, row: Row, seed: int, version: int) -> list[Completion]:
+    def _draw(self, row: Row, key: str, seed: int, version: int) -> list[Completion]:
         group: list[Completion] = []
         if self.replay is not None:
-            for stored in self.replay.draw(prompt_key(row["prompt"]), self.counts["replay"] or 0, seed):
+            for stored in self.replay.draw(key, self.counts["replay"] or 0, seed):
                 is_current = stored.reference_version == version
                 logprobs = stored.reference_logprobs if is_current else None
                 group.append(_copy(stored, "replay", logprobs))
@@ -225,6 +254,26 @@ class SourceMixture:
             for prompt, group in zip(prompts, groups, strict=True)
         )
         self.replay.add((key, completions) for key, completions in fresh if completions)
+
+    def state_dict(self, precision: str) -> dict[str, Any]:
+        """For a checkpoint: the replay buffer, whose log-probs are of this precision, and what made cached ones."""
+        state: dict[str, Any] = {}
+        if self.replay is not None:
+            state["replay"] = self.replay.state_dict() | {"precision": precision}
+        return state | {"cache": self.references} if self.cached else state
+
+    def load_state_dict(self, state: dict[str, Any], precision: str) -> None:
+        """Take up the replay buffer that `state_dict` left, if there is one and one is wanted."""
+        if self.replay is not None and "replay" in state:
+            self.replay.load_state_dict(state["replay"], keep_logprobs=state["replay"]["precision"] == precision)
+
+    def check_cache(self, state: dict[str, Any]) -> None:
+        """Raise ValueError where a checkpoint was trained on cached log-probs of another reference."""
+        if self.cached and self.references != state["cache"]:
+            raise ValueError(
+                f"This checkpoint was trained on cached log-probs from {state['cache']}, {self.settings.file} has some "
+                f"from {self.references}."
+            )
 
 
 def _copy(completion: Completion, source: str, reference_logprobs: torch.Tensor | None) -> Completion:

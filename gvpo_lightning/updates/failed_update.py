@@ -6,18 +6,14 @@ Only tensors, numbers, strings, lists and dicts, so that it loads with weights_o
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from gvpo_lightning.data.batch import CompletionBatch
 from gvpo_lightning.distributed.gather import local_tensor
-from gvpo_lightning.rollout.plan import Update
-
-if TYPE_CHECKING:
-    from gvpo_lightning.module import GVPOModule
-
+from gvpo_lightning.updates.loss import UpdateLoss
 
 FORMAT = "gvpo offending update 1"
 
@@ -100,18 +96,18 @@ def load_offending_update(path: str | Path) -> OffendingUpdate:
     return OffendingUpdate(**{**state, "batch": CompletionBatch(**state["batch"])})
 
 
-def save_update_of(module: "GVPOModule", update: Update, token_logprobs: Sequence[Tensor]) -> str:
+def save_update_of(folder: Path, loss: UpdateLoss, token_logprobs: Sequence[Tensor], step: int) -> str:
     """Save this rank's part of an update, and say where and how to look into it; before its gradients are cleared.
 
     Args:
         token_logprobs: (N,) of each of the update's micro-batches, as the loss saw them.
+        step: the run's updates, this one included.
     """
-    rollout = module.rollout
-    assert rollout is not None
+    update, rollout, training = loss.update, loss.rollout, loss.training
     rows = [row for micro_batch in update.micro_batches for row in micro_batch]
     batch = rollout.micro_batch(rows, torch.device("cpu"))
     groups = rollout.batch.group_ids.tolist()
-    path = Path(module.trainer.default_root_dir) / f"offending_update_rank{module.global_rank}.pt"
+    path = folder / f"offending_update_rank{training.placement.rank}.pt"
     try:
         save_offending_update(
             path,
@@ -121,16 +117,16 @@ def save_update_of(module: "GVPOModule", update: Update, token_logprobs: Sequenc
             prompts=[rollout.prompts[groups[row]] for row in rows] or [""],
             sources=[rollout.sources[row] for row in rows] or [""],
             settings={
-                "beta": module.beta,
-                "objective": str(module.objective_settings),
-                "temperature": module.temperature,
-                "max_log_ratio": module.max_log_ratio,
+                "beta": loss.objective.beta,
+                "objective": str(loss.objective.settings),
+                "temperature": training.scoring.temperature,
+                "max_log_ratio": training.max_log_ratio,
                 "num_groups": max(update.num_groups, 1),
-                "step": module.num_updates,
-                "rank": module.global_rank,
-                "num_ranks": module.trainer.world_size,
+                "step": step,
+                "rank": training.placement.rank,
+                "num_ranks": training.placement.num_ranks,
             },
-            parameters=not_finite_parameters(module.policy),
+            parameters=not_finite_parameters(loss.policy),
         )
     except OSError as error:  # the run has worse troubles
         return f"could not be saved: {error}."

@@ -5,22 +5,20 @@ is a loss of token log-probs, which are differentiable without the logits.
 """
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from gvpo_lightning.data.batch import CompletionBatch
-from gvpo_lightning.objectives.base import ObjectiveLoss, UpdateTerms
-from gvpo_lightning.objectives.gvpo import GroupObjective
-from gvpo_lightning.policy.head import completion_logprobs, completion_loss
+from gvpo_lightning.distributed.placement import Placement
+from gvpo_lightning.guard import Guard
+from gvpo_lightning.objectives.base import GroupObjective, Objective, ObjectiveLoss, UpdateTerms
+from gvpo_lightning.policy.head import Scoring, completion_logprobs, completion_loss
 from gvpo_lightning.rollout.plan import Update
 from gvpo_lightning.rollout.rollout import Rollout
 from gvpo_lightning.updates.meters import CollectedUpdate
 from gvpo_lightning.updates.two_passes import coefficients_of, first_pass, scatter, sequence_coefficients
-
-if TYPE_CHECKING:
-    from gvpo_lightning.module import GVPOModule
 
 
 @dataclass(frozen=True)
@@ -42,17 +40,35 @@ class MicroBatchLoss:
     shares: ObjectiveLoss | None = None
 
 
+@dataclass(frozen=True)
+class Training:
+    """What all updates of a fit share.
+
+    Attributes:
+        objective, scoring, placement: what is minimised, of which log-probs, where.
+        max_log_ratio: an update with a log-ratio beyond it is skipped.
+        guard: warns of what updates show.
+    """
+
+    objective: Objective
+    scoring: Scoring
+    placement: Placement
+    max_log_ratio: float
+    guard: Guard
+
+
 class UpdateLoss:
     """One update's loss on this rank, micro-batch by micro-batch.
 
     Args:
-        module, update, rollout: groups that are cut are given a pass without gradient here, if the objective
+        policy, update, rollout, training: groups that are cut are given a pass without gradient here, if the objective
             couples them.
     """
 
-    def __init__(self, module: "GVPOModule", update: Update, rollout: Rollout) -> None:
-        self.module, self.update, self.rollout = module, update, rollout
-        self.objective = module.objective
+    def __init__(self, policy: Any, update: Update, rollout: Rollout, training: Training) -> None:
+        self.policy, self.update, self.rollout, self.training = policy, update, rollout, training
+        self.objective, self.device = training.objective, training.placement.device
+        self.positions = update.positions
         self.terms: UpdateTerms | None = None
         if not self.objective.is_fused:
             self.terms = self.objective.terms(rollout.micro_batch(update.rows, torch.device("cpu")))
@@ -73,28 +89,22 @@ class UpdateLoss:
 
     def micro_batch(self, slot: int) -> MicroBatchLoss:
         """The loss of the micro-batch `slot`."""
-        module = self.module
-        part = self.rollout.micro_batch(self.update.micro_batches[slot], module.trainer.strategy.root_device)
-        options: dict[str, Any] = {
-            "temperature": module.temperature,
-            "implementation": module.loss_implementation,
-            "padding_free": module.padding_free,
-        }
+        part, scoring = self.rollout.micro_batch(self.update.micro_batches[slot], self.device), self.training.scoring
         if self.objective.is_fused or self.coefficients:
             result = completion_loss(
-                module.policy,
+                self.policy,
                 part,
-                module.beta,
+                self.objective.beta,
+                scoring,
                 num_groups=max(self.update.num_groups, 1),
                 sequence_coefficients=self.coefficients[slot] if self.coefficients else None,
-                **options,
             )
             entropies = self.entropies[slot] if self.coefficients else result.entropies
             return MicroBatchLoss(result.loss, result.token_logprobs, result.log_ratios, entropies)
         assert self.terms is not None
-        logprobs, all_entropies = completion_logprobs(module.policy, part, return_entropy=True, **options)
+        logprobs, all_entropies = completion_logprobs(self.policy, part, scoring, return_entropy=True)
         assert all_entropies is not None
-        shares = self.objective.loss(logprobs, part, self.terms.select(self.update.positions[slot]))
+        shares = self.objective.loss(logprobs, part, self.terms.select(self.positions[slot]))
         return MicroBatchLoss(
             shares.loss,
             logprobs.detach()[part.completion_mask],
@@ -118,30 +128,25 @@ class UpdateLoss:
 
     def _first_pass(self) -> list[Tensor]:
         """dL / d log pi(y_i|x) of this rank's completions, by micro-batch."""
-        module, update, device = self.module, self.update, self.module.trainer.strategy.root_device
-        parts, self.entropies = first_pass(
-            module.policy,
-            [self.rollout.micro_batch(rows, device) for rows in update.micro_batches],
-            temperature=module.temperature,
-            implementation=module.loss_implementation,
-            padding_free=module.padding_free,
-        )
-        positions, rows, objective, terms = update.positions, list(update.rows), self.objective, self.terms
-        log_ratios = module.data_ranks.sum(scatter(parts, positions, len(rows)))
+        update, training, device = self.update, self.training, self.device
+        batches = [self.rollout.micro_batch(rows, device) for rows in update.micro_batches]
+        parts, self.entropies = first_pass(self.policy, batches, training.scoring)
+        positions, rows, objective, terms = self.positions, list(update.rows), self.objective, self.terms
+        log_ratios = training.placement.ranks.sum(scatter(parts, positions, len(rows)))
         if terms is None:
             coefficients = sequence_coefficients(
                 log_ratios,
                 self.rollout.batch.rewards[rows].to(device),
                 self.rollout.batch.group_ids[rows].to(device),
-                module.beta,
+                objective.beta,
                 num_groups=max(update.num_groups, 1),
-                max_log_ratio=module.max_log_ratio,
+                max_log_ratio=training.max_log_ratio,
             )
         else:
             assert isinstance(objective, GroupObjective)
             batch = self.rollout.micro_batch(rows, device)
             coefficients = coefficients_of(
-                log_ratios, lambda ratios: objective.sequence_loss(ratios, batch, terms), module.max_log_ratio
+                log_ratios, lambda ratios: objective.sequence_loss(ratios, batch, terms), training.max_log_ratio
             )
         zero = coefficients.new_zeros(1)  # of the dropped completion in an empty micro-batch
         return [coefficients[list(where)] if where else zero for where in positions]

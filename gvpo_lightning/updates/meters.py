@@ -38,10 +38,6 @@ class UpdateMeter:
     """Collects an update's log-ratios and entropies on the device; they reach the host once, all together."""
 
     def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget what has been added."""
         self.log_ratios: list[Tensor] = []
         self.entropies: list[Tensor] = []
         self.losses: list[Tensor] = []
@@ -73,21 +69,17 @@ class UpdateMeter:
         ranks.sum_over_model(values[-1:])  # each of these ranks has other gradients, and all must skip together
         values = values.cpu()
         own_entropy, own_loss, num_clipped, bad = values[length:].tolist()
-        collected = CollectedUpdate(
+        return CollectedUpdate(
             values[:length],
             entropy=own_entropy if self.entropies else None,
             loss=own_loss,
             num_clipped=num_clipped,
             gradients_are_finite=bad == 0,
         )
-        self.reset()
-        return collected
 
 
 @torch.no_grad()
-def measure_update(
-    rollout: Rollout, rows: Sequence[int], log_ratios: Tensor, beta: float, source_names: Sequence[str]
-) -> dict[str, Tensor]:
+def measure_update(rollout: Rollout, rows: Sequence[int], log_ratios: Tensor, beta: float) -> dict[str, Tensor]:
     """An update's metrics by their logged names.
 
     Args:
@@ -97,12 +89,12 @@ def measure_update(
     """
     batch = rollout.micro_batch(rows, torch.device("cpu"))
     log_ratios = log_ratios if rows else torch.zeros(len(batch))
-    reference = batch.reference_logprobs.double().sum(dim=1)
-    # a completion as one token, in float64: a difference of two large sums
+    reference, kept = batch.reference_logprobs.double().sum(dim=1), batch.kept
+    # every completion as one token, in float64: a difference of two large sums
     result = gvpo_loss(
         (reference + log_ratios.double())[:, None],
         reference[:, None],
-        batch.kept[:, None],
+        kept[:, None],
         batch.rewards,
         batch.group_ids,
         beta or 1.0,
@@ -111,15 +103,16 @@ def measure_update(
     del metrics["log_ratio/mean"], metrics["log_ratio/max"]  # by source, below
     if not beta:
         metrics = {name: value for name, value in metrics.items() if name.startswith("group/")}
-    for number, name in enumerate(source_names):
-        mine = batch.kept & (batch.source_ids == number)
+    sources = [rollout.sources[row] for row in rows]
+    for name in dict.fromkeys(sources):
+        mine = kept & torch.tensor([source == name for source in sources])
         if bool(mine.any()):
             metrics |= _distribution(f"log_ratio/{name}", result.log_ratios[mine])
             if beta:
                 metrics[f"residual/{name}/rms"] = result.residuals[mine].square().mean().sqrt()
     if beta:
-        metrics["implicit_reward/spread"] = beta * _spread(result.log_ratios, batch.group_ids, batch.kept)
-    metrics["reward/spread"] = _spread(batch.rewards.double(), batch.group_ids, batch.kept)
+        metrics["implicit_reward/spread"] = beta * _spread(result.log_ratios, batch.group_ids, kept)
+    metrics["reward/spread"] = _spread(batch.rewards.double(), batch.group_ids, kept)
     return {name: value.float() for name, value in metrics.items()}
 
 

@@ -13,29 +13,17 @@ from transformers import PreTrainedModel
 
 from gvpo_kernels import gvpo_loss_of_log_ratios
 from gvpo_lightning.data.batch import CompletionBatch
-from gvpo_lightning.policy.head import completion_logprobs
+from gvpo_lightning.policy.head import Scoring, completion_logprobs
 
 
 def first_pass(
-    model: PreTrainedModel,
-    parts: Sequence[CompletionBatch],
-    *,
-    temperature: float = 1.0,
-    implementation: str = "auto",
-    padding_free: bool = False,
+    model: PreTrainedModel, parts: Sequence[CompletionBatch], scoring: Scoring
 ) -> tuple[list[Tensor], list[Tensor]]:
     """For each micro-batch its (S,) log-ratios and its (N,) entropies, without gradient."""
     log_ratios, entropies = [], []
     with torch.no_grad():
         for part in parts:
-            logprobs, part_entropies = completion_logprobs(
-                model,
-                part,
-                temperature=temperature,
-                return_entropy=True,
-                implementation=implementation,
-                padding_free=padding_free,
-            )
+            logprobs, part_entropies = completion_logprobs(model, part, scoring, return_entropy=True)
             assert part_entropies is not None
             # per token, then the sum: two large sums subtracted would lose what the loss is made of
             log_ratios.append((logprobs - part.reference_logprobs.to(logprobs.dtype)).sum(dim=1))

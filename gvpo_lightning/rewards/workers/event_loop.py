@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 
-from gvpo_lightning.rewards.progress import advance
 from gvpo_lightning.rewards.protocol import (
     RAISED,
     TIMEOUT,
@@ -31,7 +30,12 @@ GRACE = 2.0  # seconds beyond a time limit after which the event loop counts as 
 ENTERED, ENDED = -1, -2
 
 
-def reward_concurrently(reward: Reward, tasks: Sequence[Task], settings: RewardSettings) -> list[Value]:
+def reward_concurrently(
+    reward: Reward,
+    tasks: Sequence[Task],
+    settings: RewardSettings,
+    advance: Callable[[int], object] = lambda count: None,
+) -> list[Value]:
     """The reward of each task, each from a call of its own with its own time limit.
 
     A reward that is an async context manager is entered once around them all; where that fails, all have failed.
@@ -39,14 +43,16 @@ def reward_concurrently(reward: Reward, tasks: Sequence[Task], settings: RewardS
     Raises:
         RewardContractError: an answer that is no reward.
     """
-    return _Round(reward, tasks, settings).values() if tasks else []
+    return _Round(reward, tasks, settings, advance).values() if tasks else []
 
 
 class _Round:
     """The calls for some tasks: a thread with the event loop puts what it gets into `news`, the caller's reads it."""
 
-    def __init__(self, reward: Any, tasks: Sequence[Task], settings: RewardSettings) -> None:
-        self.reward, self.tasks, self.settings = reward, tasks, settings
+    def __init__(
+        self, reward: Any, tasks: Sequence[Task], settings: RewardSettings, advance: Callable[[int], object]
+    ) -> None:
+        self.reward, self.tasks, self.settings, self.advance = reward, tasks, settings, advance
         self.news: queue.SimpleQueue[tuple[int, Value | RewardContractError]] = queue.SimpleQueue()
         self.is_abandoned = False
         self.cancel: Callable[[], object] = lambda: None
@@ -81,7 +87,7 @@ class _Round:
                 return value
             if number != ENTERED:
                 found[number] = value
-                advance(1)
+                self.advance(1)
 
     def _where_it_hangs(self) -> str:
         frame = sys._current_frames().get(self.thread.ident or 0)

@@ -14,7 +14,7 @@ import tempfile
 import time
 import weakref
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from multiprocessing.connection import Pipe, wait
 from pathlib import Path
@@ -22,7 +22,6 @@ from typing import Any
 
 import cloudpickle
 
-from gvpo_lightning.rewards.progress import advance
 from gvpo_lightning.rewards.protocol import DIED, TIMEOUT, Failure, Reward, RewardContractError, Value
 from gvpo_lightning.rewards.workers.start import start_process
 
@@ -138,8 +137,8 @@ class RewardPool:
             self.close()
             raise
 
-    def run(self, tasks: Sequence[Task]) -> list[Value]:
-        """The reward of each task, in their order.
+    def run(self, tasks: Sequence[Task], advance: Callable[[int], object] = lambda count: None) -> list[Value]:
+        """The reward of each task, in their order; `advance` is told how many have come, at least once a second.
 
         Raises:
             RewardContractError: an answer that is no reward, or rewards that a worker can't load.

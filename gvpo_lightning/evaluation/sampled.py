@@ -1,0 +1,161 @@
+"""`SampledEvaluation`: what validation, test and prediction share: completions, their rewards, and means over all."""
+
+import math
+from contextlib import ExitStack, nullcontext
+from typing import Any
+
+import torch
+from torchmetrics import MaxMetric, MeanMetric, Metric, MinMetric
+
+from gvpo_lightning.data.rows import rows_of
+from gvpo_lightning.evaluation.loader import ProblemBatch
+from gvpo_lightning.rewards import reward_columns
+from gvpo_lightning.rewards.tally import FailureTally
+from gvpo_lightning.rollout.groups import Sampling, sample_rollout
+from gvpo_lightning.rollout.metrics import rollout_metrics
+from gvpo_lightning.rollout.rollout import Rollout
+from gvpo_lightning.rollout.settings import GenerationSettings
+from gvpo_lightning.seeding import derive_seed
+
+# how batches are joined; means are over completions: those that were kept, of fractions all
+JOINED: dict[str, type[Metric]] = {
+    "reward/mean": MeanMetric,
+    "completion/length_mean": MeanMetric,
+    "completion/length_min": MinMetric,
+    "completion/length_max": MaxMetric,
+    "completion/truncated_fraction": MeanMetric,
+    "completion/dropped_fraction": MeanMetric,
+}
+# what changes nothing, so that a rank without completions has something to exchange
+NOTHING = {MeanMetric: (0.0, 0.0), MinMetric: (math.inf,), MaxMetric: (-math.inf,)}
+
+
+class SampledEvaluation:
+    """Samples and rewards `group_size` completions of each prompt, and adds up what came of them."""
+
+    def __init__(self, sampling: Sampling, group_size: int) -> None:
+        self.sampling, self.group_size = sampling, group_size
+        self.failures = FailureTally()
+        self._gathering: ExitStack | None = None
+
+    def begin(self, stage: str) -> None:
+        """Gather the policy once for all batches, of which ranks may have other numbers; FSDP1 must do it in each.
+
+        Raises:
+            ValueError: there is no reward to measure, or FSDP1's ranks would not have equally many batches.
+        """
+        if self.sampling.placement.is_fsdp1 and stage == "predict":
+            raise ValueError(
+                "predict gives ranks different numbers of batches, for each of which FSDPStrategy would gather the "
+                "policy: use one device, DDP or FSDP2 (ModelParallelStrategy)."
+            )
+        if self.sampling.rewards is None and stage != "predict":
+            raise ValueError(f"{stage} measures the reward of sampled completions: set model.reward, or leave it out.")
+        placement, ranks = self.sampling.placement, self.sampling.placement.ranks
+        self.failures = FailureTally()
+        self._components: dict[str, list[float]] = {}  # of each reward, what it has given
+        # torchmetrics would take ranks that hold one model for ranks with different completions
+        synced = {"sync_on_compute": ranks.size > 1, "process_group": ranks.process_group}
+        self._metrics = {name: kind(**synced).to(placement.device) for name, kind in JOINED.items()}
+        for metric in self._metrics.values():
+            metric.set_dtype(torch.float64).update(*NOTHING[type(metric)])
+        if not placement.is_fsdp1:
+            self._gathering = ExitStack()
+            self._gathering.enter_context(placement.gathered())
+
+    def end(self) -> None:
+        """Shard the policy again, and learn of the failures on other ranks."""
+        if self._gathering is not None:
+            self._gathering.close()
+            self._gathering = None
+        self.failures = sum(self.sampling.placement.ranks.gather(self.failures), FailureTally())
+
+    def sample(
+        self,
+        policy: Any,
+        batch: Any,
+        *purpose: int | str,
+        generation: GenerationSettings | None = None,
+        num_completions: int | None = None,
+    ) -> Rollout:
+        """Completions and rewards for a batch of prompts; the same `purpose` draws the same samples.
+
+        What a reward raises ends all ranks that hold one model.
+        """
+        sampling, placement = self.sampling, self.sampling.placement
+        ranks = placement.ranks
+        rollout: Rollout | None = None
+        error: Exception | None = None
+        try:
+            with (
+                placement.forward_context(),
+                nullcontext() if self._gathering is not None else placement.gathered(),
+            ):
+                rollout = sample_rollout(
+                    policy,
+                    sampling.tokenizer,
+                    rows_of(batch),
+                    num_completions or self.group_size,
+                    generation or sampling.generation,
+                    sampling.rewards if ranks.is_first_of_model else None,
+                    seed=derive_seed(sampling.seed, *purpose, ranks.rank),
+                )
+        except Exception as raised:
+            error = raised
+        rollout, message = ranks.agree((rollout, None if error is None else f"{type(error).__name__}: {error}"))
+        if error is not None:
+            raise error
+        if rollout is None:
+            # A peer has failed: without this error, this rank would hang in the next collective.
+            raise RuntimeError(f"Sampling or a reward failed on the first rank that holds this model: {message}")
+        self.failures += rollout.failures
+        return rollout
+
+    def sample_batch(self, policy: Any, batch: Any, stage: str, number: int) -> Rollout:
+        """Those for a loader's batch of this number; a benchmark says how many completions its problems get."""
+        if isinstance(batch, ProblemBatch):
+            return self.sample(policy, batch, stage, batch.name, batch.first, num_completions=batch.num_samples)
+        return self.sample(policy, batch, stage, number)
+
+    def count(self, rollout: Rollout) -> Rollout:
+        """Add one batch, and give it back; what nothing was kept for adds nothing."""
+        for name, values in rollout.kept_components().items():
+            self._components.setdefault(name, []).extend(values)
+        kept = int(rollout.batch.kept.sum())
+        for name, value in rollout_metrics(rollout.batch).items():
+            count = len(rollout.batch) if name.endswith("fraction") else kept
+            if name in self._metrics and count:
+                weight = (count,) if JOINED[name] is MeanMetric else ()
+                self._metrics[name].update(value, *weight)
+        return rollout
+
+    def metrics(self) -> dict[str, float]:
+        """By their logged names, over all batches and ranks; of a reward that applied to nothing its failures alone."""
+        found: dict[str, float] = {}
+        for name, metric in self._metrics.items():
+            value = float(metric.compute())
+            if math.isfinite(value):  # else nothing was kept
+                found[name] = value
+        parts = self.sampling.placement.ranks.gather(self._components)
+        for name in self.sampling.rewards.functions if self.sampling.rewards is not None else ():
+            values = torch.tensor([value for part in parts for value in part.get(name, ())])
+            if len(values):
+                found[f"reward/{name}/mean"] = float(values.mean())
+                found[f"reward/{name}/std"] = float(values.std(correction=0))
+            found[f"reward/{name}/failed_fraction"] = self.failures.fraction(name)
+        return found
+
+    def report(self) -> None:
+        """RewardError where rewards have failed too often, else a warning."""
+        self.sampling.report(self.failures)
+
+    def predictions(self, batch: Any, rollout: Rollout) -> list[dict[str, Any]]:
+        """One dict a prompt of the batch in the offline format, with the prompt's other columns."""
+        sampled = rollout.rows()
+        if self.sampling.rewards is None:
+            for row in sampled:
+                del row["rewards"]  # not asked for, rather than none given
+        return [
+            {"prompt": row["prompt"]} | {name: row[name] for name in reward_columns(row)} | recorded
+            for row, recorded in zip(rows_of(batch), sampled, strict=True)
+        ]

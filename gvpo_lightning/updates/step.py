@@ -1,0 +1,87 @@
+"""`UpdateStep`: one optimizer update, from its first micro-batch to what came of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import Tensor
+
+from gvpo_lightning.distributed.gather import root_stays_gathered
+from gvpo_lightning.rollout.plan import Update
+from gvpo_lightning.rollout.rollout import Rollout
+from gvpo_lightning.updates.failed_update import save_update_of
+from gvpo_lightning.updates.gradients import gradients_are_finite
+from gvpo_lightning.updates.log import update_metrics
+from gvpo_lightning.updates.loss import Training, UpdateLoss
+from gvpo_lightning.updates.meters import UpdateMeter
+
+
+@dataclass(frozen=True)
+class UpdateOutcome:
+    """What came of an update, on all ranks the same.
+
+    Attributes:
+        metrics: what is logged.
+        is_usable: all log-ratios are within the limit, and all gradients finite.
+        is_trained: it is usable, and something in it counts; else its gradients must be dropped.
+    """
+
+    metrics: dict[str, Tensor]
+    is_usable: bool
+    is_trained: bool
+
+
+class UpdateStep:
+    """One update of a rollout on this rank; groups that are cut are given a pass without gradient first."""
+
+    def __init__(self, policy: Any, update: Update, rollout: Rollout, training: Training) -> None:
+        self.policy, self.update, self.rollout, self.training = policy, update, rollout, training
+        if update.over_limit:
+            training.guard.say(
+                "over limit",
+                f"A micro-batch of this rollout holds more than its {update.limits}: lengths are known "
+                f"only now, and its update has only {len(update.micro_batches)} micro-batches a rank. "
+                "Raise trainer.accumulate_grad_batches.",
+            )
+        if update.is_cut and training.objective.couples_groups:
+            training.guard.info(
+                "two passes",
+                "Groups are cut over micro-batches or ranks: each such update makes a pass without gradient first, for "
+                "the groups' means. Larger micro-batches (rollout.micro_batch_size, micro_batch_tokens), fewer of them "
+                "(trainer.accumulate_grad_batches) or more prompts an update would save it.",
+            )
+        self._loss = UpdateLoss(policy, update, rollout, training)
+        self._meter = UpdateMeter()
+        self._token_logprobs: list[Tensor] = []
+
+    def micro_batch(self, slot: int) -> Tensor:
+        """The loss of a micro-batch, scaled so that the update's gradient is that of one big batch."""
+        with root_stays_gathered(self.policy):
+            result = self._loss.micro_batch(slot)
+        self._token_logprobs.append(result.token_logprobs)
+        self._meter.add(result.log_ratios, result.entropies, result.shares)
+        return result.loss * self.update.scale
+
+    def finish(self, parameters: Sequence[Tensor], *, is_first: bool) -> UpdateOutcome:
+        """Measure the update over all ranks, once its gradients are there: the only wait for the device.
+
+        `is_first`: it is its rollout's first.
+        """
+        placement, length = self.training.placement, len(self.update.rows)
+        are_finite = gradients_are_finite(parameters, placement)
+        collected = self._meter.collect(self._loss.positions, length, are_finite, placement.ranks)
+        within = bool((collected.log_ratios.abs() <= self.training.max_log_ratio).all())
+        is_usable = collected.gradients_are_finite and within
+        metrics = update_metrics(self._loss, collected, is_first=is_first)
+        return UpdateOutcome(metrics, is_usable, is_usable and self._loss.counts)
+
+    def give_up(self, folder: Path, num_updates: int, num_skips: int) -> NoReturn:
+        """Save this rank's part, before its gradients are dropped, and raise RuntimeError that says where it is."""
+        saved = save_update_of(folder, self._loss, self._token_logprobs, num_updates)
+        raise RuntimeError(
+            f"{num_skips} updates in a row had log-ratios or gradients that are not finite, or log-ratios beyond "
+            f"max_log_ratio={self.training.max_log_ratio:g} (max_skipped_updates={num_skips - 1}): the policy has "
+            "diverged. Lower the learning rate, or raise beta, and resume from an earlier checkpoint. The last such "
+            f"update: {saved}"
+        )
