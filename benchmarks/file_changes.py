@@ -7,6 +7,7 @@ another file than the call before it counts as one change. `--files` shows betwe
 """
 
 import argparse
+import itertools
 import sys
 from collections import Counter
 from collections.abc import Sequence
@@ -18,7 +19,6 @@ import lightning as L
 
 import gvpo_lightning
 from gvpo_lightning import GenerationSettings, GVPOModule, RolloutLoader, RolloutSettings
-import itertools
 
 PACKAGE = Path(gvpo_lightning.__file__).parent
 POLICY = Path(__file__).parent.parent / "configs" / "arithmetic" / "model"

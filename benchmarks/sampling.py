@@ -24,7 +24,7 @@ import json
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -33,11 +33,12 @@ import torch
 
 from benchmarks.recording import RESULTS, Recording
 from benchmarks.sampling_baseline import VARIANTS, train_grpo
+from benchmarks.sampling_settings import Settings
 from gvpo_lightning.callbacks import OptimalityMeter
 from gvpo_lightning.datamodule import PromptDataModule
 from gvpo_lightning.module import GVPOModule
+from gvpo_lightning.policy.head import Scoring, score
 from gvpo_lightning.policy.prepare import load_policy, load_tokenizer
-from gvpo_lightning.policy.score import score
 from gvpo_lightning.rewards import ExactAnswer, Rewards
 from gvpo_lightning.rollout.groups import sample_rollout
 from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
@@ -51,32 +52,6 @@ TOLERANCE = 0.03
 METRICS = ("residual/rms", "implicit_reward/slope")
 
 
-@dataclass(frozen=True)
-class Settings:
-    """What all runs share."""
-
-    updates: int = 240
-    beta: float = 1.0
-    group_size: int = 16
-    prompts_per_rollout: int = 32
-    prompts_per_update: int = 8
-    max_new_tokens: int = 4
-    completions_per_prompt: int = 32  # of the files
-    learning_rate: float = 5e-4
-    final_learning_rate: float = 1e-5
-    gradient_clip: float = 1.0
-    trace_every: int = 20
-
-    def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
-        """AdamW without decay."""
-        return torch.optim.AdamW(parameters, lr=self.learning_rate, weight_decay=0.0)
-
-    def scheduler(self, optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
-        """Linear, down to the final learning rate."""
-        last = self.final_learning_rate / self.learning_rate
-        return torch.optim.lr_scheduler.LinearLR(optimizer, 1.0, last, self.updates)
-
-
 class TracingMeter(OptimalityMeter):
     """Also measures before the first update and after every `every` updates; `trace` holds [update, accuracy]."""
 
@@ -86,7 +61,7 @@ class TracingMeter(OptimalityMeter):
         self.trace: list[tuple[int, float]] = []
 
     def _add(self, trainer: L.Trainer, module: L.LightningModule) -> None:
-        self._measure(module)
+        self.measure(module.policy)
         assert self.reached is not None
         self.trace.append((trainer.global_step, self.reached))
 
@@ -120,7 +95,7 @@ def record(rows: list[dict[str, Any]], settings: Settings, temperature: float, s
     sampler = GenerationSettings(settings.max_new_tokens, temperature, batch_size=2048)
     count = settings.completions_per_prompt
     rollout = sample_rollout(model, tokenizer, rows, count, sampler, Rewards(ExactAnswer()), seed=seed)
-    values = score(model, rollout.batch, temperature=temperature, batch_size=2048)
+    values = score(model, rollout.batch, Scoring(temperature), batch_size=2048)
     logprobs = [v[:n].tolist() for v, n in zip(values, rollout.batch.lengths.tolist(), strict=True)]
     return [
         recorded | {"sampler_logprobs": logprobs[number * count : (number + 1) * count]}

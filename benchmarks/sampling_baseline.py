@@ -6,23 +6,19 @@ The mean over all tokens of an update is maximised. On the policy's own samples 
 std" has GVPO's optimum; "GRPO" has it at beta * std of the prompt's rewards.
 """
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.sampling_settings import Settings
 from gvpo_lightning.data.batch import CompletionBatch, collate_completions
+from gvpo_lightning.data.rows import encode_prompt
 from gvpo_lightning.evaluation.optimality import answer_probabilities
-from gvpo_lightning.objectives import gvpo as objectives
-from gvpo_lightning.objectives.grpo import group_advantages
-from gvpo_lightning.policy.head import completion_logprobs
+from gvpo_lightning.objectives import grpo
+from gvpo_lightning.policy.head import Scoring, completion_logprobs, score
 from gvpo_lightning.policy.prepare import load_policy, load_tokenizer
-from gvpo_lightning.policy.prompts import encode_prompt
-from gvpo_lightning.policy.score import score
 from gvpo_lightning.seeding import seeded_permutation
-
-if TYPE_CHECKING:
-    from benchmarks.sampling import Settings
 
 VARIANTS = ("GRPO", "GRPO without std")
 CLIP = 0.2
@@ -34,9 +30,9 @@ def grpo_loss(
     """Scalar; (S, T) log-probs of the policy and of the sampler, and a batch with rewards and reference log-probs."""
     columns = (
         batch.completion_mask,
-        group_advantages(batch.rewards, batch.group_ids, batch.kept, divide_by_std=divide),
+        grpo.group_advantages(batch.rewards, batch.group_ids, batch.kept, divide_by_std=divide),
     )
-    return objectives.grpo_loss(
+    return grpo.grpo_loss(
         token_logprobs,
         sampler_logprobs,
         batch.reference_logprobs,
@@ -49,13 +45,13 @@ def grpo_loss(
 
 
 def train_grpo(
-    variant: str, model: str, data: tuple[list[dict[str, Any]], list[dict[str, Any]]], settings: "Settings", seed: int
+    variant: str, model: str, data: tuple[list[dict[str, Any]], list[dict[str, Any]]], settings: Settings, seed: int
 ) -> list[tuple[int, float]]:
     """[update, accuracy] of a run on the rows of a file, measured on validation rows; settings as for GVPO."""
     policy, tokenizer = load_policy(model), load_tokenizer(model)
     recorded, validation = data
     batch, sampler_logprobs = read_batch(recorded, tokenizer)
-    batch.reference_logprobs = score(policy, batch, temperature=1.0, batch_size=2048)
+    batch.reference_logprobs = score(policy, batch, Scoring(1.0), batch_size=2048)
     optimizer = settings.optimizer(policy.parameters())
     scheduler = settings.scheduler(optimizer)
 
@@ -97,7 +93,7 @@ def read_batch(recorded: list[dict[str, Any]], tokenizer: Any) -> tuple[Completi
     return batch, batch.unpack(values)
 
 
-def draw(num_prompts: int, update: int, settings: "Settings", seed: int) -> list[int]:
+def draw(num_prompts: int, update: int, settings: Settings, seed: int) -> list[int]:
     """Rows of an update: prompts in the order of shuffled passes, and for each some of its completions, anew."""
     count, rows = settings.completions_per_prompt, list[int]()
     for position in range(update * settings.prompts_per_update, (update + 1) * settings.prompts_per_update):

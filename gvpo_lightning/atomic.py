@@ -3,6 +3,7 @@
 What a killed process leaves is hidden and ends in `.partial`, so that nothing takes it for whole.
 """
 
+import glob
 import itertools
 import os
 import shutil
@@ -23,7 +24,8 @@ def appearing(path: Path) -> Iterator[Path]:
     """A path to write a file or a folder to, which takes the name `path` when all is written; nothing if that fails."""
     partial = partial_path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    delete(partial)
+    for left in path.parent.glob(f".{glob.escape(path.name)}.*{PARTIAL}"):  # by a killed process
+        delete(left)
     try:
         yield partial
         put_in_place(partial, path)
@@ -56,7 +58,7 @@ def remove_partials(folder: Path) -> None:
 def remove_whole(path: Path) -> None:
     """Remove a file or folder such that a kill in the middle leaves no half of it."""
     if path.exists() or path.is_symlink():
-        hidden = partial_path(path)
+        hidden = partial_path(path.with_name(f"{path.name}.removed"))
         path.rename(hidden)
         delete(hidden)
 

@@ -10,12 +10,12 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from gvpo_lightning.data.rows import Row
+from gvpo_lightning.data.rows import Row, encode_prompt
 from gvpo_lightning.data.splits import cut_split, load_splits
 from gvpo_lightning.data.templates import TEMPLATES
+from gvpo_lightning.distributed.ranks import data_ranks
 from gvpo_lightning.evaluation.benchmarks import Benchmark, ProblemSet, load_problems
 from gvpo_lightning.evaluation.loader import ProblemLoader, check_shares
-from gvpo_lightning.policy.prompts import encode_prompt
 from gvpo_lightning.rollout.loader import RolloutLoader
 
 
@@ -180,7 +180,7 @@ class PromptDataModule(L.LightningDataModule):
                 )
             return self._evaluation_loader("test")  # with Lightning's sampler, which repeats some prompts
         sets = self.problem_sets or [ProblemSet("test", self._rows["test"], None)]
-        ranks = self._module.placement.ranks
+        ranks = data_ranks(self.trainer.strategy)
         check_shares(sets, ranks.size)
         return ProblemLoader(sets, self.batch_size, ranks)
 

@@ -6,6 +6,7 @@ optimizer updates that `plan_updates` lays out. Accumulation, clipping, precisio
 callbacks, limits and checkpoints are therefore Lightning's own.
 """
 
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -24,10 +25,9 @@ from gvpo_lightning.checkpointing.state import Resumable, RunState
 from gvpo_lightning.checks.error_notes import Whereabouts
 from gvpo_lightning.checks.prompts import PromptCheck
 from gvpo_lightning.checks.start import check_start, warn_of_settings
-from gvpo_lightning.checks.strategy import check_strategy
-from gvpo_lightning.checks.trainer import check_fit, check_rollout_sizes, check_training_batches
-from gvpo_lightning.distributed.load_in_turns import loading_in_turns
+from gvpo_lightning.checks.trainer import check_fit, check_rollout_sizes, check_strategy, check_training_batches
 from gvpo_lightning.distributed.placement import Placement
+from gvpo_lightning.distributed.sharding import loading_in_turns
 from gvpo_lightning.evaluation.sampled import SampledEvaluation
 from gvpo_lightning.export.folder import export_policy
 from gvpo_lightning.export.model_card import Origin, run_config
@@ -36,9 +36,10 @@ from gvpo_lightning.objectives.make import make_objective
 from gvpo_lightning.objectives.settings import ObjectiveKind, ObjectiveSettings
 from gvpo_lightning.policy.head import Scoring
 from gvpo_lightning.policy.loading import LoadingSettings
+from gvpo_lightning.policy.lora import leave_frozen_out
 from gvpo_lightning.policy.prepare import place_policy, prepare_policy, stop_token_ids
 from gvpo_lightning.policy.source import PolicySource
-from gvpo_lightning.reference.make import make_reference
+from gvpo_lightning.reference.kinds import make_reference
 from gvpo_lightning.reference.settings import ReferenceKind, ReferenceSettings
 from gvpo_lightning.rewards import Reward
 from gvpo_lightning.rewards.run import Rewards
@@ -52,7 +53,7 @@ from gvpo_lightning.seeding import derive_seed, run_seed
 from gvpo_lightning.sources.mixture import SourceMixture
 from gvpo_lightning.sources.settings import SourceSettings
 from gvpo_lightning.updates.gradients import clip_sharded, drop_gradients
-from gvpo_lightning.updates.loss import Training
+from gvpo_lightning.updates.loss import UpdateRules
 from gvpo_lightning.updates.step import UpdateStep
 
 SHOWN_SETTINGS = ("beta", "temperature", "loading", "lora", "generation")  # on a model card, beside those of the parts
@@ -159,7 +160,7 @@ class GVPOModule(L.LightningModule):
         self.updates: list[Update] = []  # of the rollout at hand, all passes over it
         self.prompts = PromptCheck(self.source, generation, self.rewards, self.sources, self.reference_settings.model)
         self._saved: SavedPolicy | None = None  # what checkpoints hold of the policy, once it is loaded
-        self._sampled: Rollout | None = None  # for the evaluation's batch at hand
+        self._sampled: Any = None  # the evaluation's Rollout of the batch at hand
         self._is_configured = False
 
     # -- what scripts, loaders and callbacks read
@@ -233,7 +234,7 @@ class GVPOModule(L.LightningModule):
         self.collector = Collector(
             sampling, self.sources, self.reference, self.scoring, self.objective, settings, vocab_size, self.run.clock
         )
-        self.training = Training(self.objective, self.scoring, placement, self.max_log_ratio, self.guard)
+        self.rules = UpdateRules(self.objective, self.scoring, placement, self.max_log_ratio, self.guard)
 
     def teardown(self, stage: str) -> None:
         """End the rewards' processes."""
@@ -262,7 +263,7 @@ class GVPOModule(L.LightningModule):
             self._saved = SavedPolicy.of(self.policy, self.source.can_be_reloaded, must_be_whole=is_fsdp1)
             if self._saved.trained is not None:
                 self.strict_loading = False
-                self.register_state_dict_post_hook(self._saved.leave_frozen_out)
+                self.register_state_dict_post_hook(functools.partial(leave_frozen_out, self._saved.trained))
         self.sources.end_with(stop_token_ids(self.policy, self.tokenizer))
 
     def _place(self, placement: Placement) -> None:
@@ -290,10 +291,8 @@ class GVPOModule(L.LightningModule):
         """Hold the fused loss against eager where the training will run it, and warn of what bends the objective."""
         check_start(self.policy, self.scoring, self.placement, reference=self.reference, rewards=self.rewards)
         generation = self.generation if self.sources.settings.generates else None
-        warn_of_settings(
-            *(self.guard, self.source, self.placement.precision),
-            *(self.objective, self.temperature, generation, self.rollout_settings),
-        )
+        precision, settings = self.placement.precision, self.rollout_settings
+        warn_of_settings(self.guard, self.source, precision, self.objective, self.temperature, generation, settings)
 
     def on_train_start(self) -> None:
         """Check that updates stay whole, and start at one."""
@@ -320,9 +319,10 @@ class GVPOModule(L.LightningModule):
         """The loss of one micro-batch, scaled so that the update's gradient is that of one big batch."""
         index, slot = divmod(batch["slot"], self.trainer.accumulate_grad_batches)
         if slot == 0:
-            self.step = UpdateStep(self.policy, self.updates[index], self.rollout, self.training)
+            self.step = UpdateStep(self.policy, self.updates[index], self.rollout, self.rules)
+        loss = self.step.micro_batch(slot)
         self.run.microstep += 1
-        return self.step.micro_batch(slot)
+        return loss
 
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Measure the update; skip it whole, on every rank, if it is not usable or nothing counts."""
@@ -353,7 +353,8 @@ class GVPOModule(L.LightningModule):
     def _log(self, metrics: Mapping[str, Any]) -> None:
         """Log what is over all ranks already; in host memory, or progress bar and loggers would wait for the device."""
         values = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in metrics.items()}
-        shown = {name: values.pop(name) for name in ("reward/mean", "loss", "residual/rms") if name in values}
+        names: list[str] = [name for name in ("reward/mean", "loss", "residual/rms") if name in values]
+        shown = {name: values.pop(name) for name in names}
         self.log_dict(shown, prog_bar=True, batch_size=1)
         self.log_dict(values, batch_size=1)
 

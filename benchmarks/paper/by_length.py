@@ -8,7 +8,7 @@ from torch import Tensor
 from gvpo_lightning.data.batch import CompletionBatch
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.objectives.gvpo import length_scaled_gvpo_loss
-from gvpo_lightning.policy.score import score
+from gvpo_lightning.policy.head import Scoring, score
 
 
 class LengthMeter:
@@ -50,9 +50,9 @@ class LengthMeter:
         return found
 
     def _score(self, module: GVPOModule) -> Tensor:
-        settings: dict[str, Any] = {"temperature": module.temperature, "batch_size": module.generation.batch_size}
-        with module.trainer.precision_plugin.forward_context():
-            return score(module.policy, self.batch, **settings)
+        with module.placement.forward_context():
+            size = module.generation.batch_size
+            return score(module.policy, self.batch, Scoring(module.temperature), batch_size=size)
 
 
 def parts_of_prompts(lengths: Tensor, group_ids: Tensor, num_prompts: int, num_parts: int) -> Tensor:

@@ -16,9 +16,8 @@ from gvpo_lightning.callbacks.optimality import validation_rows
 from gvpo_lightning.data.batch import CompletionBatch
 from gvpo_lightning.data.rows import Row
 from gvpo_lightning.module import GVPOModule
-from gvpo_lightning.policy.head import padded_inputs
+from gvpo_lightning.policy.head import Scoring, evaluating, padded_inputs, score
 from gvpo_lightning.policy.prepare import load_policy
-from gvpo_lightning.policy.score import evaluating, score
 from gvpo_lightning.rollout.groups import sample_rollout
 
 LARGEST = 2**25  # numbers of one forward pass's logits
@@ -47,7 +46,8 @@ class PolicyDistances(L.Callback):
     def on_validation_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Measure and write."""
         assert isinstance(pl_module, GVPOModule)
-        rows = validation_rows(trainer)
+        datamodule = getattr(trainer, "datamodule", None)
+        rows = validation_rows(trainer.val_dataloaders, datamodule, trainer.limit_val_batches)
         found = {name: self._measure_group(pl_module, rows, folders) for name, folders in self.groups.items()}
         self.output.write_text(json.dumps(found))
 
@@ -58,7 +58,7 @@ class PolicyDistances(L.Callback):
             log_z = float(log_normalizer(p, module.beta).mean())
         found: dict[str, list[Any]] = {"kl": [], "optimum": []}
         for folder in folders:
-            own = load_policy(folder, module.loading_of(folder)).to(module.policy.device)
+            own = load_policy(folder, module.source.loading_of(folder)).to(module.policy.device)
             batch = sample(module, own, rows, self.completions)
             found["kl"].append([divergence(module, own, other, batch) if other != folder else 0.0 for other in folders])
             found["optimum"].append(None if log_z is None else distance_to_optimum(module, own, batch, log_z))
@@ -68,7 +68,7 @@ class PolicyDistances(L.Callback):
 def sample(module: GVPOModule, policy: Any, rows: list[Row], completions: int) -> CompletionBatch:
     """Completions of a policy at the temperature of log-probs, rewarded; those without a reward are left out."""
     generation = replace(module.generation, temperature=module.temperature, top_k=0, top_p=1.0, min_p=0.0)
-    with module.trainer.precision_plugin.forward_context():
+    with module.placement.forward_context():
         batch = sample_rollout(
             policy, module.tokenizer, rows, completions, generation, module.rewards, seed=module.seed
         ).batch
@@ -85,9 +85,11 @@ def distance_to_optimum(module: GVPOModule, policy: Any, batch: CompletionBatch,
 
     At the optimum each completion gives 0, so that the estimate has no noise there.
     """
-    settings: dict[str, Any] = {"temperature": module.temperature, "batch_size": module.generation.batch_size}
-    with module.trainer.precision_plugin.forward_context():
-        log_ratios = score(policy, batch, **settings) - score(module.policy, batch, **settings)
+    scoring, size = Scoring(module.temperature), module.generation.batch_size
+    with module.placement.forward_context():
+        log_ratios = score(policy, batch, scoring, batch_size=size) - score(
+            module.policy, batch, scoring, batch_size=size
+        )
     return float((log_ratios.double().sum(dim=1) - batch.rewards.double() / module.beta).mean()) + log_z
 
 
@@ -95,9 +97,9 @@ def distance_to_optimum(module: GVPOModule, policy: Any, batch: CompletionBatch,
 def divergence(module: GVPOModule, policy: Any, other: str, batch: CompletionBatch) -> float:
     """KL(policy || other) in nats a completion, from the policy's completions: summed over their positions, the KL of
     the two next-token distributions, over the whole vocabulary."""
-    second = load_policy(other, module.loading_of(other)).to(module.policy.device)
+    second = load_policy(other, module.source.loading_of(other)).to(module.policy.device)
     total = 0.0
-    with module.trainer.precision_plugin.forward_context(), evaluating(policy), evaluating(second):
+    with module.placement.forward_context(), evaluating(policy), evaluating(second):
         for part in chunks(batch, policy.config.get_text_config().vocab_size):
             part = part.to(policy.device)
             first, then = (next_token_logprobs(model, part, module.temperature) for model in (policy, second))

@@ -19,8 +19,7 @@ from gvpo_lightning.data.rows import Row
 from gvpo_lightning.distributed.sharding import is_sharded
 from gvpo_lightning.evaluation.optimality import answer_probabilities, optimal_accuracy
 from gvpo_lightning.module import GVPOModule
-from gvpo_lightning.policy.head import completion_logprobs
-from gvpo_lightning.policy.score import score
+from gvpo_lightning.policy.head import Scoring, completion_logprobs, score
 
 STEP_METRICS = {
     "loss": "loss",
@@ -77,7 +76,9 @@ class PaperMeter(L.Callback):
         assert isinstance(pl_module, GVPOModule)
         if is_sharded(trainer.strategy):
             raise ValueError("The paper's experiments compare whole policies: take one device, DDP or LoRA, no FSDP.")
-        self._rows = validation_rows(trainer)
+        self._rows = validation_rows(
+            trainer.val_dataloaders, getattr(trainer, "datamodule", None), trainer.limit_val_batches
+        )
         if not self._rows:
             raise ValueError("The paper's experiments are measured on validation prompts: set data.validation_split.")
         self._last = trainer.max_steps if trainer.max_steps > 0 else int(trainer.estimated_stepping_batches)
@@ -139,7 +140,7 @@ class PaperMeter(L.Callback):
             self.record["end"] = self._measure(module, self.completions)
         else:
             self.record["stopped"] = self.record["stopped"] or "weights that are not finite"
-        self.record["skipped_updates"] = module.skipped_updates
+        self.record["skipped_updates"] = module.run.skipped_updates
         self.record["seconds"] = dict(module.seconds)
         self.output.write_text(json.dumps(without_nan(self.record), allow_nan=False))
 
@@ -191,11 +192,11 @@ def measure(module: GVPOModule, batch: CompletionBatch, base: AbstractContextMan
         `entropy` in nats a token, both estimated from them;
         `length` in tokens; `truncated`, a share.
     """
-    settings: dict[str, Any] = {"temperature": module.temperature, "batch_size": module.generation.batch_size}
-    with module.trainer.precision_plugin.forward_context():
-        own, entropy = score(module.policy, batch, **settings), mean_entropy(module, batch)
+    scoring, size = Scoring(module.temperature), module.generation.batch_size
+    with module.placement.forward_context():
+        own, entropy = score(module.policy, batch, scoring, batch_size=size), mean_entropy(module, batch)
         with base as model:
-            log_ratios = (own - score(model, batch, **settings)).double().sum(dim=1)
+            log_ratios = (own - score(model, batch, scoring, batch_size=size)).double().sum(dim=1)
     reward = float(batch.rewards.double().mean())
     return {
         "accuracy": reward,
@@ -212,7 +213,7 @@ def mean_entropy(module: GVPOModule, batch: CompletionBatch) -> float:
     total = 0.0
     for rows in torch.arange(len(batch)).split(module.generation.batch_size):
         part = batch.select(rows).to(module.policy.device)
-        _, entropies = completion_logprobs(module.policy, part, temperature=module.temperature, return_entropy=True)
+        _, entropies = completion_logprobs(module.policy, part, Scoring(module.temperature), return_entropy=True)
         assert entropies is not None
         total += float(entropies.double().sum())
     return total / max(int(batch.lengths.sum()), 1)

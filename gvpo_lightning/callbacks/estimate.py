@@ -14,7 +14,7 @@ from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.policy.head_check import attention_of
 from gvpo_lightning.policy.loading import is_quantized
 from gvpo_lightning.policy.source import PolicySource
-from gvpo_lightning.reference.adapter_off import AdapterOffReference
+from gvpo_lightning.reference.kinds import AdapterOffReference
 
 
 class MemoryEstimate(L.Callback):

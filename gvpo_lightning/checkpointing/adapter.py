@@ -5,8 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from gvpo_lightning.policy.fingerprint import frozen_fingerprint
-from gvpo_lightning.policy.lora import check_adapter, is_adapted, leave_frozen_out, saves_adapter_alone, trained_names
+from gvpo_lightning.policy.lora import check_adapter, is_adapted, saves_adapter_alone, trained_names
+from gvpo_lightning.policy.weights import frozen_fingerprint
 
 # what changes the function, and neither the names nor the shapes of the adapter's weights
 APPLIED = (
@@ -81,11 +81,6 @@ class SavedPolicy:
         if must_be_whole or not saves_adapter_alone(policy, can_be_reloaded=can_be_reloaded):
             return cls(None, adapter_state(policy, None))
         return cls(trained_names(policy), adapter_state(policy, frozen_fingerprint(policy)))
-
-    def leave_frozen_out(self, *hook: Any) -> None:
-        """A hook of a Lightning module's `state_dict`: take from it what of the policy is not trained."""
-        assert self.trained is not None
-        leave_frozen_out(self.trained, *hook)
 
     def check(self, policy: Any, checkpoint: Mapping[str, Any]) -> None:
         """Raise ValueError where an adapter, or the model beneath it, is not the one of the checkpoint."""

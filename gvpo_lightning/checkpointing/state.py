@@ -11,7 +11,7 @@ from typing import Any
 from gvpo_lightning.checkpointing.adapter import SavedPolicy
 from gvpo_lightning.objectives.base import Objective
 from gvpo_lightning.reference.base import Reference
-from gvpo_lightning.rollout.clock import Clock
+from gvpo_lightning.rollout.collect import Clock
 from gvpo_lightning.rollout.rollout import Rollout
 from gvpo_lightning.rollout.settings import RolloutSettings
 from gvpo_lightning.sources.mixture import SourceMixture

@@ -16,7 +16,7 @@ import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-from gvpo_lightning.policy.names import policy_name
+from gvpo_lightning.policy.weights import policy_name
 
 UNREADABLE = (RuntimeError, OSError, EOFError, ValueError, pickle.UnpicklingError)
 

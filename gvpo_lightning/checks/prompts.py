@@ -5,9 +5,8 @@ from dataclasses import dataclass
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from gvpo_lightning.checks.reference import check_reference_model
-from gvpo_lightning.data.rows import Row
-from gvpo_lightning.policy.prompts import encode_prompt
+from gvpo_lightning.data.rows import Row, encode_prompt
+from gvpo_lightning.policy.loading import load_config
 from gvpo_lightning.policy.source import PolicySource, context_length
 from gvpo_lightning.rewards import reward_columns
 from gvpo_lightning.rewards.run import Rewards
@@ -97,3 +96,15 @@ def check_prompts(
             )
         longest = max(longest, length)
     return longest
+
+
+def check_reference_model(name: str, source: PolicySource) -> PretrainedConfig:
+    """The config of the model `name`; ValueError where it can't score what the policy says."""
+    config = load_config(name, source.loading_of(name), setting="reference.model")
+    vocab_size = config.get_text_config().vocab_size
+    if vocab_size < source.vocab_size():
+        raise ValueError(
+            f"reference.model={name!r} has {vocab_size} token ids, fewer than the policy's {source.vocab_size()}: it "
+            "can't score what the policy says. Take a model of the same family, with the policy's tokenizer."
+        )
+    return config

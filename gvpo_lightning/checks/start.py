@@ -13,7 +13,7 @@ from gvpo_lightning.policy.head import Scoring
 from gvpo_lightning.policy.head_check import attention_of, check_logprob_head
 from gvpo_lightning.policy.source import PolicySource
 from gvpo_lightning.reference.base import Reference
-from gvpo_lightning.reference.model import ModelReference
+from gvpo_lightning.reference.kinds import ModelReference
 from gvpo_lightning.rewards.run import Rewards
 from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
 

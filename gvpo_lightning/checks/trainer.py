@@ -1,4 +1,4 @@
-"""What must hold of the Trainer's settings before anything is trained."""
+"""What must hold of the Trainer, its strategy and its settings before anything is trained."""
 
 import math
 from collections.abc import Iterable
@@ -8,6 +8,10 @@ from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from torch.utils.data import DataLoader
 
+from gvpo_lightning.distributed.placement import Placement
+from gvpo_lightning.policy import compile
+from gvpo_lightning.policy.loading import check_attention
+from gvpo_lightning.policy.source import PolicySource
 from gvpo_lightning.rollout.loader import RolloutLoader
 from gvpo_lightning.rollout.plan import Limits
 from gvpo_lightning.rollout.settings import RolloutSettings
@@ -107,4 +111,22 @@ def check_batch_sizes(
             f"A micro-batch must hold one completion with its prompt: micro_batch_tokens={limits.tokens} is not more "
             f"than the {longest_completion} tokens that a completion may have. Set micro_batch_tokens="
             f"{2 * longest_completion}, or leave it out."
+        )
+
+
+def check_strategy(placement: Placement, source: PolicySource, *, compiles: bool) -> None:
+    """Raise ValueError for a policy, loaded or compiled as the settings say, that the Trainer's strategy can't have."""
+    strategy, loading = placement.strategy, source.loading
+    if compiles:
+        compile.check_strategy(strategy)
+    check_attention(loading, placement.device, placement.precision)
+    if loading.quantization is not None and placement.is_sharded:
+        raise ValueError(
+            f"loading.quantization={loading.quantization!r} can't be sharded, got {type(strategy).__name__}: "
+            "use one device or DDP, or loading.dtype=bfloat16 without quantization."
+        )
+    if source.lora is not None and loading.dtype != "float32" and placement.is_fsdp1:
+        raise ValueError(
+            f"FSDPStrategy can't hold a float32 adapter beside weights in loading.dtype={loading.dtype}: use "
+            "FSDP2 (ModelParallelStrategy, configs/strategy/fsdp2.yaml), or leave loading.dtype out."
         )

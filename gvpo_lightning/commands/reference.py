@@ -13,12 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from gvpo_lightning.atomic import appearing
 from gvpo_lightning.data.batch import collate_completions
-from gvpo_lightning.policy.head import Scoring
+from gvpo_lightning.data.rows import encode_prompt
+from gvpo_lightning.policy.head import Scoring, score
 from gvpo_lightning.policy.head_check import check_logprob_head
 from gvpo_lightning.policy.loading import check_attention
 from gvpo_lightning.policy.prepare import load_policy, prepare_policy, stop_token_ids
-from gvpo_lightning.policy.prompts import encode_prompt
-from gvpo_lightning.policy.score import score
 from gvpo_lightning.policy.source import PolicySource
 from gvpo_lightning.reference.cache import cache_identity
 from gvpo_lightning.sources.offline import OfflineFile, row_completions

@@ -9,11 +9,10 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_lightning.data.batch import collate_completions
+from gvpo_lightning.data.rows import encode_prompt
 from gvpo_lightning.distributed.placement import Placement
-from gvpo_lightning.policy.head import Scoring
+from gvpo_lightning.policy.head import Scoring, score
 from gvpo_lightning.policy.prepare import stop_token_ids
-from gvpo_lightning.policy.prompts import encode_prompt
-from gvpo_lightning.policy.score import score
 
 
 def optimal_accuracy(p: Tensor, beta: float) -> Tensor:

@@ -10,7 +10,7 @@ from torchmetrics import MaxMetric, MeanMetric, Metric, MinMetric
 from gvpo_lightning.data.rows import rows_of
 from gvpo_lightning.evaluation.loader import ProblemBatch
 from gvpo_lightning.rewards import reward_columns
-from gvpo_lightning.rewards.tally import FailureTally
+from gvpo_lightning.rewards.run import FailureTally
 from gvpo_lightning.rollout.groups import Sampling, sample_rollout
 from gvpo_lightning.rollout.metrics import rollout_metrics
 from gvpo_lightning.rollout.rollout import Rollout
@@ -27,7 +27,11 @@ JOINED: dict[str, type[Metric]] = {
     "completion/dropped_fraction": MeanMetric,
 }
 # what changes nothing, so that a rank without completions has something to exchange
-NOTHING = {MeanMetric: (0.0, 0.0), MinMetric: (math.inf,), MaxMetric: (-math.inf,)}
+NOTHING: dict[type[Metric], tuple[float, ...]] = {
+    MeanMetric: (0.0, 0.0),
+    MinMetric: (math.inf,),
+    MaxMetric: (-math.inf,),
+}
 
 
 class SampledEvaluation:
@@ -56,9 +60,10 @@ class SampledEvaluation:
         self._components: dict[str, list[float]] = {}  # of each reward, what it has given
         # torchmetrics would take ranks that hold one model for ranks with different completions
         synced = {"sync_on_compute": ranks.size > 1, "process_group": ranks.process_group}
-        self._metrics = {name: kind(**synced).to(placement.device) for name, kind in JOINED.items()}
-        for metric in self._metrics.values():
-            metric.set_dtype(torch.float64).update(*NOTHING[type(metric)])
+        with torch.inference_mode(False):  # where they will be added to, once the policy is gathered
+            self._metrics = {name: kind(**synced).to(placement.device) for name, kind in JOINED.items()}
+            for metric in self._metrics.values():
+                metric.set_dtype(torch.float64).update(*NOTHING[type(metric)])
         if not placement.is_fsdp1:
             self._gathering = ExitStack()
             self._gathering.enter_context(placement.gathered())
@@ -119,11 +124,11 @@ class SampledEvaluation:
 
     def count(self, rollout: Rollout) -> Rollout:
         """Add one batch, and give it back; what nothing was kept for adds nothing."""
-        for name, values in rollout.kept_components().items():
+        batch, kept = rollout.batch, rollout.batch.kept
+        for name, values in rollout.components_of(kept).items():
             self._components.setdefault(name, []).extend(values)
-        kept = int(rollout.batch.kept.sum())
-        for name, value in rollout_metrics(rollout.batch).items():
-            count = len(rollout.batch) if name.endswith("fraction") else kept
+        for name, value in rollout_metrics(batch, kept, batch.lengths).items():
+            count = len(batch) if name.endswith("fraction") else int(kept.sum())
             if name in self._metrics and count:
                 weight = (count,) if JOINED[name] is MeanMetric else ()
                 self._metrics[name].update(value, *weight)
@@ -147,7 +152,7 @@ class SampledEvaluation:
 
     def report(self) -> None:
         """RewardError where rewards have failed too often, else a warning."""
-        self.sampling.report(self.failures)
+        self.sampling.report([self.failures])
 
     def predictions(self, batch: Any, rollout: Rollout) -> list[dict[str, Any]]:
         """One dict a prompt of the batch in the offline format, with the prompt's other columns."""

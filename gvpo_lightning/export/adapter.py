@@ -12,8 +12,8 @@ from torch import Tensor
 
 from gvpo_lightning.policy.loading import adapter_base, empty_model, load_base_model
 from gvpo_lightning.policy.lora import add_lora, import_peft, trained_names
-from gvpo_lightning.policy.names import unwrapped_name
 from gvpo_lightning.policy.source import PolicySource
+from gvpo_lightning.policy.weights import unwrapped_name
 
 
 def adapted_model(source: PolicySource, *, with_weights: bool) -> Any:

@@ -24,9 +24,9 @@ from gvpo_lightning.checkpointing.weights import SavedWeights, as_written, match
 from gvpo_lightning.export.adapter import adapted_model, merge, say_dequantized, trained_sources, write_adapter
 from gvpo_lightning.export.folder import save_model, write_beside
 from gvpo_lightning.export.model_card import Kind, Origin, files_of_run
-from gvpo_lightning.policy.fingerprint import frozen_fingerprint
 from gvpo_lightning.policy.loading import adapter_base, empty_model, load_generation_config
 from gvpo_lightning.policy.source import PolicySource
+from gvpo_lightning.policy.weights import frozen_fingerprint
 
 Tensors = dict[str, Tensor]
 

@@ -9,8 +9,10 @@ Some models scale their logits after the head, or cap them softly. What one does
 head give known numbers, and becomes part of the fused head; what it then does to log-probs or loss is left aside.
 """
 
+import contextlib
 import functools
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +21,28 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from gvpo_kernels import FusedLoss, fused_gvpo_loss, linear_logprob
-from gvpo_lightning.data.batch import CompletionBatch
-from gvpo_lightning.policy.logit_map import _model_output, find_logit_map
+from gvpo_lightning.data.batch import CompletionBatch, dropped_completion
+from gvpo_lightning.distributed.ranks import rank_share
+
+
+@dataclass(frozen=True)
+class LogitMap:
+    """What a model does to what its head gives: logit = softcap * tanh(scale * raw / softcap), or scale * raw."""
+
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def __call__(self, raw: Tensor) -> Tensor:
+        """Logits of raw ones."""
+        scaled = raw * self.scale
+        return scaled if self.softcap is None else self.softcap * torch.tanh(scaled / self.softcap)
+
+    def head_options(self, temperature: float) -> dict[str, float | None]:
+        """The temperature and cap of raw logits, as the kernels take them, at which the model has `temperature`."""
+        return {
+            "temperature": temperature / self.scale,
+            "softcap": None if self.softcap is None else self.softcap / self.scale,
+        }
 
 
 def _head_forward(self: Any, hidden: Tensor) -> Tensor:
@@ -136,6 +158,7 @@ def _call_with_head(
     if head.logit_map is None:
         head.logit_map = find_logit_map(model)
     inputs, positions = (packed_inputs if scoring.padding_free else padded_inputs)(batch)
+    options = head.logit_map.head_options(scoring.temperature)
     value: Tensor | None = None
 
     def answer(hidden: Tensor) -> Tensor:
@@ -145,7 +168,6 @@ def _call_with_head(
             # what autocast would do for the layer that this stands in for; float32 matmuls are many times slower
             dtype = torch.get_autocast_dtype("cuda")
             hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        options = head.logit_map.head_options(scoring.temperature)
         value = compute(hidden, weight, bias=bias, implementation=scoring.implementation, **options)
         return value.reshape(1, 1, -1).clone()
 
@@ -174,3 +196,71 @@ def packed_inputs(batch: CompletionBatch) -> tuple[dict[str, Tensor], Tensor]:
     inputs, positions = padded_inputs(batch)
     real = inputs.pop("attention_mask").bool()
     return {name: values[real][None] for name, values in inputs.items()}, positions[real][None]
+
+
+def _model_output(model: PreTrainedModel, inputs: dict[str, Tensor], answer: Callable[[Tensor], Tensor]) -> Tensor:
+    """What the model makes of what its head gives instead of logits."""
+    head: Any = model.get_output_embeddings()
+    head.head_request = answer
+    try:
+        return model(**inputs, use_cache=False).logits
+    finally:
+        head.head_request = None
+
+
+@torch.no_grad()
+def find_logit_map(model: PreTrainedModel) -> LogitMap:
+    """What the model does to its logits after the head, from what it makes of known numbers; one token is run.
+
+    Raises:
+        ValueError: it does more than to scale them and to cap them softly.
+    """
+    small, large = 2.0**-24, 2.0**60
+    raw = torch.tensor([small, large, 0.0, *(sign * x for x in (0.5, 2, 8, 32, 128, 512) for sign in (1, -1))])
+    raw = raw.to(torch.float32 if model.device.type == "mps" else torch.float64)
+    inputs = {
+        name: torch.zeros((1, 1), dtype=torch.int64, device=model.device) for name in ("input_ids", "position_ids")
+    }
+    with torch.compiler.set_stance("force_eager"):  # compiled layers would be compiled for one token
+        logits = _model_output(model, inputs, lambda hidden: raw.to(hidden.device)[None, None].clone())
+    logits = logits.flatten().to(raw)
+    scale, limit = float(logits[0]) / small, float(logits[1])
+    # a cap holds `large` back, far below scale * large
+    found = LogitMap(scale, None if abs(limit) > 0.5 * abs(scale) * large else limit)
+    if not (scale > 0 and limit > 0 and torch.allclose(found(raw), logits, rtol=1e-5, atol=1e-5)):
+        raise ValueError(
+            f"{type(model).__name__} changes its logits after the head in a way that is not supported, neither a "
+            f"scale nor a soft cap: of {raw[2:].tolist()} it makes {logits[2:].tolist()}."
+        )
+    return found
+
+
+def score(
+    model: PreTrainedModel, batch: CompletionBatch, scoring: Scoring, *, batch_size: int, num_parts: int | None = None
+) -> Tensor:
+    """(S, T) float32 log-probs of the whole batch under the model, `batch_size` completions at a time.
+
+    Args:
+        num_parts: forward passes to make, of equal sizes; ranks that share one model must make the same number.
+    """
+    num_parts = math.ceil(len(batch) / batch_size) if num_parts is None else num_parts
+    # evaluation's inference tensors must not stay in what a sharded model has gathered: training would fail on them
+    token_logprobs = torch.zeros(batch.completion_mask.shape, dtype=torch.float32, device=batch.rewards.device)
+    with torch.inference_mode(False), torch.no_grad(), evaluating(model):
+        for number in range(num_parts):
+            rows = torch.tensor(rank_share(len(batch), number, num_parts), dtype=torch.int64)
+            part = batch.select(rows) if len(rows) else dropped_completion()
+            values, _ = completion_logprobs(model, part.to(model.device), scoring)
+            token_logprobs[rows, : values.shape[1]] = values[: len(rows)].to(token_logprobs)
+    return token_logprobs
+
+
+@contextlib.contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
+    """Evaluation mode inside (gradient checkpointing would switch the key-value cache off), then as before."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)

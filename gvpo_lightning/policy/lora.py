@@ -8,7 +8,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from gvpo_lightning.policy.loading import LoadingSettings, adapter_base, is_quantized
-from gvpo_lightning.policy.names import policy_name
+from gvpo_lightning.policy.weights import policy_name
 
 # with the first two the policy starts as the model beneath it; with others peft changes that model
 INITIALIZATIONS = (True, "gaussian", False)

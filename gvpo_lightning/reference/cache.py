@@ -9,9 +9,9 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 
 from gvpo_lightning.distributed.placement import Placement
-from gvpo_lightning.policy.fingerprint import fingerprint
 from gvpo_lightning.policy.prepare import load_policy
 from gvpo_lightning.policy.source import PolicySource
+from gvpo_lightning.policy.weights import fingerprint
 from gvpo_lightning.reference.base import Reference
 
 

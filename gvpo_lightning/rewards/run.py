@@ -2,15 +2,19 @@
 
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from tqdm import tqdm
 
+from gvpo_lightning.guard import Guard
 from gvpo_lightning.rewards.protocol import (
     TOKEN_IDS,
     Failure,
     Reward,
+    RewardError,
     Value,
     check_reward_columns,
     is_async,
@@ -19,9 +23,72 @@ from gvpo_lightning.rewards.protocol import (
     wants_token_ids,
 )
 from gvpo_lightning.rewards.settings import RewardSettings
-from gvpo_lightning.rewards.tally import FailureTally, Rewarded
 from gvpo_lightning.rewards.workers.event_loop import reward_concurrently
 from gvpo_lightning.rewards.workers.pool import RewardPool, Task
+
+
+@dataclass
+class Rewarded:
+    """What the rewards say of one completion.
+
+    Attributes:
+        total: the weighted sum of those that apply; NaN where none does, or one has failed.
+        components: each reward's own, by name; NaN where it does not apply or has failed.
+        failure: the reason, one of `protocol.REASONS`, why the first has failed that has.
+    """
+
+    total: float
+    components: dict[str, float]
+    failure: str | None = None
+
+
+@dataclass
+class FailureTally:
+    """How often rewards have failed, of how many completions: by (name, reason), and each one's first failure."""
+
+    asked: int = 0
+    counts: Counter[tuple[str, str]] = field(default_factory=Counter)
+    first: dict[str, str] = field(default_factory=dict)
+
+    def __add__(self, other: "FailureTally") -> "FailureTally":
+        return FailureTally(self.asked + other.asked, self.counts + other.counts, other.first | self.first)
+
+    def add(self, name: str, failure: Failure, task: Task) -> None:
+        """Count one."""
+        self.counts[name, failure.reason] += 1
+        prompt = task.prompt if isinstance(task.prompt, str) else str(task.prompt)
+        self.first.setdefault(
+            name, f"{failure.text.rstrip()}\non the prompt {prompt[-500:]!r}, completion {task.completion[:500]!r}"
+        )
+
+    def fraction(self, name: str) -> float:
+        """The share of the completions that a reward has failed on."""
+        failed = sum(count for (failing, _), count in self.counts.items() if failing == name)
+        return failed / max(self.asked, 1)
+
+    def descriptions(self) -> Iterator[tuple[str, str]]:
+        """Each failing reward, and in words how often and how it has failed."""
+        for name, first in self.first.items():
+            reasons = ", ".join(f"{reason} {count}" for (own, reason), count in self.counts.items() if own == name)
+            share = f"on {self.fraction(name):.1%} of {self.asked} completions ({reasons})"
+            yield name, f"The reward {name} has failed {share}. The first time:\n{first}"
+
+    def check(self, max_failed_fraction: float) -> None:
+        """Raise RewardError where a reward has failed more often than that."""
+        for name, description in self.descriptions():
+            if self.fraction(name) > max_failed_fraction:
+                raise RewardError(
+                    f"{description}\nThat is more than reward_settings.max_failed_fraction={max_failed_fraction:g} "
+                    "allows: mend the reward, or raise it."
+                )
+
+    def report(self, max_failed_fraction: float, guard: Guard) -> None:
+        """RewardError where a reward has failed more often than that, else a warning of each that has."""
+        if self.counts:
+            self.check(max_failed_fraction)
+            for name, description in self.descriptions():
+                guard.say(f"reward {name}", description)
+
 
 MAX_WORKERS = 8
 SLOW = 5.0  # seconds without a progress bar
@@ -51,6 +118,9 @@ class Rewards:
         self.settings = settings
         self.functions = dict(zip(names, functions, strict=True))
         self.weights = dict(zip(names, weights, strict=True))
+        self._async = {name for name, reward in self.functions.items() if is_async(reward)}
+        self._wanting_ids = {name for name, reward in self.functions.items() if wants_token_ids(reward)}
+        self._fitting: set[frozenset[str]] = set()  # columns that have been checked
         self.shows_progress = False
         self.ranks_here = 1  # which share this machine's cores
         self._pool: RewardPool | None = None
@@ -62,7 +132,7 @@ class Rewards:
         remote = {
             name: reward
             for name, reward in self.functions.items()
-            if not is_async(reward) and not getattr(reward, "in_process", False)
+            if name not in self._async and not getattr(reward, "in_process", False)
         }
         if self._pool is None and remote and count:
             self._pool = RewardPool(remote, count, self.settings.timeout)
@@ -89,8 +159,10 @@ class Rewards:
 
     def check_columns(self, columns: set[str]) -> None:
         """ValueError where a reward's arguments and the dataset's columns do not fit."""
-        for reward in self.functions.values():
-            check_reward_columns(reward, columns)
+        if columns not in self._fitting:
+            for reward in self.functions.values():
+                check_reward_columns(reward, columns)
+            self._fitting.add(frozenset(columns))
 
     def __call__(
         self,
@@ -108,8 +180,8 @@ class Rewards:
         self.check_columns(set(columns))
         with_ids = columns if token_ids is None else columns | {TOKEN_IDS: list(token_ids)}
         tasks = {
-            name: _tasks(name, prompts, completions, with_ids if wants_token_ids(reward) else columns)
-            for name, reward in self.functions.items()
+            name: _tasks(name, prompts, completions, with_ids if name in self._wanting_ids else columns)
+            for name in self.functions
         }
         values = self._values(tasks)
         tally = FailureTally(asked=len(completions))
@@ -136,7 +208,7 @@ class Rewards:
             if name in values:
                 continue
             with self._bar(name, len(tasks[name])) as bar:
-                if is_async(reward):
+                if name in self._async:
                     values[name] = reward_concurrently(reward, tasks[name], self.settings, bar.update)
                 else:
                     values[name] = _in_process(name, reward, tasks[name], bar.update)

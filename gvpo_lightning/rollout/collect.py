@@ -6,9 +6,10 @@ rollout, in host memory, so that an update may train any completion anywhere.
 
 import hashlib
 import math
+import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,15 +17,12 @@ import torch
 from torch import Tensor
 
 from gvpo_lightning.data.batch import Completion, CompletionBatch
-from gvpo_lightning.data.rows import Row
+from gvpo_lightning.data.rows import Row, encode_prompt
 from gvpo_lightning.objectives.base import Objective
-from gvpo_lightning.policy.head import Scoring
-from gvpo_lightning.policy.prompts import encode_prompt
-from gvpo_lightning.policy.score import score
+from gvpo_lightning.policy.head import Scoring, score
 from gvpo_lightning.reference.base import Reference
 from gvpo_lightning.rewards.protocol import RewardError, SharedContractError
-from gvpo_lightning.rewards.tally import FailureTally
-from gvpo_lightning.rollout.clock import Clock
+from gvpo_lightning.rewards.run import FailureTally
 from gvpo_lightning.rollout.groups import Sampling, assemble_rollout, drop_by_settings, reward_groups, sample_groups
 from gvpo_lightning.rollout.metrics import measure_rollout
 from gvpo_lightning.rollout.rollout import Rollout
@@ -34,6 +32,31 @@ from gvpo_lightning.sources.mixture import SourceMixture
 from gvpo_lightning.sources.offline import prompt_key
 
 Groups = list[list[Completion]]
+
+
+class Clock:
+    """Seconds by phase, and the phase that the run is in; where an error has ended one, the phase stays."""
+
+    def __init__(self) -> None:
+        self.seconds = dict.fromkeys(("rollout", "reward", "reference", "train"), 0.0)
+        self.phase = "train"
+        self._started = 0.0
+
+    def start(self) -> None:
+        """A micro-batch is trained from now on, until `stop`."""
+        self._started = time.perf_counter()
+
+    def stop(self) -> None:
+        """It has been trained."""
+        self.seconds["train"] += time.perf_counter() - self._started
+
+    @contextmanager
+    def timed(self, phase: str) -> Iterator[None]:
+        """Add what is spent inside to the phase; after it the run trains again."""
+        start, self.phase = time.perf_counter(), phase
+        yield
+        self.seconds[phase] += time.perf_counter() - start
+        self.phase = "train"
 
 
 @dataclass(frozen=True)
@@ -67,16 +90,17 @@ class Collector:
             RewardError: rewards have failed, on any rank.
             ValueError: ranks have different rows, or rewards that the objective has no meaning for.
         """
-        sampling, names = self.sampling, self.sources.names
+        sampling = self.sampling
         prompts = [row["prompt"] for row in rows]
         prompt_ids = [encode_prompt(prompt, sampling.tokenizer) for prompt in prompts]
         sampling.placement.reshard()
         self.reference.refresh(policy, rollout=index, update=num_updates)
         with self.clock.timed("rollout"):
             recorded = self.sources.draw(rows, (sampling.seed, "sources", index), self.reference.version)
-            fresh = self._sample(policy, prompt_ids, self.sources.num_fresh(recorded), index)
+            num_fresh, names = self.sources.num_fresh(recorded), self.sources.names
+            fresh = self.sample_share(policy, prompt_ids, num_fresh, index)
         with self.clock.timed("reward"):
-            groups, failures = self._reward(rows, fresh, recorded)
+            groups, failures = self.reward_shares(rows, fresh, recorded)
         rollout = assemble_rollout(index, prompts, prompt_ids, groups, names, failures)
         flat_groups = drop_by_settings(rollout, self.settings)
         self.objective.check_rewards(rollout.batch)
@@ -89,7 +113,7 @@ class Collector:
         sampling.guard.negligible(negligible, self.vocab_size)
         return rollout
 
-    def _sample(self, policy: Any, prompt_ids: list[list[int]], num_fresh: Sequence[int], index: int) -> Groups:
+    def sample_share(self, policy: Any, prompt_ids: list[list[int]], num_fresh: Sequence[int], index: int) -> Groups:
         """This rank's part of the fresh completions, of which each prompt gets `num_fresh`."""
         sampling, ranks = self.sampling, self.sampling.placement.ranks
         owners = [group for group, count in enumerate(num_fresh) for _ in range(count)]
@@ -101,7 +125,7 @@ class Collector:
         with sampling.placement.forward_context(), sampling.placement.gathered():
             return sample_groups(policy, sampling.tokenizer, prompt_ids, counts, sampling.generation, seed)
 
-    def _reward(self, rows: list[Row], fresh: Groups, recorded: Groups) -> tuple[Groups, FailureTally]:
+    def reward_shares(self, rows: list[Row], fresh: Groups, recorded: Groups) -> tuple[Groups, FailureTally]:
         """The groups of all ranks, and how often rewards have failed on them.
 
         Each rank rewards what it has sampled, and a part of what is recorded.
@@ -109,7 +133,7 @@ class Collector:
         ranks, rewards = self.sampling.placement.ranks, self.sampling.rewards
         flat = [(group, completion) for group, completions in enumerate(recorded) for completion in completions]
         share: Groups = [[] for _ in recorded]
-        for number in ranks.share(len(flat)):
+        for number in ranks.share(len(flat)) if flat else ():
             group, completion = flat[number]
             share[group].append(completion)
         error: Exception | None = None
@@ -135,13 +159,11 @@ class Collector:
                     f"Rank {rank} was given other prompts than rank {ranks.rank}, but ranks share every rollout: give "
                     "RolloutLoader the same dataset in the same order on all of them, without a sampler that differs."
                 )
-        failures = sum((part[4] for part in parts), FailureTally())
-        self.sampling.report(failures)
         groups = [
             [completion for kind in (0, 1) for part in parts for completion in part[kind][group]]
             for group in range(len(rows))
         ]
-        return groups, failures
+        return groups, self.sampling.report([part[4] for part in parts])
 
     def _score(self, policy: Any, batch: CompletionBatch, completions: list[Completion]) -> None:
         """Log-probs of the kept completions: the reference's where they have none of this version, the sampler's."""

@@ -9,8 +9,8 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_lightning.data.batch import CompletionBatch, collate_completions
+from gvpo_lightning.policy.head import evaluating
 from gvpo_lightning.policy.prepare import stop_token_ids
-from gvpo_lightning.policy.score import evaluating
 from gvpo_lightning.rollout.settings import GenerationSettings
 
 

@@ -10,14 +10,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_kernels import reward_statistics
 from gvpo_lightning.data.batch import Completion, collate_completions
-from gvpo_lightning.data.rows import Row
+from gvpo_lightning.data.rows import Row, encode_prompt
 from gvpo_lightning.distributed.placement import Placement
 from gvpo_lightning.guard import Guard
-from gvpo_lightning.policy.prompts import encode_prompt
 from gvpo_lightning.rewards import reward_columns
 from gvpo_lightning.rewards.protocol import REASONS
-from gvpo_lightning.rewards.run import Rewards
-from gvpo_lightning.rewards.tally import FailureTally
+from gvpo_lightning.rewards.run import FailureTally, Rewards
 from gvpo_lightning.rollout.generate import generate_completions
 from gvpo_lightning.rollout.rollout import Rollout
 from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
@@ -47,10 +45,15 @@ class Sampling:
             if self.placement.ranks.is_first_of_model:
                 self.rewards.start()
 
-    def report(self, failures: FailureTally) -> None:
-        """RewardError where rewards have failed too often, else a warning; over all ranks, which must all call this."""
+    def report(self, failures: Sequence[FailureTally]) -> FailureTally:
+        """Those of all ranks together; RewardError where rewards have failed too often, else a warning.
+
+        All ranks must call this.
+        """
+        together = sum(failures[1:], failures[0])
         if self.rewards is not None:
-            failures.report(self.rewards.settings.max_failed_fraction, self.guard)
+            together.report(self.rewards.settings.max_failed_fraction, self.guard)
+        return together
 
 
 def sample_groups(

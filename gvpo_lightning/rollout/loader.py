@@ -27,10 +27,12 @@ class Trained(Protocol):
 
     rollout_settings: RolloutSettings
     prompts: Any
+    trainer: Any
     microstep: Any
     seed: Any
-    trainer: Any
-    micro_batches_per_rollout: Any
+
+    @property
+    def micro_batches_per_rollout(self) -> int: ...  # noqa: D102
 
 
 class RolloutLoader:

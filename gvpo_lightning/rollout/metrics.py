@@ -10,10 +10,10 @@ from gvpo_lightning.data.batch import CompletionBatch
 from gvpo_lightning.rollout.rollout import Rollout
 
 
-def component_metrics(rollout: Rollout) -> dict[str, float]:
+def component_metrics(rollout: Rollout, kept: Tensor) -> dict[str, float]:
     """`reward/<name>/*`: mean and std over the kept completions to which a reward applies (NaN: to none)."""
     metrics = {}
-    for name, values in rollout.kept_components().items():
+    for name, values in rollout.components_of(kept).items():
         own = torch.tensor(values)
         metrics[f"reward/{name}/mean"] = float(own.mean())
         metrics[f"reward/{name}/std"] = float(own.std(correction=0)) if len(own) else math.nan
@@ -21,9 +21,11 @@ def component_metrics(rollout: Rollout) -> dict[str, float]:
     return metrics
 
 
-def rollout_metrics(batch: CompletionBatch) -> dict[str, float]:
-    """`reward/*` and `completion/*` over the completions that have not been dropped; NaN where all were."""
-    kept, all_lengths = batch.kept, batch.lengths
+def rollout_metrics(batch: CompletionBatch, kept: Tensor, all_lengths: Tensor) -> dict[str, float]:
+    """`reward/*` and `completion/*` over the completions that have not been dropped; NaN where all were.
+
+    kept, all_lengths: (S,) the batch's own.
+    """
     rewards, lengths = batch.rewards[kept].float(), all_lengths[kept].float()
     return {
         "reward/mean": float(rewards.mean()),
@@ -50,7 +52,7 @@ def measure_rollout(
     # on average less likely under the reference than a token drawn at random
     mean_logprobs = batch.reference_logprobs.sum(dim=1) / lengths.clamp(min=1)
     negligible = kept & (mean_logprobs < -math.log(vocab_size))
-    metrics = rollout_metrics(batch) | component_metrics(rollout)
+    metrics = rollout_metrics(batch, kept, lengths) | component_metrics(rollout, kept)
     totals = {"group/zero_variance_fraction": flat_groups, **coverage_totals(batch, kept, negligible)}
     for name, (amount, count) in totals.items():
         metrics[name] = amount / max(count, 1)

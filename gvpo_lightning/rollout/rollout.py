@@ -10,7 +10,7 @@ from torch import Tensor
 from gvpo_lightning.data.batch import CompletionBatch, dropped_completion
 from gvpo_lightning.distributed.ranks import DataRanks
 from gvpo_lightning.rewards.protocol import COMPONENT
-from gvpo_lightning.rewards.tally import FailureTally
+from gvpo_lightning.rewards.run import FailureTally
 from gvpo_lightning.rollout.plan import GroupShape, Update, plan_updates
 from gvpo_lightning.rollout.settings import RolloutSettings
 from gvpo_lightning.seeding import derive_seed
@@ -66,11 +66,11 @@ class Rollout:
             left = left & ~rows
         self.batch.drop(kept & ~left)
 
-    def kept_components(self) -> dict[str, list[float]]:
-        """Of each reward, what it gives the kept completions to which it applies."""
-        kept = self.batch.kept.tolist()
+    def components_of(self, marked: Tensor) -> dict[str, list[float]]:
+        """Of each reward, what it gives the marked completions, (S,) bool, to which it applies."""
+        flags = marked.tolist()
         return {
-            name: [value for value, is_kept in zip(values, kept, strict=True) if is_kept and value == value]
+            name: [value for value, is_marked in zip(values, flags, strict=True) if is_marked and value == value]
             for name, values in self.components.items()
         }
 
@@ -118,21 +118,13 @@ def plan_passes(
     rollout: Rollout, settings: RolloutSettings, ranks: DataRanks, accumulate: int, seed: int, padding_free: bool
 ) -> list[Update]:
     """The optimizer updates of a rollout, all passes over it, as this rank sees them; `seed` is the run's."""
-    shapes, limits = rollout.group_shapes(), replace(settings.limits, padding_free=padding_free)
+    limits, num_updates = replace(settings.limits, padding_free=padding_free), settings.updates_per_pass
     seeds = [derive_seed(seed, "update", rollout.index, epoch) for epoch in range(settings.epochs_per_rollout)]
-    return [
-        update
-        for of_pass in seeds
-        for update in plan_updates(
-            shapes,
-            rank=ranks.rank,
-            num_ranks=ranks.size,
-            num_updates=settings.updates_per_pass,
-            accumulate=accumulate,
-            seed=of_pass,
-            limits=limits,
-        )
-    ]
+    shapes, updates = rollout.group_shapes(), list[Update]()
+    for of_pass in seeds:
+        cut = {"rank": ranks.rank, "num_ranks": ranks.size, "num_updates": num_updates, "accumulate": accumulate}
+        updates += plan_updates(shapes, **cut, seed=of_pass, limits=limits)
+    return updates
 
 
 def _nan_as_none(values: Sequence[float]) -> list[float | None]:

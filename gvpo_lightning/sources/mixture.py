@@ -10,8 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from gvpo_lightning.data.batch import Completion
-from gvpo_lightning.data.rows import Row
-from gvpo_lightning.policy.prompts import encode_prompt
+from gvpo_lightning.data.rows import Row, encode_prompt
 from gvpo_lightning.seeding import derive_seed, seeded_permutation
 from gvpo_lightning.sources.offline import OfflineFile, encode_completion, prompt_key
 from gvpo_lightning.sources.replay import ReplayBuffer
@@ -32,7 +31,7 @@ class SourceMixture:
         self, settings: SourceSettings, group_size: int, *, cached: bool, has_reward: bool, max_tokens: int | None
     ) -> None:
         self.settings, self.group_size = settings, group_size
-        self.counts = settings.counts(group_size)
+        self.counts, self.generates = settings.counts(group_size), settings.generates
         self.cached, self.has_reward, self.max_tokens = cached, has_reward, max_tokens
         self.largest_group = group_size
         self.replay = None if settings.replay is None else ReplayBuffer(settings.replay)
@@ -176,7 +175,7 @@ class SourceMixture:
 
     def num_fresh(self, groups: Sequence[Sequence[Completion]]) -> list[int]:
         """Completions to be sampled for each prompt: what fills its group up."""
-        return [max(self.group_size - len(group), 0) if self.settings.generates else 0 for group in groups]
+        return [max(self.group_size - len(group), 0) if self.generates else 0 for group in groups]
 
     def _draw(self, row: Row, key: str, seed: int, version: int) -> list[Completion]:
         group: list[Completion] = []

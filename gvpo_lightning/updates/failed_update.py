@@ -3,7 +3,7 @@
 Only tensors, numbers, strings, lists and dicts, so that it loads with weights_only=True.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -40,46 +40,14 @@ class OffendingUpdate:
     settings: dict[str, Any]
     parameters: dict[str, list[str]]
 
-
-def save_offending_update(
-    path: str | Path,
-    batch: CompletionBatch,
-    token_logprobs: Tensor,
-    *,
-    texts: Sequence[str],
-    prompts: Sequence[Any],
-    sources: Sequence[str],
-    settings: Mapping[str, Any],
-    parameters: Mapping[str, Sequence[str]],
-) -> Path:
-    """Write an update to a file; its folder is made.
-
-    Args:
-        batch: the update's completions, all its micro-batches.
-        token_logprobs: (N,) of their tokens under the policy, packed, as the loss saw them.
-        texts, prompts, sources, settings, parameters: see `OffendingUpdate`.
-    """
-    batch = batch.to("cpu")
-    token_ratios = batch.unpack(token_logprobs.detach().float().cpu()) - batch.reference_logprobs.float()
-    state = {
-        "format": FORMAT,
-        "batch": batch.state_dict(),
-        "log_ratios": token_ratios.sum(dim=1),
-        "bad_tokens": ~torch.isfinite(token_ratios) & batch.completion_mask,
-        "texts": list(texts),
-        "prompts": list(prompts),
-        "sources": list(sources),
-        "settings": dict(settings),
-        "parameters": {kind: list(names) for kind, names in parameters.items()},
-    }
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(state, path)
-    return path
+    def save(self, path: Path) -> None:
+        """Write it to a file; its folder is made."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        torch.save({"format": FORMAT, **vars(self), "batch": self.batch.state_dict()}, path)
 
 
 def load_offending_update(path: str | Path) -> OffendingUpdate:
-    """What `save_offending_update` wrote.
+    """What `OffendingUpdate.save` wrote.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -103,31 +71,33 @@ def save_update_of(folder: Path, loss: UpdateLoss, token_logprobs: Sequence[Tens
         token_logprobs: (N,) of each of the update's micro-batches, as the loss saw them.
         step: the run's updates, this one included.
     """
-    update, rollout, training = loss.update, loss.rollout, loss.training
+    update, rollout, rules = loss.update, loss.rollout, loss.rules
     rows = [row for micro_batch in update.micro_batches for row in micro_batch]
     batch = rollout.micro_batch(rows, torch.device("cpu"))
     groups = rollout.batch.group_ids.tolist()
-    path = folder / f"offending_update_rank{training.placement.rank}.pt"
+    path = folder / f"offending_update_rank{rules.placement.rank}.pt"
+    token_ratios = batch.unpack(torch.cat(list(token_logprobs)).float().cpu()) - batch.reference_logprobs.float()
+    failed = OffendingUpdate(
+        batch,
+        token_ratios.sum(dim=1),
+        ~torch.isfinite(token_ratios) & batch.completion_mask,
+        texts=[rollout.completions[row] for row in rows] or [""],
+        prompts=[rollout.prompts[groups[row]] for row in rows] or [""],
+        sources=[rollout.sources[row] for row in rows] or [""],
+        settings={
+            "beta": loss.objective.beta,
+            "objective": str(loss.objective.settings),
+            "temperature": rules.scoring.temperature,
+            "max_log_ratio": rules.max_log_ratio,
+            "num_groups": max(update.num_groups, 1),
+            "step": step,
+            "rank": rules.placement.rank,
+            "num_ranks": rules.placement.num_ranks,
+        },
+        parameters=not_finite_parameters(loss.policy),
+    )
     try:
-        save_offending_update(
-            path,
-            batch,
-            torch.cat(list(token_logprobs)),
-            texts=[rollout.completions[row] for row in rows] or [""],
-            prompts=[rollout.prompts[groups[row]] for row in rows] or [""],
-            sources=[rollout.sources[row] for row in rows] or [""],
-            settings={
-                "beta": loss.objective.beta,
-                "objective": str(loss.objective.settings),
-                "temperature": training.scoring.temperature,
-                "max_log_ratio": training.max_log_ratio,
-                "num_groups": max(update.num_groups, 1),
-                "step": step,
-                "rank": training.placement.rank,
-                "num_ranks": training.placement.num_ranks,
-            },
-            parameters=not_finite_parameters(loss.policy),
-        )
+        failed.save(path)
     except OSError as error:  # the run has worse troubles
         return f"could not be saved: {error}."
     config = path.with_name("config.yaml")  # the command line leaves one

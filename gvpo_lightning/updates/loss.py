@@ -41,7 +41,7 @@ class MicroBatchLoss:
 
 
 @dataclass(frozen=True)
-class Training:
+class UpdateRules:
     """What all updates of a fit share.
 
     Attributes:
@@ -61,35 +61,31 @@ class UpdateLoss:
     """One update's loss on this rank, micro-batch by micro-batch.
 
     Args:
-        policy, update, rollout, training: groups that are cut are given a pass without gradient here, if the objective
+        policy, update, rollout, rules: groups that are cut are given a pass without gradient here, if the objective
             couples them.
+
+    Attributes:
+        needs_two_passes: such a pass comes first.
+        counts: anything in the update does.
     """
 
-    def __init__(self, policy: Any, update: Update, rollout: Rollout, training: Training) -> None:
-        self.policy, self.update, self.rollout, self.training = policy, update, rollout, training
-        self.objective, self.device = training.objective, training.placement.device
+    def __init__(self, policy: Any, update: Update, rollout: Rollout, rules: UpdateRules) -> None:
+        self.policy, self.update, self.rollout, self.rules = policy, update, rollout, rules
+        self.objective, self.device = rules.objective, rules.placement.device
         self.positions = update.positions
         self.terms: UpdateTerms | None = None
         if not self.objective.is_fused:
             self.terms = self.objective.terms(rollout.micro_batch(update.rows, torch.device("cpu")))
         self.coefficients: list[Tensor] | None = None  # of a cut update's micro-batches
         self.entropies: list[Tensor] = []
+        self.needs_two_passes = update.is_cut and self.objective.couples_groups
+        self.counts = update.num_groups > 0 and (self.terms is None or self.terms.denominator > 0)
         if self.needs_two_passes:
             self.coefficients = self._first_pass()
 
-    @property
-    def needs_two_passes(self) -> bool:
-        """Whether a pass without gradient must come first."""
-        return self.update.is_cut and self.objective.couples_groups
-
-    @property
-    def counts(self) -> bool:
-        """Whether anything in the update does."""
-        return self.update.num_groups > 0 and (self.terms is None or self.terms.denominator > 0)
-
     def micro_batch(self, slot: int) -> MicroBatchLoss:
         """The loss of the micro-batch `slot`."""
-        part, scoring = self.rollout.micro_batch(self.update.micro_batches[slot], self.device), self.training.scoring
+        part, scoring = self.rollout.micro_batch(self.update.micro_batches[slot], self.device), self.rules.scoring
         if self.objective.is_fused or self.coefficients:
             result = completion_loss(
                 self.policy,
@@ -128,11 +124,11 @@ class UpdateLoss:
 
     def _first_pass(self) -> list[Tensor]:
         """dL / d log pi(y_i|x) of this rank's completions, by micro-batch."""
-        update, training, device = self.update, self.training, self.device
+        update, rules, device = self.update, self.rules, self.device
         batches = [self.rollout.micro_batch(rows, device) for rows in update.micro_batches]
-        parts, self.entropies = first_pass(self.policy, batches, training.scoring)
+        parts, self.entropies = first_pass(self.policy, batches, rules.scoring)
         positions, rows, objective, terms = self.positions, list(update.rows), self.objective, self.terms
-        log_ratios = training.placement.ranks.sum(scatter(parts, positions, len(rows)))
+        log_ratios = rules.placement.ranks.sum(scatter(parts, positions, len(rows)))
         if terms is None:
             coefficients = sequence_coefficients(
                 log_ratios,
@@ -140,13 +136,13 @@ class UpdateLoss:
                 self.rollout.batch.group_ids[rows].to(device),
                 objective.beta,
                 num_groups=max(update.num_groups, 1),
-                max_log_ratio=training.max_log_ratio,
+                max_log_ratio=rules.max_log_ratio,
             )
         else:
             assert isinstance(objective, GroupObjective)
             batch = self.rollout.micro_batch(rows, device)
             coefficients = coefficients_of(
-                log_ratios, lambda ratios: objective.sequence_loss(ratios, batch, terms), training.max_log_ratio
+                log_ratios, lambda ratios: objective.sequence_loss(ratios, batch, terms), rules.max_log_ratio
             )
         zero = coefficients.new_zeros(1)  # of the dropped completion in an empty micro-batch
         return [coefficients[list(where)] if where else zero for where in positions]

@@ -11,10 +11,10 @@ from benchmarks.paper.pairs import add_distances, all_pairs, pairs, start_pairs
 from benchmarks.paper.prepare import make_start
 from benchmarks.paper.uniqueness import claims, plot, table
 from gvpo_lightning.data.batch import collate_completions
+from gvpo_lightning.data.rows import encode_prompt
+from gvpo_lightning.policy.head import Scoring, score
 from gvpo_lightning.policy.loading import LoadingSettings
 from gvpo_lightning.policy.prepare import load_policy, load_tokenizer, prepare_policy
-from gvpo_lightning.policy.prompts import encode_prompt
-from gvpo_lightning.policy.score import score
 from gvpo_lightning.rewards import Rewards
 from gvpo_lightning.rollout.settings import GenerationSettings
 
@@ -59,7 +59,7 @@ def exact_logprobs(policy, tokenizer, temperature):
     prompts = [encode_prompt(row["prompt"], tokenizer) for row in ROWS for _ in RESPONSES]
     count = len(prompts)
     batch = collate_completions(prompts, RESPONSES * len(ROWS), [False] * count, [0] * count, 0)
-    values = score(policy, batch, temperature=temperature, batch_size=4096).double().sum(dim=1)
+    values = score(policy, batch, Scoring(temperature), batch_size=4096).double().sum(dim=1)
     return values.view(len(ROWS), -1)
 
 

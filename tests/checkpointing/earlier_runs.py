@@ -110,7 +110,7 @@ class Recorder(L.Callback):
         """Before anything is trained; the recorder stands first among the callbacks."""
         self.weights = trained_weights(module)
         self.start = {
-            "counters": {name: getattr(module, name) for name in COUNTERS},
+            "counters": {name: getattr(module.run, name) for name in COUNTERS},
             "seconds": dict(module.seconds),
             "step": trainer.global_step,
             "epoch": trainer.current_epoch,

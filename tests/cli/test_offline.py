@@ -7,8 +7,8 @@ import torch
 from datasets import Dataset
 
 from gvpo_lightning.cli import main
+from gvpo_lightning.policy.head import Scoring, score
 from gvpo_lightning.policy.prepare import load_policy
-from gvpo_lightning.policy.score import score
 from gvpo_lightning.rollout.rollout import Rollout
 
 
@@ -78,7 +78,7 @@ def test_cached_log_probs_are_those_that_the_run_would_compute(offline, monkeypa
     offline("fit", *SHORT)
     for rollout in seen:
         policy = load_policy(rows_of(offline.path)[0]["reference"]["model"])
-        expected = score(policy, rollout.batch, temperature=1.0, batch_size=64)
+        expected = score(policy, rollout.batch, Scoring(1.0), batch_size=64)
         torch.testing.assert_close(rollout.batch.reference_logprobs, expected, atol=1e-5, rtol=0)
 
 
@@ -97,7 +97,7 @@ def test_fit_on_parquet_is_fit_on_jsonl(offline, tmp_path):
 def test_reference_fills_parquet_too_and_goes_on_where_it_was_stopped(offline, tmp_path, monkeypatch):
     file = tmp_path / "rows.parquet"
     Dataset.from_json(str(offline.path)).to_parquet(str(file))
-    from gvpo_lightning.reference import cache as reference_cache
+    from gvpo_lightning.commands import reference as reference_cache
 
     calls = []
     original = reference_cache._scored

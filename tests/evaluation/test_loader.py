@@ -1,7 +1,5 @@
 """Every problem is on one rank, once."""
 
-from types import SimpleNamespace
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,8 +19,7 @@ def test_problems_are_shared_without_repeats(counts, size, batch_size):
     ]
     found = []
     for rank in range(size):
-        module = SimpleNamespace(data_ranks=DataRanks(rank, size))
-        loader = ProblemLoader(sets, batch_size, module)
+        loader = ProblemLoader(sets, batch_size, DataRanks(rank, size))
         batches = list(loader)
         assert len(batches) == len(loader)
         for batch in batches:

@@ -4,7 +4,8 @@ import resource
 import sys
 from pathlib import Path
 
-from gvpo_lightning.export.checkpoint import export_checkpoint
+from exporting import export  # run by its path
+
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.rewards import ExactAnswer
 
@@ -15,9 +16,9 @@ def peak() -> int:
 
 def main(folder: Path, max_shard_size: str) -> None:
     small, large = (GVPOModule(str(folder / name), ExactAnswer()) for name in ("small", "large"))
-    export_checkpoint(small, folder / "small" / "ckpt", folder / "first")  # what is imported and allocated only once
+    export(small, folder / "small" / "ckpt", folder / "first")  # what is imported and allocated only once
     before = peak()
-    export_checkpoint(large, folder / "large" / "ckpt", folder / "second", max_shard_size=max_shard_size)
+    export(large, folder / "large" / "ckpt", folder / "second", max_shard_size=max_shard_size)
     print("raised by", peak() - before)
 
 

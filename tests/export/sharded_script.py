@@ -8,7 +8,6 @@ from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from gvpo_lightning import GenerationSettings, GVPOModule, RolloutLoader, RolloutSettings
-from gvpo_lightning.distributed.placement import full_state_dict
 
 
 def reward(prompts, completions, **columns):
@@ -55,7 +54,7 @@ def train(kind: str, folder: Path) -> None:
     )
     trainer.fit(module, RolloutLoader([{"prompt": f"{n}+{n % 7}="} for n in range(8)], module))
     trainer.save_checkpoint(folder / "last.ckpt")
-    full = full_state_dict(module)
+    full = module.placement.full_state_dict(module.policy)
     if trainer.global_rank == 0:
         torch.save(full, folder / "full.pt")
 

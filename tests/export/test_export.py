@@ -18,11 +18,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, MixtralConfig, Qwe
 from gvpo_lightning import LoadingSettings
 from gvpo_lightning.checkpointing.weights import FileWeights, FolderWeights, load_weights
 from gvpo_lightning.cli import main
-from gvpo_lightning.export.checkpoint import export_checkpoint
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.policy.prepare import load_tokenizer
 from gvpo_lightning.rewards import ExactAnswer
 from tests.export import sharded_script
+from tests.export.exporting import export
 from tests.forked import run_ranks
 
 
@@ -96,11 +96,11 @@ def test_the_export_of_several_ranks_is_the_gathered_policy(trained, ties, tmp_p
     full = torch.load(folder / "full.pt", weights_only=True)
     start = AutoModelForCausalLM.from_pretrained(folder).state_dict()
     assert not any(torch.equal(full[name], start[name]) for name in full if name.endswith("weight"))
-    export_checkpoint(module, folder / "last.ckpt", tmp_path / "one")
+    export(module, folder / "last.ckpt", tmp_path / "one")
     assert_holds(tmp_path / "one", full)
     assert [path.name for path in (tmp_path / "one").glob("model*")] == ["model.safetensors"]
 
-    export_checkpoint(module, folder / "last.ckpt", tmp_path / "many", max_shard_size="20KB")
+    export(module, folder / "last.ckpt", tmp_path / "many", max_shard_size="20KB")
     assert_holds(tmp_path / "many", full)
     shards = sorted((tmp_path / "many").glob("model-*-of-*.safetensors"))
     index = json.loads((tmp_path / "many" / "model.safetensors.index.json").read_text())
@@ -109,7 +109,7 @@ def test_the_export_of_several_ranks_is_the_gathered_policy(trained, ties, tmp_p
     assert set(index["weight_map"]) == set(full) - ({"lm_head.weight"} if ties == "tied" else set())
 
     half = {name: value.to(torch.bfloat16) for name, value in full.items()}
-    export_checkpoint(module, folder / "last.ckpt", tmp_path / "half", dtype=torch.bfloat16)
+    export(module, folder / "last.ckpt", tmp_path / "half", dtype=torch.bfloat16)
     model = assert_holds(tmp_path / "half", half)
     assert model.config.architectures == ["Qwen2ForCausalLM"]
     assert model.generation_config.eos_token_id == 1
@@ -136,7 +136,7 @@ def test_only_one_shard_is_alive_at_a_time(arithmetic, tmp_path, monkeypatch, ki
 
     monkeypatch.setattr(weights, "load", load)
     module = GVPOModule(str(tmp_path / "model"), ExactAnswer())
-    export_checkpoint(module, checkpoint, tmp_path / "out", max_shard_size="40KB", dtype=torch.bfloat16)
+    export(module, checkpoint, tmp_path / "out", max_shard_size="40KB", dtype=torch.bfloat16)
     assert 10_000 < most <= 40_000
     assert sum(tensor.nbytes for tensor in state.values()) > 5 * most
 
@@ -243,7 +243,8 @@ def test_names_of_wrappers_are_taken_off(arithmetic, tmp_path, prefix, kind):
     state["reward_model.weight"] = torch.ones(1)  # what else a module has stays out
     checkpoint = tmp_path / "ckpt"
     torch.save({"state_dict": state}, checkpoint) if kind == "file" else save_folder(checkpoint, state, root="model")
-    export_checkpoint(GVPOModule(str(tmp_path / "model"), ExactAnswer()), checkpoint, tmp_path / "out")
+    module = GVPOModule(str(tmp_path / "model"), ExactAnswer())
+    export(module, checkpoint, tmp_path / "out")
     assert_holds(tmp_path / "out", weights)
 
 
@@ -255,7 +256,7 @@ def test_experts_are_written_as_their_files_have_them(arithmetic, tmp_path, max_
     model.save_pretrained(tmp_path / "model")
     module = GVPOModule(str(tmp_path / "model"), ExactAnswer(), tokenizer=str(arithmetic / "model"))
     checkpoint = save_folder(tmp_path / "ckpt", under("policy.", model.state_dict()))
-    export_checkpoint(module, checkpoint, tmp_path / "out", max_shard_size=max_shard_size)
+    export(module, checkpoint, tmp_path / "out", max_shard_size=max_shard_size)
     assert_holds(tmp_path / "out", model.state_dict())
     model.save_pretrained(tmp_path / "expected", max_shard_size=max_shard_size)
     if max_shard_size == "5GB":
@@ -281,7 +282,7 @@ def test_the_code_that_a_policy_brings_is_exported_with_it(arithmetic, tmp_path)
     (tmp_path / "model" / "config.json").write_text(json.dumps(config | {"model_type": "own"}))
     checkpoint = save_folder(tmp_path / "ckpt", under("policy.", weights))
     module = GVPOModule(str(tmp_path / "model"), ExactAnswer(), loading=LoadingSettings(trust_remote_code=True))
-    export_checkpoint(module, checkpoint, tmp_path / "out")
+    export(module, checkpoint, tmp_path / "out")
     shutil.rmtree(tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
     assert type(model).__name__ == "OwnModel"
@@ -379,7 +380,7 @@ def test_what_the_refusal_of_adapters_says_to_do_works(arithmetic, tmp_path, kin
     torch.save({"state_dict": state}, checkpoint) if kind == "file" else save_folder(checkpoint, state)
     module = GVPOModule(build(2), ExactAnswer(), tokenizer=str(tmp_path / "model"))
     with pytest.raises(ValueError, match=r"load_weights\(module.policy, ckpt_path\) and module.export\(folder\)"):
-        export_checkpoint(module, checkpoint, tmp_path / "out")
+        export(module, checkpoint, tmp_path / "out")
     load_weights(module.policy, checkpoint)
     module.export(tmp_path / "out")
     exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
@@ -400,10 +401,10 @@ def test_a_folder_in_use_is_left_alone(arithmetic, tmp_path, capsys):
 def test_an_export_that_fails_midway_leaves_nothing(arithmetic, tmp_path, monkeypatch):
     model = save_policy(tmp_path / "model", arithmetic)
     checkpoint = save_folder(tmp_path / "ckpt", under("policy.", model.state_dict()))
-    (tmp_path / "out.partial").mkdir()
-    (tmp_path / "out.partial" / "of a killed one").write_text("")
+    (tmp_path / ".out.1.partial").mkdir()
+    (tmp_path / ".out.1.partial" / "of a killed one").write_text("")
     module = GVPOModule(str(tmp_path / "model"), ExactAnswer())
     monkeypatch.setattr(module.tokenizer, "save_pretrained", lambda folder: (folder / "config.json").mkdir())
     with pytest.raises(FileExistsError):
-        export_checkpoint(module, checkpoint, tmp_path / "out")
+        export(module, checkpoint, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "model"]

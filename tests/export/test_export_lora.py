@@ -9,9 +9,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from gvpo_lightning import GVPOModule, LoadingSettings
 from gvpo_lightning.cli import main
-from gvpo_lightning.export.checkpoint import export_checkpoint
 from gvpo_lightning.policy.loading import load_base_model
 from gvpo_lightning.policy.prepare import load_policy, load_tokenizer
+from tests.export.exporting import export
 
 peft = pytest.importorskip("peft")
 LORA = {"r": 4, "lora_alpha": 16, "target_modules": "all-linear"}
@@ -100,10 +100,10 @@ def load_adapter(base, folder):
 def test_the_adapter_and_the_merged_model_give_what_was_trained(run, base, tmp_path, capsys):
     folder = run("--run_summary.merge_adapter=true")
     expected = trained_logprobs(base, folder / "checkpoints" / "last.ckpt", LoadingSettings())
-    export = ["export", f"--config={folder / 'config.yaml'}", "--ckpt_path=last"]
-    main([*export, f"--output={tmp_path / 'adapter'}"])
-    main([*export, f"--output={tmp_path / 'merged'}", "--merge=true"])
-    main([*export, f"--output={tmp_path / 'half'}", "--merge=true", "--dtype=bfloat16"])
+    command = ["export", f"--config={folder / 'config.yaml'}", "--ckpt_path=last"]
+    main([*command, f"--output={tmp_path / 'adapter'}"])
+    main([*command, f"--output={tmp_path / 'merged'}", "--merge=true"])
+    main([*command, f"--output={tmp_path / 'half'}", "--merge=true", "--dtype=bfloat16"])
     adapter = logprobs(load_adapter(base, tmp_path / "adapter"))
     assert torch.equal(adapter, expected)
     for name in ("merged", "run/export"):
@@ -147,13 +147,13 @@ def test_names_on_the_hub_are_in_the_cards_front_matter(run, base, tmp_path, mon
     (folder / "config.yaml").write_text(yaml.safe_dump(config))
     monkeypatch.chdir(tmp_path)
     module = GVPOModule(str(base), lambda prompts, completions: [0.0], lora=LORA)
-    export_checkpoint(module, folder / "checkpoints" / "last.ckpt", tmp_path / "out")
+    export(module, folder / "checkpoints" / "last.ckpt", tmp_path / "out")
     front = yaml.safe_load((tmp_path / "out" / "README.md").read_text().split("---")[1])
     assert front["datasets"] == ["openai/gsm8k"]
-    module.policy_source = "Qwen/Qwen2.5-0.5B"
-    from gvpo_lightning.export.model_card import write_card
+    module.source.given = "Qwen/Qwen2.5-0.5B"
+    from gvpo_lightning.export.model_card import Origin, write_card
 
-    write_card(tmp_path / "out", module, "merged", None, None)
+    write_card(tmp_path / "out", module.source, "merged", Origin(module.settings, None, None))
     text = (tmp_path / "out" / "README.md").read_text()
     assert yaml.safe_load(text.split("---")[1])["base_model"] == "Qwen/Qwen2.5-0.5B"
     assert "Results" not in text
@@ -187,9 +187,9 @@ def test_an_adapters_folder_that_was_trained_further_is_exported_as_the_run_left
     folder = run(f"--model.policy={tmp_path / 'first'}", "--model.lora=null")
     expected = logprobs(load_adapter(base, folder / "export"))
     assert (expected - logprobs(load_adapter(base, tmp_path / "first"))).abs().max() > 1e-3
-    export = ["export", f"--config={folder / 'config.yaml'}", "--ckpt_path=last"]
-    main([*export, f"--output={tmp_path / 'adapter'}"])
-    main([*export, f"--output={tmp_path / 'merged'}", "--merge=true"])
+    command = ["export", f"--config={folder / 'config.yaml'}", "--ckpt_path=last"]
+    main([*command, f"--output={tmp_path / 'adapter'}"])
+    main([*command, f"--output={tmp_path / 'merged'}", "--merge=true"])
     assert torch.equal(logprobs(load_adapter(base, tmp_path / "adapter")), expected)
     merged = AutoModelForCausalLM.from_pretrained(tmp_path / "merged")
     torch.testing.assert_close(logprobs(merged), expected, atol=1e-5, rtol=0)
@@ -203,7 +203,7 @@ def test_an_adapters_folder_that_was_trained_further_is_exported_as_the_run_left
     module = GVPOModule(str(tmp_path / "first"), lambda prompts, completions: [0.0])
     for merge in (False, True):
         with pytest.raises(ValueError, match=rf"more\.ckpt has '{name}', which is not trained"):
-            export_checkpoint(module, tmp_path / "more.ckpt", tmp_path / "out", merge_adapter=merge)
+            export(module, tmp_path / "more.ckpt", tmp_path / "out", merge_adapter=merge)
 
 
 def test_merging_without_an_adapter_is_refused(run, base, tmp_path, capsys):

@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from gvpo_lightning import GVPOModule, ObjectiveSettings
-from gvpo_lightning.export.model_card import write_card
+from gvpo_lightning.export.model_card import Origin, write_card
 from gvpo_lightning.export.publishable import publishable
 
 SECRET_KEYS = ["api_key", "key", "apikey", "access_key", "hf_token", "aws_secret_access_key", "credentials", "passwd"]
@@ -68,7 +68,8 @@ def test_everything_else_is_shown_as_it_was():
 def card(tiny_policy, tokenizer, folder, name, config):
     policy = tiny_policy(0)
     policy.name_or_path = name
-    write_card(folder, GVPOModule(policy, lambda prompts, completions: [0.0], tokenizer), "adapter", config, None)
+    module = GVPOModule(policy, lambda prompts, completions: [0.0], tokenizer)
+    write_card(folder, module.source, "adapter", Origin(module.settings, config, None))
     text = (folder / "README.md").read_text()
     return yaml.safe_load(text.split("---")[1]), text
 
@@ -105,7 +106,7 @@ def test_the_optimum_is_promised_of_gvpo_alone(tiny_policy, tokenizer, tmp_path,
     policy = tiny_policy(0)
     policy.name_or_path = "model"
     module = GVPOModule(policy, lambda prompts, completions: [0.0], tokenizer, objective=objective)
-    write_card(tmp_path, module, "model", None, None)
+    write_card(tmp_path, module.source, "model", Origin(module.settings, None, None))
     text = (tmp_path / "README.md").read_text()
     assert title in text.splitlines()
     assert said in text

@@ -3,11 +3,11 @@
 import pytest
 import torch
 
-from gvpo_lightning.policy.head import completion_logprobs
-from gvpo_lightning.policy.score import score
+from gvpo_lightning.policy.head import Scoring, completion_logprobs, score
 from gvpo_lightning.rollout.rollout import Rollout
 from gvpo_lightning.rollout.settings import RolloutSettings
 from gvpo_lightning.updates import loss as update_loss
+from tests.watching import on_rollout
 
 
 @pytest.fixture
@@ -122,7 +122,7 @@ def test_policy_and_reference_are_scored_at_the_same_temperature(make_module, fi
     batch, logprobs = records[0]
     assert float((logprobs - batch.reference_logprobs).abs().max()) < 1e-5
     with module.reference.applied(module.policy) as model:
-        at_one = score(model, batch, temperature=1.0, batch_size=64)
+        at_one = score(model, batch, Scoring(1.0), batch_size=64)
     assert float((at_one - batch.reference_logprobs).abs().max()) > 1e-2
 
 
@@ -155,10 +155,10 @@ def test_log_ratio_that_is_not_finite_skips_the_whole_update(make_module, fit, w
     fit(module, max_steps=1, accumulate_grad_batches=2)
     assert module.microstep == 4
     assert torch.equal(weights(module), before)
-    assert (module.skipped_updates, module.consecutive_skips) == (1, 1)
+    assert (module.run.skipped_updates, module.run.consecutive_skips) == (1, 1)
     trainer = fit(module, max_steps=1, accumulate_grad_batches=2)
     assert float(trainer.callback_metrics["update/skipped"]) == 1
-    assert module.consecutive_skips == 0
+    assert module.run.consecutive_skips == 0
     assert not torch.equal(weights(module), before)
     assert torch.isfinite(weights(module)).all()
 
@@ -175,10 +175,10 @@ def test_log_ratio_beyond_the_limit_skips_the_whole_update(make_module, fit, wei
     first, smallest = train(1e4, 1)
     _, largest = train(1e4, 2)
     assert smallest < 1e-4 < 1e-2 < largest  # as the policy moves away
-    assert train(2 * largest, 2)[0].skipped_updates == 0
+    assert train(2 * largest, 2)[0].run.skipped_updates == 0
     records.clear()
     skipped, seen = train(largest / 2, 2)
-    assert skipped.skipped_updates == 1
+    assert skipped.run.skipped_updates == 1
     assert seen == largest
     assert torch.equal(weights(skipped), weights(first))
     assert len(records) == 12  # it is stepped through all the same
@@ -194,7 +194,7 @@ def test_gradient_that_is_not_finite_skips_the_update_too(make_module, fit, weig
     module.on_after_backward = poison
     fit(module, max_steps=1)
     assert torch.equal(weights(module), start)
-    assert module.skipped_updates == 1
+    assert module.run.skipped_updates == 1
 
 
 def test_update_in_which_nothing_counts_moves_nothing_by_momentum_or_decay(make_module, fit, weights):
@@ -206,18 +206,12 @@ def test_update_in_which_nothing_counts_moves_nothing_by_momentum_or_decay(make_
     module = make_module(reward=reward, optimizer=lambda p: torch.optim.AdamW(p, lr=3e-3, weight_decay=0.5))
     after = []
     module.on_train_batch_end = lambda *_: after.append(weights(module))
-    original = module._roll_out
-
-    def roll_out(rows, index):
-        rewards["missing"] = index == 1
-        return original(rows, index)
-
-    module._roll_out = roll_out
+    on_rollout(module, lambda index: rewards.update(missing=index == 1))
     fit(module, max_steps=6)
     assert torch.equal(after[1], after[2])  # the second rollout's two updates
     assert torch.equal(after[2], after[3])
     assert not torch.equal(after[3], after[4])
-    assert module.skipped_updates == 0
+    assert module.run.skipped_updates == 0
 
 
 def test_too_many_skipped_updates_stop_the_run(make_module, fit, monkeypatch):

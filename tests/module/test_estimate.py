@@ -8,9 +8,9 @@ from transformers import Qwen2ForSequenceClassification
 
 from gvpo_lightning import GenerationSettings, LoadingSettings, RolloutSettings
 from gvpo_lightning.callbacks import MemoryEstimate
-from gvpo_lightning.callbacks.estimate import run_facts
 from gvpo_lightning.estimate import estimate_memory
 from gvpo_lightning.rewards import RewardModel
+from gvpo_lightning.rollout.collect import Collector
 
 GENERATION = GenerationSettings(max_new_tokens=4, batch_size=16)
 
@@ -21,8 +21,10 @@ def facts_of(make_module, fit):
 
     def read(trainer_arguments=None, **settings):
         module = make_module(generation=GENERATION, **settings)
-        trainer = fit(module, **({"max_steps": 4, "accumulate_grad_batches": 2} | (trainer_arguments or {})))
-        return run_facts(trainer, module)
+        estimate = MemoryEstimate()
+        arguments = {"max_steps": 4, "accumulate_grad_batches": 2, "callbacks": [estimate]}
+        fit(module, **(arguments | (trainer_arguments or {})))
+        return estimate.sizes, estimate.facts
 
     return read
 
@@ -107,8 +109,8 @@ def test_a_reward_model_beside_the_policy_is_counted(facts_of, tmp_path, tiny_po
 def test_the_longest_prompt_is_of_them_all(make_module, fit):
     prompts = [{"prompt": "1+1="}] * 200 + [{"prompt": "1+1+1+1+1+1="}]
     module = make_module(generation=GENERATION)
-    trainer = fit(module, rows=prompts, max_steps=2)
-    assert run_facts(trainer, module)[1].workload.prompt_tokens == 12
+    fit(module, rows=prompts, max_steps=2, callbacks=[estimate := MemoryEstimate()])
+    assert estimate.facts.workload.prompt_tokens == 12
 
 
 def test_it_is_short_and_says_the_peak(make_module, fit, capsys):
@@ -130,15 +132,15 @@ def test_an_unknown_kind_of_policy_is_trained_all_the_same(make_module, fit, cap
     assert "No estimate of memory: no list of decoder layers" in capsys.readouterr().out
 
 
-def test_no_gradients_are_kept_during_rollouts(make_module, fit):
+def test_no_gradients_are_kept_during_rollouts(make_module, fit, monkeypatch):
     """Why the rollout phase does not count them."""
     module, seen = make_module(), []
-    original = module._roll_out
+    original = Collector.collect
 
-    def roll_out(rows, index):
-        seen.append(any(p.grad is not None for p in module.policy.parameters()))
-        return original(rows, index)
+    def collect(collector, policy, *arguments):
+        seen.append(any(p.grad is not None for p in policy.parameters()))
+        return original(collector, policy, *arguments)
 
-    module._roll_out = roll_out
+    monkeypatch.setattr(Collector, "collect", collect)
     fit(module, max_steps=6)
     assert seen == [False, False, False]

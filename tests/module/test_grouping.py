@@ -8,12 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gvpo_lightning.data.batch import collate_completions
-from gvpo_lightning.policy.head import completion_logprobs, completion_loss
+from gvpo_lightning.policy.head import Scoring, completion_logprobs, completion_loss
 from gvpo_lightning.policy.prepare import prepare_policy
 from gvpo_lightning.rollout.plan import Limits, plan_updates
 from gvpo_lightning.rollout.rollout import Rollout
 from gvpo_lightning.rollout.settings import RolloutSettings
 from gvpo_lightning.updates import two_passes
+from tests.watching import on_update
 
 BETA = 0.5
 CPU = torch.device("cpu")
@@ -72,7 +73,7 @@ def planned_gradient(policy, rollout, update):
     if update[0].is_cut:
         # in place of the ranks' all-reduce
         log_ratios = sum(
-            two_passes.scatter(two_passes.first_pass(policy, mine)[0], part.positions, len(part.rows))
+            two_passes.scatter(two_passes.first_pass(policy, mine, Scoring())[0], part.positions, len(part.rows))
             for part, mine in zip(update, parts, strict=True)
         )
     for part, mine in zip(update, parts, strict=True):
@@ -97,7 +98,7 @@ def planned_gradient(policy, rollout, update):
 def big_batch_gradient(policy, rollout, rows):
     """The definition over all completions of an update at once, by plain autograd."""
     part = rollout.micro_batch(rows, CPU)
-    logprobs, _ = completion_logprobs(policy, part, implementation="reference")
+    logprobs, _ = completion_logprobs(policy, part, Scoring(implementation="reference"))
     log_ratios = (logprobs.double() - part.reference_logprobs.double()).sum(dim=1)
     losses = [log_ratios.sum() * 0]
     for group in part.group_ids.unique():
@@ -210,16 +211,14 @@ def test_remainders_are_trained(make_module, fit, prompts):
     rollout = RolloutSettings(group_size=3, prompts_per_rollout=7, prompts_per_update=3)
     module = make_module(rollout=rollout)
     trained, sizes = [], []
-    original = module._start_update
 
-    def start_update(update, rollout):
+    def note(update, rollout):
         rows = [row for part in update.micro_batches for row in part]
         groups = {int(rollout.batch.group_ids[row]) for row in rows}
         trained.extend(rollout.prompts[group] for group in groups)
         sizes.append(len(groups))
-        original(update, rollout)
 
-    module._start_update = start_update
+    on_update(module, note)
     fit(module, rows=prompts[:23], max_steps=12, accumulate_grad_batches=2)
     assert sorted(sizes[:3]) == [2, 2, 3]  # as equal as can be
     assert len(trained) == 28
@@ -241,7 +240,7 @@ def test_a_log_ratio_that_is_not_finite_skips_a_cut_update_too(make_module, fit,
     monkeypatch.setattr(Rollout, "micro_batch", broken)
     fit(module, max_steps=1, accumulate_grad_batches=6)
     assert torch.equal(weights(module), before)
-    assert module.skipped_updates == 1
+    assert module.run.skipped_updates == 1
 
 
 def test_a_token_budget_that_lengths_exceed_is_warned_of(make_module, fit):

@@ -7,10 +7,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from gvpo_lightning import GVPOModule, LoadingSettings, ReferenceSettings
-from gvpo_lightning.export.checkpoint import export_checkpoint
-from gvpo_lightning.policy.score import score
-from gvpo_lightning.reference.adapter_off import AdapterOffReference
-from gvpo_lightning.reference.model import ModelReference
+from gvpo_lightning.policy.head import Scoring, score
+from gvpo_lightning.reference.kinds import AdapterOffReference, ModelReference
+from tests.export.exporting import export
+from tests.watching import rollouts_of
 
 pytest.importorskip("peft")
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -31,18 +31,12 @@ def make_loading(quantization, dtype="float32"):
     return LoadingSettings(dtype, quantization=quantization)
 
 
-def trace_rollouts(module):
-    rollouts, original = [], module._roll_out
-    module._roll_out = lambda rows, index: rollouts.append(original(rows, index)) or rollouts[-1]
-    return rollouts
-
-
 @pytest.mark.parametrize(("dtype", "quantization"), [("float32", None), ("bfloat16", None), ("bfloat16", "nf4")])
 def test_the_frozen_reference_is_the_policy_without_its_adapter_to_the_bit(make_module, fit, base, dtype, quantization):
     settings = {"policy": base, "lora": LORA, "loading": make_loading(quantization, dtype)}
     free = make_module(**settings)
     beside = make_module(reference=ReferenceSettings(model=base), **settings)
-    runs = [trace_rollouts(free), trace_rollouts(beside)]
+    runs = [rollouts_of(free), rollouts_of(beside)]
     for module in (free, beside):
         fit(module, max_steps=6)
     assert isinstance(free.reference, AdapterOffReference)
@@ -61,7 +55,7 @@ def test_the_frozen_reference_is_the_policy_without_its_adapter_to_the_bit(make_
 def test_a_bf16_true_run_measures_against_the_same_numbers(make_module, fit, base, quantization):
     settings = {"policy": base, "lora": LORA, "loading": make_loading(quantization, "bfloat16")}
     free, beside = make_module(**settings), make_module(reference=ReferenceSettings(model=base), **settings)
-    runs = [trace_rollouts(free), trace_rollouts(beside)]
+    runs = [rollouts_of(free), rollouts_of(beside)]
     for module in (free, beside):
         with pytest.warns(UserWarning, match="has cast the adapter to 16 bits"):
             fit(module, max_steps=4, precision="bf16-true")
@@ -116,8 +110,8 @@ def test_a_checkpoint_of_another_adapter_or_model_is_refused_wherever_it_is_load
             if changed == {"lora": None} or ("policy" in changed and not merge):
                 continue
             with pytest.raises(ValueError, match=message):
-                export_checkpoint(make_module(**settings | changed), checkpoint, tmp_path / "out", merge_adapter=merge)
-    export_checkpoint(make_module(**settings), checkpoint, tmp_path / "out", merge_adapter=True)
+                export(make_module(**settings | changed), checkpoint, tmp_path / "out", merge_adapter=merge)
+    export(make_module(**settings), checkpoint, tmp_path / "out", merge_adapter=True)
 
 
 def test_the_adapter_starts_from_the_runs_seed(make_module, base):
@@ -137,9 +131,9 @@ def test_an_exported_adapter_is_trained_further_and_is_its_own_reference(make_mo
     fit(first, max_steps=4)
     first.export(tmp_path / "export")
     second = make_module(policy=str(tmp_path / "export"))
-    rollouts = trace_rollouts(second)
+    rollouts = rollouts_of(second)
     fit(second, max_steps=4)
-    start = score(first.policy, rollouts[-1].batch, temperature=1.0, batch_size=64)
+    start = score(first.policy, rollouts[-1].batch, Scoring(1.0), batch_size=64)
     torch.testing.assert_close(rollouts[-1].batch.reference_logprobs, start, atol=1e-5, rtol=0)
     names = [n for n, p in second.policy.named_parameters() if p.requires_grad]
     assert names

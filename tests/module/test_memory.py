@@ -6,10 +6,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-import lightning as L
 import pytest
 
-from gvpo_lightning.commands.reference import fill_cache
+from gvpo_lightning.cli import GVPOTrainer
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.sources.settings import FileSettings, SourceSettings
 
@@ -24,7 +23,7 @@ def offline(tiny_policy, tokenizer, tmp_path):
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     module = GVPOModule(str(tmp_path / "model"), sources=SourceSettings(policy=0, file=FileSettings(str(path))))
-    fill_cache(module, L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False))
+    GVPOTrainer(accelerator="cpu", logger=False, enable_checkpointing=False).reference(module)
     return str(tmp_path / "model"), str(path)
 
 

@@ -12,9 +12,10 @@ from gvpo_lightning import ObjectiveSettings, SourceSettings
 from gvpo_lightning.callbacks import OptimalityMeter
 from gvpo_lightning.cli import main
 from gvpo_lightning.objectives.make import make_objective
-from gvpo_lightning.policy.head import completion_logprobs
+from gvpo_lightning.policy.head import Scoring, completion_logprobs
 from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
 from gvpo_lightning.sources.settings import DemonstrationSettings, ReplaySettings
+from tests.watching import on_update
 
 OBJECTIVES = {
     "no variance term": ObjectiveSettings(variance_term=False),
@@ -38,13 +39,8 @@ def patchy(prompts, completions, **columns):
 
 def record(module, weights):
     """The weights before each update, and its rollout and rows."""
-    found, original = [], module._start_update
-
-    def start_update(update, rollout):
-        found.append((weights(module), rollout, update.rows))
-        original(update, rollout)
-
-    module._start_update = start_update
+    found = []
+    on_update(module, lambda update, rollout: found.append((weights(module), rollout, update.rows)))
     return found
 
 
@@ -53,7 +49,7 @@ def one_big_batch(module, values, rollout, rows):
     torch.nn.utils.vector_to_parameters(values, module.policy.parameters())
     objective = make_objective(module.objective_settings, module.beta, module.generation.max_new_tokens)
     batch = rollout.micro_batch(rows, torch.device("cpu"))
-    logprobs, _ = completion_logprobs(module.policy, batch, implementation="reference")
+    logprobs, _ = completion_logprobs(module.policy, batch, Scoring(implementation="reference"))
     loss = objective.loss(logprobs, batch, objective.terms(batch)).loss
     gradients = torch.autograd.grad(loss, list(module.policy.parameters()))
     return float(loss.detach()), torch.cat([gradient.flatten() for gradient in gradients])
@@ -116,7 +112,7 @@ def test_sampler_logprobs_are_those_of_the_policy_at_the_rollouts_start(make_mod
     for start in (0, 4):  # of each rollout
         values, rollout, _ = found[start]
         torch.nn.utils.vector_to_parameters(values, module.policy.parameters())
-        expected, _ = completion_logprobs(module.policy, rollout.batch, implementation="reference")
+        expected, _ = completion_logprobs(module.policy, rollout.batch, Scoring(implementation="reference"))
         torch.testing.assert_close(rollout.batch.sampler_logprobs, expected.detach(), atol=1e-5, rtol=1e-5)
     assert not torch.allclose(found[4][1].batch.sampler_logprobs, found[4][1].batch.reference_logprobs, atol=1e-3)
     assert 0 <= float(trainer.callback_metrics["objective/clip_fraction"]) <= 1
@@ -145,8 +141,8 @@ def test_dpo_and_sft_take_any_mixture(make_module, fit, kind):
     sources = SourceSettings(demonstrations=DemonstrationSettings("answer"))
     module = make_module(objective=kind, sources=sources)
     fit(module, max_steps=2)
-    assert module.num_updates == 2
-    assert module.skipped_updates == 0
+    assert module.run.num_updates == 2
+    assert module.run.skipped_updates == 0
 
 
 def test_another_sampler_than_the_policy_is_warned_of(make_module, fit):
@@ -242,7 +238,7 @@ def test_an_update_in_which_nothing_is_right_moves_nothing(make_module, fit, wei
     before = weights(module)
     fit(module, max_steps=2)  # AdamW's weight decay would move them
     assert torch.equal(weights(module), before)
-    assert module.skipped_updates == 0
+    assert module.run.skipped_updates == 0
 
 
 @pytest.mark.parametrize("kind", ["policy_gradient", "dpo"])

@@ -10,7 +10,8 @@ import torch
 from gvpo_lightning.cli import main
 from gvpo_lightning.data.batch import CompletionBatch, collate_completions, dropped_completion
 from gvpo_lightning.rollout.settings import RolloutSettings
-from gvpo_lightning.updates.failed_update import load_offending_update, save_offending_update
+from gvpo_lightning.updates.failed_update import OffendingUpdate, load_offending_update
+from tests.watching import on_rollout
 
 FILE = "offending_update_rank0.pt"
 
@@ -71,7 +72,7 @@ def test_a_weight_that_becomes_nan_is_named(make_module, fit, debug_batch, tmp_p
     module = make_module(**ONE_ROLLOUT, max_skipped_updates=1)
     message = rf"2 updates in a row.*{tmp_path / FILE}: `gvpo debug-batch --config CONFIG --batch {tmp_path / FILE}`"
     stop(fit, module, message, callbacks=[At(2, break_a_weight)])
-    assert module.num_updates == 4  # two are trained, two are skipped
+    assert module.run.num_updates == 4  # two are trained, two are skipped
     saved = load_offending_update(tmp_path / FILE)
     assert saved.parameters["weights"] == ["model.layers.1.mlp.up_proj.weight"]
     assert "model.layers.0.mlp.up_proj.weight" in saved.parameters["gradients"]
@@ -91,14 +92,11 @@ def test_a_weight_that_becomes_nan_is_named(make_module, fit, debug_batch, tmp_p
 def test_the_completion_to_blame_is_shown_first(make_module, fit, debug_batch, tmp_path, tokenizer):
     settings = RolloutSettings(group_size=4, prompts_per_rollout=8, prompts_per_update=8)
     module = make_module(rollout=settings, max_skipped_updates=0)
-    original = module._roll_out
 
-    def roll_out(rows, index):
-        rollout = original(rows, index)
+    def break_a_token(rollout):
         rollout.batch.reference_logprobs[5, 1] = -torch.inf
-        return rollout
 
-    module._roll_out = roll_out
+    on_rollout(module, after=break_a_token)
     stop(fit, module, "1 updates in a row")
     batch, saved = module.rollout.batch, load_offending_update(tmp_path / FILE)
     row = saved.bad_tokens.any(dim=1).nonzero().item()
@@ -152,7 +150,7 @@ def test_an_update_beyond_the_limit_moves_nothing(make_module, fit, weights, acc
     module.on_train_batch_end = lambda *_: after.append(weights(module))
     fit(module, max_steps=2, accumulate_grad_batches=accumulate)
     assert module.updates[1].is_cut == (accumulate == 4)
-    assert module.skipped_updates == 1  # the first update starts at the reference, the second does not
+    assert module.run.skipped_updates == 1  # the first update starts at the reference, the second does not
     assert torch.equal(after[-1], after[accumulate - 1])
 
 
@@ -190,8 +188,9 @@ def test_conversations_and_ranks_without_completions_are_saved_and_shown(debug_b
     for name, part in {"full": batch, "empty": empty}.items():
         size = len(part)
         columns = {"texts": ["a :smile:"] * size, "prompts": [conversation] * size, "sources": ["file"] * size}
-        logprobs, path = torch.zeros(int(part.lengths.sum())), tmp_path / "new" / name
-        save_offending_update(path, part, logprobs, **columns, settings=limits, parameters={})
+        nothing, path = torch.zeros(part.completion_mask.shape, dtype=torch.bool), tmp_path / "new" / name
+        update = OffendingUpdate(part, torch.zeros(size), nothing, **columns, settings=limits, parameters={})
+        update.save(path)
         saved = load_offending_update(path)
         assert isinstance(saved.batch, CompletionBatch)
         assert saved.prompts == columns["prompts"]

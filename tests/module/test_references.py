@@ -4,8 +4,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
+from gvpo_lightning.policy.head import Scoring
 from gvpo_lightning.reference.settings import ReferenceSettings
 from gvpo_lightning.sources.settings import ReplaySettings, SourceSettings
+from tests.watching import on_rollout, rollouts_of
 
 EVERY_3, EMA = ReferenceSettings("every_n_steps", every_n_steps=3), ReferenceSettings("ema", decay=0.75)
 
@@ -34,19 +36,16 @@ def trained(module) -> dict[str, torch.Tensor]:
 
 def traced(module):
     """The policy's and the reference's weights at the start of each rollout, and the log-probs it was given."""
-    trace = []
-    original = module._roll_out
+    trace, policies = [], []
 
-    def roll_out(rows, index):
-        policy = trained(module)
-        rollout = original(rows, index)
+    def after(rollout):
+        policy = policies[-1]
         with module.reference.applied(module.policy):
             reference = trained(module)
         assert all(torch.equal(policy[name], value) for name, value in trained(module).items())  # put back
         trace.append((policy, reference, rollout.batch.reference_logprobs, module.reference.version))
-        return rollout
 
-    module._roll_out = roll_out
+    on_rollout(module, lambda index: policies.append(trained(module)), after)
     return trace
 
 
@@ -78,15 +77,13 @@ def test_adapter_off_is_the_base_model(make_module, fit, make_policy):
     module = make_module(policy=make_policy("lora"), reference="adapter_off")
     base = make_module(seed=0)
     trace = traced(module)
-    rollouts = []
-    original = module._roll_out
-    module._roll_out = lambda rows, index: rollouts.append(original(rows, index)) or rollouts[-1]
+    rollouts = rollouts_of(module)
     fit(module, max_steps=6)
     base.configure_model()
-    from gvpo_lightning.policy.score import score
+    from gvpo_lightning.policy.head import score
 
     for rollout in rollouts:
-        expected = score(base.policy, rollout.batch, temperature=1.0, batch_size=64)
+        expected = score(base.policy, rollout.batch, Scoring(1.0), batch_size=64)
         torch.testing.assert_close(rollout.batch.reference_logprobs, expected, atol=1e-6, rtol=0)
     assert trace[0][3] == trace[-1][3] == 0
 
@@ -120,11 +117,11 @@ def test_another_model_can_be_the_frozen_reference(make_module, fit, tiny_policy
     settings = ReferenceSettings(model=str(tmp_path / "other"))
     module = make_module(reference=settings)
     fit(module, max_steps=2)
+    from gvpo_lightning.policy.head import score
     from gvpo_lightning.policy.prepare import load_policy
-    from gvpo_lightning.policy.score import score
 
     batch = module.rollout.batch
-    expected = score(load_policy(str(tmp_path / "other")), batch, temperature=1.0, batch_size=64)
+    expected = score(load_policy(str(tmp_path / "other")), batch, Scoring(1.0), batch_size=64)
     assert torch.equal(batch.reference_logprobs, expected)
 
 

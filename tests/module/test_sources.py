@@ -7,7 +7,7 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
-from gvpo_lightning.rollout import collect
+from gvpo_lightning.rollout.collect import Collector
 from gvpo_lightning.rollout.groups import sample_rollout
 from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
 from gvpo_lightning.sources.settings import (
@@ -16,22 +16,9 @@ from gvpo_lightning.sources.settings import (
     ReplaySettings,
     SourceSettings,
 )
+from tests.watching import rollouts_of
 
 SHOWN = DemonstrationSettings("answer")
-
-
-def watched(module):
-    """Records every rollout as it is trained: sources, completions and rewards by group."""
-    rollouts = []
-    original = module._roll_out
-
-    def roll_out(rows, index):
-        rollout = original(rows, index)
-        rollouts.append(rollout)
-        return rollout
-
-    module._roll_out = roll_out
-    return rollouts
 
 
 def by_group(rollout):
@@ -63,7 +50,7 @@ def recorded(tmp_path, make_module, prompts, tokenizer):
 
 def test_replay_brings_back_what_the_prompt_was_given_before(make_module, fit):
     module = make_module(sources=SourceSettings(replay=ReplaySettings(2)))
-    rollouts = watched(module)
+    rollouts = rollouts_of(module)
     fit(module, max_steps=12)  # 24 prompts, 8 a rollout of two updates: two passes
     seen = {}
     for number, rollout in enumerate(rollouts):
@@ -76,7 +63,7 @@ def test_replay_brings_back_what_the_prompt_was_given_before(make_module, fit):
 
 def test_policy_0_with_replay_samples_only_what_there_is_nothing_to_replay_for(make_module, fit):
     module = make_module(sources=SourceSettings(policy=0, replay=ReplaySettings(4, selection="recent")))
-    rollouts = watched(module)
+    rollouts = rollouts_of(module)
     fit(module, max_steps=12)
     kinds = [set(rollout.sources) for rollout in rollouts]
     assert kinds == [{"policy"}] * 3 + [{"replay"}] * 3
@@ -86,14 +73,13 @@ def test_policy_0_with_replay_samples_only_what_there_is_nothing_to_replay_for(m
 def test_replayed_completions_are_measured_against_the_reference_of_now(make_module, fit, monkeypatch, reference):
     module = make_module(sources=SourceSettings(replay=ReplaySettings(2)), reference=reference)
     scored = []
-    original = collect.score_rollout
+    original = Collector._score
 
-    def score(module, rollout, groups):
-        fresh_ones = [c for group in groups for c in group if c.source == "replay"]
-        scored.append([c.reference_logprobs is None for c in fresh_ones])
-        original(module, rollout, groups)
+    def score(collector, policy, batch, completions):
+        scored.append([c.reference_logprobs is None for c in completions if c.source == "replay"])
+        original(collector, policy, batch, completions)
 
-    monkeypatch.setattr(collect, "score_rollout", score)
+    monkeypatch.setattr(Collector, "_score", score)
     fit(module, max_steps=8)
     assert len(scored[3]) == 16
     assert all(scored[3]) == (reference == "previous")  # the frozen reference's log-probs are kept
@@ -102,7 +88,7 @@ def test_replayed_completions_are_measured_against_the_reference_of_now(make_mod
 
 def test_demonstrations_stand_in_every_group_and_are_rewarded(make_module, fit):
     module = make_module(sources=SourceSettings(demonstrations=SHOWN))
-    rollouts = watched(module)
+    rollouts = rollouts_of(module)
     trainer = fit(module, max_steps=2)
     rows = {f"{n}+{n % 7}=": str(n + n % 7) for n in range(24)}
     for prompt, group in zip(rollouts[0].prompts, by_group(rollouts[0]), strict=True):
@@ -132,7 +118,7 @@ def test_given_rewards_of_demonstrations_are_used_and_lists_may_be_longer_than_t
     rows = [row | {"shown": ["7", "8", "9"], "worth": [5.0, 6.0, 7.0]} for row in prompts]
     settings = DemonstrationSettings("shown", count=2, reward_column="worth")
     module = make_module(sources=SourceSettings(demonstrations=settings))
-    rollouts = watched(module)
+    rollouts = rollouts_of(module)
     fit(module, rows=rows, max_steps=6)
     drawn = set()
     for rollout in rollouts:
@@ -147,7 +133,7 @@ def test_given_rewards_of_demonstrations_are_used_and_lists_may_be_longer_than_t
 def test_a_prompt_without_demonstration_gets_a_fresh_completion_instead(make_module, fit, prompts):
     rows = [row | {"shown": None if n % 2 else "7"} for n, row in enumerate(prompts)]
     module = make_module(sources=SourceSettings(demonstrations=DemonstrationSettings("shown")))
-    rollouts = watched(module)
+    rollouts = rollouts_of(module)
     fit(module, rows=rows, max_steps=2)
     assert all(len(group) == 4 for group in by_group(rollouts[0]))
     assert {sum(s == "demonstrations" for s, _ in group) for group in by_group(rollouts[0])} == {0, 1}
@@ -183,7 +169,7 @@ def test_fully_offline_samples_nothing_and_needs_no_reward(make_module, fit, wei
         raise AssertionError("nothing is to be generated")
 
     monkeypatch.setattr(module.policy, "generate", generate)
-    before, rollouts = weights(module), watched(module)
+    before, rollouts = weights(module), rollouts_of(module)
     trainer = fit(module, max_steps=6)
     assert not torch.equal(weights(module), before)
     sizes = sorted(len(group) for rollout in rollouts for group in by_group(rollout))
@@ -195,7 +181,7 @@ def test_fully_offline_samples_nothing_and_needs_no_reward(make_module, fit, wei
 def test_an_offline_row_keeps_its_rewards_and_null_leaves_its_group(make_module, fit, recorded):
     path = recorded(rewards=lambda line: [None if i == 0 else 0.25 * i for i in range(len(line["completions"]))])
     module = make_module(sources=SourceSettings(policy=0, file=FileSettings(path)), reward=None)
-    rollouts = watched(module)
+    rollouts = rollouts_of(module)
     trainer = fit(module, max_steps=2)
     kept = rollouts[0].batch.kept
     sizes = [len(group) for group in by_group(rollouts[0])]
@@ -207,7 +193,7 @@ def test_an_offline_row_keeps_its_rewards_and_null_leaves_its_group(make_module,
 
 def test_a_file_beside_fresh_completions(make_module, fit, recorded):
     module = make_module(sources=SourceSettings(file=FileSettings(recorded(), count=2)))
-    rollouts = watched(module)
+    rollouts = rollouts_of(module)
     fit(module, max_steps=6)
     for rollout in rollouts:
         for group in by_group(rollout):
@@ -249,7 +235,7 @@ def test_a_file_of_other_prompts_is_refused_and_a_partial_one_is_warned_of(make_
 def test_recorded_completions_that_are_too_long_are_cut_and_count_as_truncated(make_module, fit, recorded):
     rollout = RolloutSettings(prompts_per_rollout=8, prompts_per_update=8, max_completion_tokens=2, truncated="drop")
     module = make_module(sources=SourceSettings(policy=0, file=FileSettings(recorded())), rollout=rollout)
-    rollouts = watched(module)
+    rollouts = rollouts_of(module)
     fit(module, max_steps=1)
     batch = rollouts[0].batch
     cut = batch.truncated.tolist()
@@ -295,11 +281,11 @@ def test_replay_and_demonstrations_resume_bitwise(make_module, fit, weights, tmp
     }
     saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
     through = make_module(**settings)
-    whole = watched(through)
+    whole = rollouts_of(through)
     fit(through, callbacks=[saver], enable_checkpointing=True, max_steps=14)
     torch.manual_seed(99)
     resumed = make_module(seed=5, **settings)
-    rest = watched(resumed)
+    rest = rollouts_of(resumed)
     fit(resumed, ckpt_path=tmp_path / f"step={stop}.ckpt", max_steps=14)
     assert torch.equal(weights(resumed), weights(through))
     for mine, theirs in zip(rest, whole[-len(rest) :], strict=True):

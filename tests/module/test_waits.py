@@ -46,7 +46,7 @@ def test_no_metric_waits_within_a_micro_batch(make_module, fit):
     assert len(counted) == 4
     for files in counted:
         assert files  # the kernels' checks of what they are given, and the packing of tokens
-        assert not {"meters.py", "guards.py", "module.py"} & set(files)
+        assert not {"meters.py", "guard.py", "module.py", "step.py"} & set(files)
         assert len(files) <= 26
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from gvpo_lightning.objectives.gvpo import gvpo_loss
-from gvpo_lightning.policy.head import completion_loss, padded_inputs
+from gvpo_lightning.policy.head import Scoring, completion_loss, padded_inputs
 from gvpo_lightning.policy.head_check import check_logprob_head
 from gvpo_lightning.policy.prepare import prepare_policy
 from tests.policy.conftest import CHANGED, FLOAT32_ALONE
@@ -42,7 +42,7 @@ def eager_loss(model, batch, **options):
 def test_loss_and_gradients_are_eagers_in_float64(build_model, batch, name, implementation):
     model = build_model(name).double()
     prepare_policy(model)
-    record = completion_loss(model, batch, 0.3, num_groups=3, implementation=implementation)
+    record = completion_loss(model, batch, 0.3, Scoring(implementation=implementation), num_groups=3)
     expected = eager_loss(model, batch, num_groups=3)
     torch.testing.assert_close(record.loss, expected.loss, atol=1e-12, rtol=1e-12)
     torch.testing.assert_close(record.residuals, expected.residuals, atol=1e-12, rtol=1e-12)
@@ -62,7 +62,7 @@ def test_known_coefficients_at_a_temperature(build_model, batch, name):
     model = build_model(name).double()
     prepare_policy(model)
     coefficients = torch.tensor([0.3, -1.0, 0.7, 0.0], dtype=torch.float64)
-    record = completion_loss(model, batch, 0.3, sequence_coefficients=coefficients, temperature=0.6)
+    record = completion_loss(model, batch, 0.3, Scoring(0.6), sequence_coefficients=coefficients)
     log_ratios = (own_logprobs(model, batch, 0.6) - batch.reference_logprobs) * batch.completion_mask
     expected = (coefficients * log_ratios.sum(dim=1)).sum()
     torch.testing.assert_close(record.loss, expected, atol=1e-12, rtol=1e-12)
@@ -81,7 +81,9 @@ def test_float32_is_no_worse_than_eager_float32(build_model, batch, implementati
 
     truth = gradient(torch.float64, lambda model: eager_loss(model, batch).loss)
     eager = gradient(torch.float32, lambda model: eager_loss(model, batch).loss)
-    fused = gradient(torch.float32, lambda m: completion_loss(m, batch, 0.3, implementation=implementation).loss)
+    fused = gradient(
+        torch.float32, lambda m: completion_loss(m, batch, 0.3, Scoring(implementation=implementation)).loss
+    )
     assert (fused - truth).norm() <= 2 * (eager - truth).norm() + 1e-7 * truth.norm()
 
 
@@ -110,7 +112,7 @@ def test_start_up_check_covers_the_named_implementation(build_model, monkeypatch
     model = build_model("qwen2")
     prepare_policy(model)
     for implementation in ("auto", "torch", "triton", "reference"):
-        assert check_logprob_head(model, implementation) < 1e-5
+        assert check_logprob_head(model, Scoring(implementation=implementation)) < 1e-5
     monkeypatch.delenv("TRITON_INTERPRET")
     with pytest.raises(ValueError, match="implementation='triton' cannot run here"):
-        check_logprob_head(model, "triton")
+        check_logprob_head(model, Scoring(implementation="triton"))

@@ -4,9 +4,8 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
-from gvpo_lightning.policy.head import completion_logprobs, padded_inputs
+from gvpo_lightning.policy.head import LogitMap, Scoring, completion_logprobs, find_logit_map, padded_inputs
 from gvpo_lightning.policy.head_check import check_logprob_head
-from gvpo_lightning.policy.logit_map import LogitMap, find_logit_map
 from gvpo_lightning.policy.prepare import prepare_policy
 from tests.policy.conftest import CHANGED, SIZES
 
@@ -73,7 +72,7 @@ def capped_in_float32(logits):
 def test_any_scale_and_cap_is_fused(changing, ragged, change):
     model = changing(change)
     assert check_logprob_head(model) < 1e-5
-    ours, _ = completion_logprobs(model, ragged, temperature=0.8)
+    ours, _ = completion_logprobs(model, ragged, Scoring(0.8))
     inputs, _ = padded_inputs(ragged)
     logits = model(**inputs).logits[:, ragged.prompt_ids.shape[1] - 1 : -1]
     theirs = torch.log_softmax(logits / 0.8, dim=-1).gather(-1, ragged.completion_ids[..., None]).squeeze(-1)

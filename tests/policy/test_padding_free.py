@@ -4,10 +4,9 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from gvpo_lightning.policy.head import completion_logprobs, completion_loss
+from gvpo_lightning.policy.head import Scoring, completion_logprobs, completion_loss, score
 from gvpo_lightning.policy.head_check import attention_of, check_logprob_head
 from gvpo_lightning.policy.prepare import prepare_policy
-from gvpo_lightning.policy.score import score
 from tests.policy.conftest import FLOAT32_ALONE, SIZES
 
 PACKABLE = [
@@ -53,17 +52,17 @@ def test_it_equals_padded_rows(build_model, batch, name, attention, checkpointin
     if checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     padded, packed = (
-        completion_logprobs(model, batch, temperature=0.8, return_entropy=True, padding_free=free)
+        completion_logprobs(model, batch, Scoring(0.8, padding_free=free), return_entropy=True)
         for free in (False, True)
     )
     exact = {"rtol": 1e-6, "atol": 1e-6} if dtype == torch.float64 else {"rtol": 1e-5, "atol": 1e-5}
     for ours, theirs in zip(packed, padded, strict=True):
         torch.testing.assert_close(ours, theirs, **exact)
-    losses = [completion_loss(model, batch, 0.3, padding_free=free).loss for free in (False, True)]
+    losses = [completion_loss(model, batch, 0.3, Scoring(padding_free=free)).loss for free in (False, True)]
     torch.testing.assert_close(*losses, **exact)
     theirs, ours = (gradients(model, loss) for loss in losses)
     assert (ours - theirs).norm() <= (1e-6 if dtype == torch.float64 else 1e-4) * theirs.norm()
-    assert check_logprob_head(model, padding_free=True) < 1e-4
+    assert check_logprob_head(model, Scoring(padding_free=True)) < 1e-4
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 64])
@@ -72,9 +71,9 @@ def test_scoring_takes_the_same_path(build_model, batch, batch_size):
     prepare_policy(model)
     shapes = []
     model.register_forward_pre_hook(lambda _, a, inputs: shapes.append(inputs["input_ids"].shape), with_kwargs=True)
-    packed = score(model, batch, temperature=0.7, batch_size=batch_size, padding_free=True)
+    packed = score(model, batch, Scoring(0.7, padding_free=True), batch_size=batch_size)
     assert {rows for rows, _ in shapes} == {1}
-    torch.testing.assert_close(packed, score(model, batch, temperature=0.7, batch_size=batch_size))
+    torch.testing.assert_close(packed, score(model, batch, Scoring(0.7), batch_size=batch_size))
 
 
 def test_the_model_sees_neither_padding_nor_a_mask(build_model, batch):
@@ -83,7 +82,7 @@ def test_the_model_sees_neither_padding_nor_a_mask(build_model, batch):
     completion_logprobs(model, batch)
     seen = {}
     model.register_forward_pre_hook(lambda _, arguments, inputs: seen.update(inputs), with_kwargs=True)
-    completion_logprobs(model, batch, padding_free=True)
+    completion_logprobs(model, batch, Scoring(padding_free=True))
     assert seen["input_ids"].tolist() == [[4, 9, 2, 7, 5, 5, 1, 3, 9, 3, 17, 2, 22, 11, 12, 14, 15, 1, 6, 8, 10]]
     assert seen["position_ids"].tolist() == [[*range(7), *range(6), *range(5), *range(3)]]
     assert "attention_mask" not in seen
@@ -93,7 +92,7 @@ def test_everything_dropped_still_makes_a_backward_pass(build_model, batch):
     model = build_model("qwen2")
     prepare_policy(model)
     batch.drop(torch.ones(4, dtype=torch.bool))
-    loss = completion_loss(model, batch, 0.3, padding_free=True).loss
+    loss = completion_loss(model, batch, 0.3, Scoring(padding_free=True)).loss
     loss.backward()
     assert float(loss.detach()) == 0
 
@@ -116,14 +115,14 @@ def test_a_model_that_mixes_sequences_up_is_refused(name, dtype):
     prepare_policy(model)
     check_logprob_head(model)
     with pytest.raises(ValueError, match=r"keeps the sequences of one row apart .*: set padding_free=False"):
-        check_logprob_head(model, padding_free=True)
+        check_logprob_head(model, Scoring(padding_free=True))
 
 
 @pytest.mark.parametrize("name", ["qwen2", "mistral-window", "gpt2", "granite-scaled"])
 def test_a_model_in_bfloat16_is_not_refused(build_model, name):
     model = build_model(name).bfloat16()
     prepare_policy(model)
-    check_logprob_head(model, padding_free=True)
+    check_logprob_head(model, Scoring(padding_free=True))
 
 
 @pytest.mark.gpu
@@ -137,10 +136,16 @@ def test_flash_attention_takes_the_sequences_apart(build_model, batch, name):
     packed.load_state_dict(padded.state_dict())
     for model in (padded, packed):
         prepare_policy(model)
-    check_logprob_head(packed, padding_free=True)
+    check_logprob_head(packed, Scoring(padding_free=True))
     on_gpu = batch.to("cuda")
-    theirs, ours = completion_logprobs(padded, on_gpu)[0], completion_logprobs(packed, on_gpu, padding_free=True)[0]
+    theirs, ours = (
+        completion_logprobs(padded, on_gpu)[0],
+        completion_logprobs(packed, on_gpu, Scoring(padding_free=True))[0],
+    )
     torch.testing.assert_close(ours, theirs, rtol=0.05, atol=0.1)
-    losses = completion_loss(padded, on_gpu, 0.3).loss, completion_loss(packed, on_gpu, 0.3, padding_free=True).loss
+    losses = (
+        completion_loss(padded, on_gpu, 0.3).loss,
+        completion_loss(packed, on_gpu, 0.3, Scoring(padding_free=True)).loss,
+    )
     expected, found = gradients(padded, losses[0]).float(), gradients(packed, losses[1]).float()
     assert (found - expected).norm() <= 0.1 * expected.norm()

@@ -8,11 +8,10 @@ from transformers import GenerationConfig
 
 import gvpo_lightning.policy.head as head_module
 from gvpo_lightning.data.batch import collate_completions
-from gvpo_lightning.policy.head import completion_logprobs, install_logprob_head
+from gvpo_lightning.policy.head import Scoring, completion_logprobs, install_logprob_head, score
 from gvpo_lightning.policy.head_check import check_logprob_head
 from gvpo_lightning.policy.loading import LoadingSettings
 from gvpo_lightning.policy.prepare import load_policy, load_tokenizer, prepare_policy, stop_token_ids
-from gvpo_lightning.policy.score import score
 from gvpo_lightning.rollout.generate import generate_completions
 from gvpo_lightning.rollout.groups import GenerationSettings
 from tests.policy.conftest import ARCHITECTURES, FLOAT32_ALONE
@@ -102,7 +101,7 @@ def test_a_ragged_batch_equals_one_completion_at_a_time(build_model, ragged):
         alone, _ = completion_logprobs(model, part)
         torch.testing.assert_close(alone, together[row : row + 1, : alone.shape[1]], rtol=1e-12, atol=1e-12)
     for batch_size in (1, 3, 64):
-        scored = score(model, ragged, temperature=1.0, batch_size=batch_size)
+        scored = score(model, ragged, Scoring(1.0), batch_size=batch_size)
         torch.testing.assert_close(scored, together.float())
 
 
@@ -111,7 +110,7 @@ def test_a_ragged_batch_equals_one_completion_at_a_time(build_model, ragged):
 def test_temperature_and_entropy(build_model, ragged, temperature, name):
     model = build_model(name).double()
     prepare_policy(model)
-    logprobs, entropies = completion_logprobs(model, ragged, temperature=temperature, return_entropy=True)
+    logprobs, entropies = completion_logprobs(model, ragged, Scoring(temperature), return_entropy=True)
     expected, expected_entropies = eager(model, ragged, temperature)
     torch.testing.assert_close(logprobs, expected)
     torch.testing.assert_close(entropies, expected_entropies)

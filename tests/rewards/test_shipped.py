@@ -178,7 +178,7 @@ def test_a_reward_model_goes_where_the_policy_is_and_is_no_part_of_the_module(re
     module = GVPOModule(tiny_policy(), reward, tokenizer)
     rewards = module.rewards
     rewards(["1+1="], ["2"], {})
-    rewards.to(torch.device("meta"))
+    rewards.place(torch.device("meta"))
     assert {p.device.type for p in reward._model.parameters()} == {"meta"}
     assert not any(p.requires_grad for p in reward._model.parameters())
     assert len(list(module.parameters())) == len(list(module.policy.parameters()))

@@ -15,7 +15,6 @@ from pathlib import Path
 import pytest
 
 from gvpo_lightning.rewards import ExactAnswer, Format, Rewards, RewardSettings
-from gvpo_lightning.rewards.progress import advance
 from gvpo_lightning.rewards.protocol import RewardContractError
 from tests.forked import wait_until
 from tests.rewards.rewards_for_tests import batch_size, by_text, child_of, modules, patient, process_id
@@ -300,7 +299,7 @@ def test_workers_end_with_a_killed_run_even_where_they_hang(script):
 
 @pytest.mark.parametrize(("shown", "enough"), [(True, True), (True, False), (False, True)])
 def test_slow_rewards_show_a_bar(make, monkeypatch, capfd, shown, enough):
-    monkeypatch.setattr("gvpo_lightning.rewards.progress.SLOW", 0.2 if enough else 1000.0)
+    monkeypatch.setattr("gvpo_lightning.rewards.run.SLOW", 0.2 if enough else 1000.0)
     rewards = make(by_text, timeout=2.0, num_workers=1)
     rewards.shows_progress = shown
     ask(rewards, ["7", "hang", "8"])
@@ -314,14 +313,21 @@ def test_the_bar_of_other_rewards_tells_the_time_and_what_they_tell_it(make, mon
         shown.append(capfd.readouterr().err)
         return text in "".join(shown)
 
-    def slow(prompts, completions, **columns):
-        advance(2)
-        wait_until(lambda: is_shown("2/3"))
-        return [1.0] * len(completions)
+    class Slow:
+        """It tells of two completions, and waits until that is to be seen."""
 
-    slow.in_process = True
-    monkeypatch.setattr("gvpo_lightning.rewards.progress.SLOW", 0.2)
-    rewards = make([slow, patient], timeout=2.0)
+        name, in_process = "slow", True
+
+        def track(self, advance):
+            self.advance = advance
+
+        def __call__(self, prompts, completions, **columns):
+            self.advance(2)
+            wait_until(lambda: self.advance(0) or is_shown("2/3"))
+            return [1.0] * len(completions)
+
+    monkeypatch.setattr("gvpo_lightning.rewards.run.SLOW", 0.2)
+    rewards = make([Slow(), patient], timeout=2.0)
     rewards.shows_progress = True
     ask(rewards, ["7", "hang", "8"])
     assert is_shown("slow: ")

@@ -5,10 +5,9 @@ import pytest
 import torch
 from transformers import GenerationConfig
 
-from gvpo_lightning.policy.head import completion_logprobs
+from gvpo_lightning.data.rows import encode_prompt
+from gvpo_lightning.policy.head import completion_logprobs, evaluating
 from gvpo_lightning.policy.prepare import load_policy, load_tokenizer, prepare_policy
-from gvpo_lightning.policy.prompts import encode_prompt
-from gvpo_lightning.policy.score import evaluating
 from gvpo_lightning.rollout.generate import cut_after_stop, generate_completions
 from gvpo_lightning.rollout.groups import sample_rollout
 from gvpo_lightning.rollout.settings import GenerationSettings

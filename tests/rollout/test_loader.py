@@ -49,7 +49,7 @@ def epoch(loader):
     batches = []
     for batch in loader:
         batches.append(batch)
-        loader.module.microstep += 1
+        loader.module.run.microstep += 1
     return batches
 
 
@@ -140,7 +140,7 @@ def test_the_position_is_the_modules(make_module, source, position):
     whole = RolloutLoader(source(10), make_module())
     expected = [batch for _ in range(4) for batch in epoch(whole)]
     resumed = RolloutLoader(source(10), make_module())
-    resumed.module.microstep = position
+    resumed.module.run.microstep = position
     rest = epoch(resumed)
     assert len(rest) == (4 - position % 4)  # to the end of this epoch; a finished epoch's successor is whole
     assert rest == expected[position : position + len(rest)]

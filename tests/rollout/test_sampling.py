@@ -87,7 +87,7 @@ def test_completions_without_a_usable_reward_leave_their_group(sample):
     assert rollout.batch.rewards[4:].tolist() == [0.0, -2.5]
     assert rollout.dropped == {"empty": 0, **dict.fromkeys(REASONS, 0), "reward_not_finite": 3, "unrewarded": 1}
     assert rollout.failures.fraction("reward") == 0.5
-    metrics = rollout_metrics(rollout.batch)
+    metrics = rollout_metrics(rollout.batch, rollout.batch.kept, rollout.batch.lengths)
     assert metrics["reward/mean"] == -1.25
     assert metrics["completion/dropped_fraction"] == pytest.approx(4 / 6)
 
@@ -98,7 +98,7 @@ def test_metrics_are_over_kept_completions():
     )
     batch.rewards = torch.tensor([1.0, 3.0, math.nan, 2.0])
     batch.drop(torch.tensor([False, False, True, False]))
-    assert rollout_metrics(batch) == pytest.approx(
+    assert rollout_metrics(batch, batch.kept, batch.lengths) == pytest.approx(
         {
             "reward/mean": 2.0,
             "reward/std": math.sqrt(2 / 3),
@@ -114,7 +114,7 @@ def test_metrics_are_over_kept_completions():
 def test_metrics_of_a_rollout_without_any_reward_are_nan():
     batch = collate_completions([[5]] * 2, [[3], [2]], [False, True], [0, 0], pad_token_id=0)
     batch.drop(torch.ones(2, dtype=torch.bool))
-    metrics = rollout_metrics(batch)
+    metrics = rollout_metrics(batch, batch.kept, batch.lengths)
     assert metrics.pop("completion/dropped_fraction") == 1.0
     assert metrics.pop("completion/truncated_fraction") == 0.5
     assert len(metrics) == 5
@@ -124,7 +124,7 @@ def test_metrics_of_a_rollout_without_any_reward_are_nan():
 def test_a_rollout_survives_a_checkpoint(sample, tmp_path):
     rollout = sample(lambda prompts, completions, **columns: [None, *range(5)])
     rollout.prompts[1] = [{"role": "user", "content": "12+7="}]
-    rollout.metrics = rollout_metrics(rollout.batch)
+    rollout.metrics = rollout_metrics(rollout.batch, rollout.batch.kept, rollout.batch.lengths)
     torch.save(rollout.state_dict(), tmp_path / "rollout.pt")
     state = torch.load(tmp_path / "rollout.pt", weights_only=True)
     again = Rollout.from_state_dict(state)

@@ -35,10 +35,9 @@ from gvpo_lightning import (
     SourceSettings,
 )
 from gvpo_lightning.distributed import sharding
-from gvpo_lightning.distributed.gather import gathered, local_tensor
-from gvpo_lightning.distributed.placement import full_state_dict
+from gvpo_lightning.distributed.gather import local_tensor
 from gvpo_lightning.policy.prepare import load_tokenizer
-from gvpo_lightning.rollout import collect
+from gvpo_lightning.rollout.collect import Collector
 
 TIMEOUT = timedelta(seconds=120)
 SIZES: dict[str, Any] = {
@@ -136,7 +135,7 @@ class Recorder(L.Callback):
 
 
 def whole_weights(module: GVPOModule) -> dict[str, Tensor]:
-    state = full_state_dict(module)
+    state = module.placement.full_state_dict(module.policy)
     state = module.policy.state_dict() if state is None else state
     return {name: value.clone() for name, value in state.items()}
 
@@ -202,8 +201,8 @@ def train_recorded(model: str, folder: Path, name: str, variant: str) -> dict[st
     recorder, loading = Recorder(), []
     if variant == "turns":  # no room for two models at once
         sharding.available_host_memory = lambda: 1
-        load = module._load_and_shard
-        module._load_and_shard = lambda: loading.extend([time.monotonic(), load(), time.monotonic()])
+        load = module._load
+        module._load = lambda: loading.extend([time.monotonic(), load(), time.monotonic()])
     precision = "bf16-mixed" if variant == "bf16" else "32-true"
     trainer = make_trainer(name, folder, precision=precision, callbacks=[recorder])
     trainer.fit(module, RolloutLoader(ROWS, module))
@@ -271,7 +270,7 @@ def try_others(model: str, name: str) -> dict[str, Any]:
     utilities._distributed_is_initialized = lambda: False  # with gloo Lightning would not use inference mode
     five = DataLoader(ROWS[:5], batch_size=2, collate_fn=list)
     gathers: list[tuple[int, bool]] = []
-    sample_share = collect.sample_share
+    sample_share = Collector.sample_share
 
     def count_gathers(*arguments):
         calls, before = [], {n: getattr(torch.distributed, n) for n in GATHERS if hasattr(torch.distributed, n)}
@@ -283,7 +282,7 @@ def try_others(model: str, name: str) -> dict[str, Any]:
         gathers.append((len(calls), all(isinstance(p, DTensor) for p in module.policy.parameters())))
         return groups
 
-    collect.sample_share = count_gathers
+    Collector.sample_share = count_gathers
     trainer = make_trainer(name, Path.cwd(), max_steps=4, accumulate_grad_batches=3)
     (validated,) = trainer.validate(module, five, verbose=False)
     trainer.fit(module, RolloutLoader(ROWS, module))
@@ -308,7 +307,7 @@ def try_others(model: str, name: str) -> dict[str, Any]:
         "own": local,
         "prompts": prompts,
         "has_identity": has_identity,
-        "skipped": module.skipped_updates,
+        "skipped": module.run.skipped_updates,
         "gathers": gathers,
     }
 
@@ -320,7 +319,7 @@ def call_unevenly(model: str, name: str) -> dict[str, Any]:
     class Calls(L.Callback):
         def on_train_batch_start(self, trainer, module, batch, batch_idx):
             ids = torch.arange(6)[None] + 3
-            with gathered(module):
+            with module.placement.gathered():
                 seen.extend(module.policy(ids).logits for _ in range(2 + 5 * trainer.global_rank))
 
     module = make_module(model, "sampled", reward=reward)

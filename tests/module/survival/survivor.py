@@ -215,13 +215,13 @@ def train(
 
 def what_was_trained(module) -> dict:
     """The update's number, its prompts in order and a hash of the completions that they were trained with."""
-    update = module.updates[(module.num_updates - 1) % len(module.updates)]
+    update = module.updates[(module.run.num_updates - 1) % len(module.updates)]
     rows = [row for rows in update.micro_batches for row in rows]
     batch = module.rollout.batch
     groups = batch.group_ids[rows].unique().tolist()
     ids = batch.completion_ids[rows].masked_fill(~batch.completion_mask[rows], 0)
     return {
-        "update": module.num_updates - 1,
+        "update": module.run.num_updates - 1,
         "prompts": [module.rollout.prompts[group] for group in groups],
         "hash": sha256(ids.numpy().tobytes() + batch.rewards[rows].numpy().tobytes()).hexdigest(),
     }

@@ -1,10 +1,24 @@
-"""A checksum of weights: are these the ones that a checkpoint speaks of?"""
+"""Weights: their names without what wrappers have put into them, and a checksum of their bits."""
 
 from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+# what FSDP1, activation checkpointing and torch.compile put into the names of parameters
+WRAPPERS = {"_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_orig_mod"}
+
+
+def policy_name(key: str) -> str | None:
+    """The name within the policy of a Lightning module's parameter or buffer; None for what is not the policy's."""
+    first, _, rest = unwrapped_name(key).partition(".")
+    return rest if first == "policy" and rest else None
+
+
+def unwrapped_name(key: str) -> str:
+    """A parameter's name without what wrappers have put into it."""
+    return ".".join(part for part in key.split(".") if part not in WRAPPERS)
 
 
 @torch.no_grad()
