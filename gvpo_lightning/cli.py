@@ -59,16 +59,16 @@ def prefer_integers() -> None:
             annotations[name] = functools.reduce(operator.or_, sorted(types, key=lambda t: t is float))
 
 
-def last_checkpoint(trainer: Mapping[str, Any]) -> Path:
+def last_checkpoint(settings: Mapping[str, Any]) -> Path:
     """The newest last.ckpt of a run with these settings of the trainer, as `fit --ckpt_path last` finds it.
 
     Raises:
         FileNotFoundError: there is none.
     """
-    folders = [Path(trainer.get("default_root_dir") or ".") / "checkpoints"]
-    for callback in trainer.get("callbacks") or []:
-        settings = {} if isinstance(callback, str) else callback.get("init_args") or {}
-        folders += [Path(settings["dirpath"])] if settings.get("dirpath") else []
+    folders = [Path(settings.get("default_root_dir") or ".") / "checkpoints"]
+    for callback in settings.get("callbacks") or []:
+        own = {} if isinstance(callback, str) else callback.get("init_args") or {}
+        folders += [Path(own["dirpath"])] if own.get("dirpath") else []
     found = [path for folder in folders for path in folder.glob("last*.ckpt")]
     if not found:
         raise FileNotFoundError(

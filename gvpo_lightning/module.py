@@ -7,6 +7,7 @@ callbacks, limits and checkpoints are therefore Lightning's own.
 """
 
 import functools
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -37,8 +38,8 @@ from gvpo_lightning.objectives.settings import ObjectiveKind, ObjectiveSettings
 from gvpo_lightning.policy.head import Scoring
 from gvpo_lightning.policy.loading import LoadingSettings
 from gvpo_lightning.policy.lora import leave_frozen_out
-from gvpo_lightning.policy.prepare import place_policy, prepare_policy, stop_token_ids
-from gvpo_lightning.policy.source import PolicySource
+from gvpo_lightning.policy.prepare import prepare_policy, stop_token_ids
+from gvpo_lightning.policy.source import PolicySource, place_policy
 from gvpo_lightning.reference.kinds import make_reference
 from gvpo_lightning.reference.settings import ReferenceKind, ReferenceSettings
 from gvpo_lightning.rewards import Reward
@@ -47,7 +48,7 @@ from gvpo_lightning.rewards.settings import RewardSettings
 from gvpo_lightning.rollout.collect import Collector
 from gvpo_lightning.rollout.groups import Sampling
 from gvpo_lightning.rollout.plan import Update
-from gvpo_lightning.rollout.rollout import Rollout, plan_passes
+from gvpo_lightning.rollout.rollout import Rollout
 from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
 from gvpo_lightning.seeding import derive_seed, run_seed
 from gvpo_lightning.sources.mixture import SourceMixture
@@ -182,8 +183,7 @@ class GVPOModule(L.LightningModule):
     def settings(self) -> dict[str, Any]:
         """What the policy is trained with, for its model card."""
         names = (*SHOWN_SETTINGS, "objective_settings", "reference_settings", "rollout_settings")
-        own = {name.removesuffix("_settings"): getattr(self, name) for name in names}
-        return {"policy": self.source.shown} | own
+        return {"policy": self.source.shown} | {n.removesuffix("_settings"): getattr(self, n) for n in names}
 
     def sample(self, batch: Any, *purpose: int | str, **options: Any) -> Rollout:
         """Completions and rewards for a batch of prompts, as `SampledEvaluation.sample` gives them."""
@@ -205,8 +205,6 @@ class GVPOModule(L.LightningModule):
         origin = Origin(self.settings, run_config(callbacks), summary)
         export_policy(Path(folder), self.policy, self.source, state, origin, merge_adapter=merge_adapter)
 
-    # -- building and checking
-
     def configure_callbacks(self) -> list[Callback]:
         """Those that let a run survive SIGTERM and changed settings, and name where errors come from."""
         present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -218,7 +216,7 @@ class GVPOModule(L.LightningModule):
         trainer: Any = self.trainer
         placement = self.placement = Placement(self)
         check_strategy(placement, self.source, compiles=self.torch_compile)
-        sampling = Sampling(self.tokenizer, self.generation, self.rewards, placement, self.guard, self.seed)
+        sampling = Sampling(self.source, self.generation, self.rewards, placement, self.guard, self.seed)
         self.evaluation = SampledEvaluation(sampling, self.group_size)
         bar = trainer.is_global_zero and trainer.progress_bar_callback is not None
         sampling.start_rewards(ranks_here=trainer.num_devices, shows_progress=bar)
@@ -230,10 +228,8 @@ class GVPOModule(L.LightningModule):
         longest = self.generation.max_new_tokens if self.sources.settings.generates else 0
         check_rollout_sizes(settings, self.sources.largest_group, longest, accumulate, placement.ranks.size)
         self.run.count_in(settings, accumulate, self.temperature, placement.ranks.size)
-        vocab_size = self.source.vocab_size()
-        self.collector = Collector(
-            sampling, self.sources, self.reference, self.scoring, self.objective, settings, vocab_size, self.run.clock
-        )
+        parts = (self.sources, self.reference, self.scoring, self.objective)
+        self.collector = Collector(sampling, *parts, settings, self.run.clock)
         self.rules = UpdateRules(self.objective, self.scoring, placement, self.max_log_ratio, self.guard)
 
     def teardown(self, stage: str) -> None:
@@ -285,14 +281,12 @@ class GVPOModule(L.LightningModule):
         scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
-    # -- training
-
     def on_fit_start(self) -> None:
         """Hold the fused loss against eager where the training will run it, and warn of what bends the objective."""
         check_start(self.policy, self.scoring, self.placement, reference=self.reference, rewards=self.rewards)
         generation = self.generation if self.sources.settings.generates else None
-        precision, settings = self.placement.precision, self.rollout_settings
-        warn_of_settings(self.guard, self.source, precision, self.objective, self.temperature, generation, settings)
+        facts = (self.source, self.placement.precision, self.objective, self.temperature)
+        warn_of_settings(self.guard, *facts, generation, self.rollout_settings)
 
     def on_train_start(self) -> None:
         """Check that updates stay whole, and start at one."""
@@ -304,16 +298,14 @@ class GVPOModule(L.LightningModule):
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Roll out at the first micro-batch of a rollout."""
-        accumulate = self.trainer.accumulate_grad_batches
+        accumulate, index = self.trainer.accumulate_grad_batches, batch["rollout"]
         if batch["slot"] == 0:
             drop_gradients(self.parameters())  # which Lightning would keep until the next backward pass
-            rows, index = batch["rows"], batch["rollout"]
-            self.run.begin(self.collector.collect(self.policy, rows, index, self.run.num_updates))
-        rollout = self.run.rollout_at(batch["rollout"])
+            self.run.begin(self.collector.collect(self.policy, batch["rows"], index, self.run.num_updates))
+        rollout = self.run.rollout_at(index)
         if batch["slot"] == 0 or len(self.updates) * accumulate != self.run.rollout_length:
-            settings, ranks = self.rollout_settings, self.placement.ranks
-            self.updates = plan_passes(rollout, settings, ranks, accumulate, self.seed, self.scoring.padding_free)
-        self.run.clock.start()
+            self.updates = self.collector.plan(rollout, accumulate)
+        self._train_started = time.perf_counter()
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss of one micro-batch, scaled so that the update's gradient is that of one big batch."""
@@ -348,7 +340,7 @@ class GVPOModule(L.LightningModule):
 
     def on_train_batch_end(self, outputs: Any, batch: dict[str, Any], batch_idx: int) -> None:
         """Count the time."""
-        self.run.clock.stop()
+        self.run.clock.seconds["train"] += time.perf_counter() - self._train_started
 
     def _log(self, metrics: Mapping[str, Any]) -> None:
         """Log what is over all ranks already; in host memory, or progress bar and loggers would wait for the device."""

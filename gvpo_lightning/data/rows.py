@@ -1,13 +1,9 @@
 """Prompts as rows: dicts with a `prompt`, whose other columns reach the reward; and a prompt's token ids."""
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-
-if TYPE_CHECKING:
-    pass
-
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 

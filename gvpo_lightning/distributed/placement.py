@@ -6,12 +6,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy
+from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, ParallelStrategy, Strategy
 from torch import Tensor
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
 from gvpo_lightning.distributed.gather import gathered_fsdp1, gathered_units, reshard
-from gvpo_lightning.distributed.ranks import DataRanks, data_ranks
+from gvpo_lightning.distributed.ranks import DataRanks
 from gvpo_lightning.distributed.sharding import is_sharded
 
 
@@ -26,6 +26,7 @@ class Placement:
         rank, num_ranks: this process, and how many there are.
         device: this rank's.
         is_sharded: ranks hold parts of the parameters.
+        scales_losses: gradients that are infinite are a loss scaler's affair, as in float16.
         is_fsdp1: by FSDP1, which wraps the module and gathers in every forward pass outside of `gathered`.
     """
 
@@ -38,11 +39,7 @@ class Placement:
         self.device: torch.device = self.strategy.root_device
         self.is_sharded = is_sharded(self.strategy)
         self.is_fsdp1 = isinstance(self.strategy, FSDPStrategy)
-
-    @property
-    def scales_losses(self) -> bool:
-        """Whether gradients that are infinite are a loss scaler's affair, as in float16."""
-        return getattr(self.strategy.precision_plugin, "scaler", None) is not None
+        self.scales_losses = getattr(self.strategy.precision_plugin, "scaler", None) is not None
 
     def forward_context(self) -> AbstractContextManager[Any]:
         """Inside, a forward pass runs in the Trainer's precision."""
@@ -54,8 +51,10 @@ class Placement:
         """Inside, every rank holds the whole policy, and calls of it need no other rank."""
         # evaluation's inference tensors must not stay in what is gathered: training would fail on them later
         with torch.inference_mode(False), torch.no_grad():
-            whole = gathered_fsdp1(self.strategy.model) if self.is_fsdp1 else gathered_units(self._module)
-            with whole:
+            if not self.is_sharded:
+                yield
+                return
+            with gathered_fsdp1(self.strategy.model) if self.is_fsdp1 else gathered_units(self._module):
                 yield
 
     def callable(self) -> AbstractContextManager[None]:
@@ -72,7 +71,8 @@ class Placement:
 
     def reshard(self) -> None:
         """Let go of what a pass without gradient has left gathered, before sharded values are changed."""
-        reshard(self.strategy.model)
+        if self.is_sharded:
+            reshard(self.strategy.model)
 
     def full_state_dict(self, policy: Any) -> dict[str, Tensor] | None:
         """The whole policy's, on rank 0's CPU, or None where it is not sharded; every rank must call this."""
@@ -87,3 +87,14 @@ class Placement:
                 return {}
             own = policy.named_parameters(remove_duplicate=False)  # a tied weight under both names, as elsewhere
             return {name.replace("_fsdp_wrapped_module.", ""): p.detach().to("cpu", copy=True) for name, p in own}
+
+
+def data_ranks(strategy: Strategy) -> DataRanks:
+    """The ranks that have different data."""
+    if isinstance(strategy, ModelParallelStrategy):
+        data, model = (strategy.device_mesh[name] for name in ("data_parallel", "tensor_parallel"))
+        of_model = model.get_group() if model.size() > 1 else None
+        return DataRanks(data.get_local_rank(), data.size(), data.get_group(), of_model)
+    if isinstance(strategy, ParallelStrategy):
+        return DataRanks(strategy.global_rank, strategy.world_size)
+    return DataRanks()

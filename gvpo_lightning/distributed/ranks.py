@@ -4,7 +4,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
-from lightning.pytorch.strategies import ModelParallelStrategy, ParallelStrategy, Strategy
 from torch import Tensor
 
 
@@ -64,14 +63,3 @@ class DataRanks:
 def rank_share(count: int, rank: int, world_size: int) -> range:
     """Which of `count` things one rank has, where all have as equal shares as can be."""
     return range(count * rank // world_size, count * (rank + 1) // world_size)
-
-
-def data_ranks(strategy: Strategy) -> DataRanks:
-    """The ranks that have different data."""
-    if isinstance(strategy, ModelParallelStrategy):
-        data, model = (strategy.device_mesh[name] for name in ("data_parallel", "tensor_parallel"))
-        of_model = model.get_group() if model.size() > 1 else None
-        return DataRanks(data.get_local_rank(), data.size(), data.get_group(), of_model)
-    if isinstance(strategy, ParallelStrategy):
-        return DataRanks(strategy.global_rank, strategy.world_size)
-    return DataRanks()

@@ -98,7 +98,7 @@ class SampledEvaluation:
             ):
                 rollout = sample_rollout(
                     policy,
-                    sampling.tokenizer,
+                    sampling.source.tokenizer,
                     rows_of(batch),
                     num_completions or self.group_size,
                     generation or sampling.generation,

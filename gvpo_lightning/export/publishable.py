@@ -4,11 +4,7 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    pass
-
+from typing import Any
 
 SECRET = re.compile(r"key|secret|passw|credential|auth|bearer|token", re.IGNORECASE)
 NOT_SECRET = re.compile(

@@ -6,9 +6,6 @@ from typing import Any
 from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
-from gvpo_lightning.distributed.placement import Placement
-from gvpo_lightning.distributed.sharding import shard_model
-from gvpo_lightning.policy.compile import compile_layers
 from gvpo_lightning.policy.head import install_logprob_head
 from gvpo_lightning.policy.loading import (
     UNLOADABLE,
@@ -66,15 +63,6 @@ def prepare_policy(model: PreTrainedModel) -> None:
             module.p = 0.0  # with dropout, two passes over the same weights differ and log-ratios are noise
         _zero_dropout(module)
     install_logprob_head(model)
-
-
-def place_policy(model: Any, placement: Placement, *, checkpoints: bool, compiles: bool) -> None:
-    """Shard a policy that is ready, as the strategy says; `checkpoints`: with gradient checkpointing."""
-    if checkpoints:
-        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    if compiles:
-        compile_layers(model)
-    shard_model(model, placement.strategy, placement.precision)
 
 
 def _zero_dropout(holder: Any) -> None:

@@ -4,6 +4,9 @@ from typing import Any
 
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from gvpo_lightning.distributed.placement import Placement
+from gvpo_lightning.distributed.sharding import shard_model
+from gvpo_lightning.policy.compile import compile_layers
 from gvpo_lightning.policy.loading import LoadingSettings, empty_model, load_config
 from gvpo_lightning.policy.lora import add_lora, check_policy_settings, starts_at_base
 from gvpo_lightning.policy.prepare import load_policy, load_tokenizer, prepare_policy
@@ -89,6 +92,15 @@ class PolicySource:
             return load_policy(self.given, loading or self.loading, self.lora, seed)
         prepare_policy(self.given)
         return self.given
+
+
+def place_policy(model: Any, placement: Placement, *, checkpoints: bool, compiles: bool) -> None:
+    """Shard a policy that is ready, as the strategy says; `checkpoints`: with gradient checkpointing."""
+    if checkpoints:
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    if compiles:
+        compile_layers(model)
+    shard_model(model, placement.strategy, placement.precision)
 
 
 def context_length(config: PretrainedConfig) -> int | None:

@@ -84,10 +84,9 @@ class FailureTally:
 
     def report(self, max_failed_fraction: float, guard: Guard) -> None:
         """RewardError where a reward has failed more often than that, else a warning of each that has."""
-        if self.counts:
-            self.check(max_failed_fraction)
-            for name, description in self.descriptions():
-                guard.say(f"reward {name}", description)
+        self.check(max_failed_fraction)
+        for name, description in self.descriptions():
+            guard.say(f"reward {name}", description)
 
 
 MAX_WORKERS = 8

@@ -10,7 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from gvpo_lightning.rewards.protocol import RewardError, SharedContractError
 from gvpo_lightning.rewards.run import FailureTally
 from gvpo_lightning.rollout.groups import Sampling, assemble_rollout, drop_by_settings, reward_groups, sample_groups
 from gvpo_lightning.rollout.metrics import measure_rollout
+from gvpo_lightning.rollout.plan import Update, plan_updates
 from gvpo_lightning.rollout.rollout import Rollout
 from gvpo_lightning.rollout.settings import RolloutSettings
 from gvpo_lightning.seeding import derive_seed
@@ -40,15 +41,6 @@ class Clock:
     def __init__(self) -> None:
         self.seconds = dict.fromkeys(("rollout", "reward", "reference", "train"), 0.0)
         self.phase = "train"
-        self._started = 0.0
-
-    def start(self) -> None:
-        """A micro-batch is trained from now on, until `stop`."""
-        self._started = time.perf_counter()
-
-    def stop(self) -> None:
-        """It has been trained."""
-        self.seconds["train"] += time.perf_counter() - self._started
 
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
@@ -68,7 +60,6 @@ class Collector:
         reference: what they are scored under, as `scoring` says.
         objective: what they will be trained on.
         settings: how many there are, and which are dropped.
-        vocab_size: the policy's.
         clock: counts what each part takes.
     """
 
@@ -78,7 +69,6 @@ class Collector:
     scoring: Scoring
     objective: Objective
     settings: RolloutSettings
-    vocab_size: int
     clock: Clock
 
     def collect(self, policy: Any, rows: list[Row], index: int, num_updates: int) -> Rollout:
@@ -92,7 +82,7 @@ class Collector:
         """
         sampling = self.sampling
         prompts = [row["prompt"] for row in rows]
-        prompt_ids = [encode_prompt(prompt, sampling.tokenizer) for prompt in prompts]
+        prompt_ids = [encode_prompt(prompt, sampling.source.tokenizer) for prompt in prompts]
         sampling.placement.reshard()
         self.reference.refresh(policy, rollout=index, update=num_updates)
         with self.clock.timed("rollout"):
@@ -105,13 +95,26 @@ class Collector:
         flat_groups = drop_by_settings(rollout, self.settings)
         self.objective.check_rewards(rollout.batch)
         with self.clock.timed("reference"):
-            self._score(policy, rollout.batch, [completion for group in groups for completion in group])
+            self._score(policy, rollout.batch, groups)
         self.sources.remember(index, prompts, groups)
-        metrics = measure_rollout(rollout, names, self.vocab_size, flat_groups)
+        vocab_size = sampling.source.vocab_size()
+        metrics = measure_rollout(rollout, names, vocab_size, flat_groups)
         rollout.metrics.update(metrics)
         negligible = {name: metrics.get(f"source/{name}/negligible_fraction", 0.0) for name in names}
-        sampling.guard.negligible(negligible, self.vocab_size)
+        sampling.guard.negligible(negligible, vocab_size)
         return rollout
+
+    def plan(self, rollout: Rollout, accumulate: int) -> list[Update]:
+        """The optimizer updates of a rollout, all passes over it, as this rank sees them."""
+        settings, ranks, seed = self.settings, self.sampling.placement.ranks, self.sampling.seed
+        limits = replace(settings.limits, padding_free=self.scoring.padding_free)
+        options: dict[str, Any] = {"num_updates": settings.updates_per_pass, "accumulate": accumulate, "limits": limits}
+        options |= {"rank": ranks.rank, "num_ranks": ranks.size}
+        shapes, updates = rollout.group_shapes(), list[Update]()
+        for number in range(settings.epochs_per_rollout):
+            of_pass = derive_seed(seed, "update", rollout.index, number)
+            updates += plan_updates(shapes, **options, seed=of_pass)
+        return updates
 
     def sample_share(self, policy: Any, prompt_ids: list[list[int]], num_fresh: Sequence[int], index: int) -> Groups:
         """This rank's part of the fresh completions, of which each prompt gets `num_fresh`."""
@@ -119,11 +122,11 @@ class Collector:
         owners = [group for group, count in enumerate(num_fresh) for _ in range(count)]
         if not owners:
             return [[] for _ in prompt_ids]
+        seed = derive_seed(sampling.seed, "completions", index, ranks.rank)
         mine = Counter(owners[number] for number in ranks.share(len(owners)))
         counts = [mine[group] for group in range(len(prompt_ids))]
-        seed = derive_seed(sampling.seed, "completions", index, ranks.rank)
         with sampling.placement.forward_context(), sampling.placement.gathered():
-            return sample_groups(policy, sampling.tokenizer, prompt_ids, counts, sampling.generation, seed)
+            return sample_groups(policy, sampling.source.tokenizer, prompt_ids, counts, sampling.generation, seed)
 
     def reward_shares(self, rows: list[Row], fresh: Groups, recorded: Groups) -> tuple[Groups, FailureTally]:
         """The groups of all ranks, and how often rewards have failed on them.
@@ -165,9 +168,10 @@ class Collector:
         ]
         return groups, self.sampling.report([part[4] for part in parts])
 
-    def _score(self, policy: Any, batch: CompletionBatch, completions: list[Completion]) -> None:
+    def _score(self, policy: Any, batch: CompletionBatch, groups: Groups) -> None:
         """Log-probs of the kept completions: the reference's where they have none of this version, the sampler's."""
         kept, version = batch.kept, self.reference.version
+        completions = [completion for group in groups for completion in group]
         unscored = torch.tensor([c.reference_logprobs is None for c in completions], dtype=torch.bool)
         self._fill(batch.reference_logprobs, batch, unscored & kept, self.reference.applied(policy))
         for row in kept.nonzero().squeeze(-1).tolist():

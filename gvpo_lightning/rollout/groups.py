@@ -13,6 +13,7 @@ from gvpo_lightning.data.batch import Completion, collate_completions
 from gvpo_lightning.data.rows import Row, encode_prompt
 from gvpo_lightning.distributed.placement import Placement
 from gvpo_lightning.guard import Guard
+from gvpo_lightning.policy.source import PolicySource
 from gvpo_lightning.rewards import reward_columns
 from gvpo_lightning.rewards.protocol import REASONS
 from gvpo_lightning.rewards.run import FailureTally, Rewards
@@ -26,12 +27,12 @@ class Sampling:
     """How a run samples and rewards completions, in training and in evaluation.
 
     Attributes:
-        tokenizer, generation, rewards, seed: the run's; no rewards where every completion brings its own.
+        source, generation, rewards, seed: the run's; no rewards where every completion brings its own.
         placement: where the policy is.
         guard: warns of rewards that fail.
     """
 
-    tokenizer: PreTrainedTokenizerBase
+    source: PolicySource
     generation: GenerationSettings
     rewards: Rewards | None
     placement: Placement
@@ -51,7 +52,7 @@ class Sampling:
         All ranks must call this.
         """
         together = sum(failures[1:], failures[0])
-        if self.rewards is not None:
+        if self.rewards is not None and together.counts:
             together.report(self.rewards.settings.max_failed_fraction, self.guard)
         return together
 

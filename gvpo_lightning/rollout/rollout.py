@@ -1,19 +1,16 @@
 """`Rollout`: completions of some prompts, sampled or recorded, their text and their rewards."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from gvpo_lightning.data.batch import CompletionBatch, dropped_completion
-from gvpo_lightning.distributed.ranks import DataRanks
 from gvpo_lightning.rewards.protocol import COMPONENT
 from gvpo_lightning.rewards.run import FailureTally
-from gvpo_lightning.rollout.plan import GroupShape, Update, plan_updates
-from gvpo_lightning.rollout.settings import RolloutSettings
-from gvpo_lightning.seeding import derive_seed
+from gvpo_lightning.rollout.plan import GroupShape
 
 
 @dataclass
@@ -112,19 +109,6 @@ class Rollout:
     def from_state_dict(cls, state: dict[str, Any]) -> "Rollout":
         """What `state_dict` gave."""
         return cls(**{**state, "batch": CompletionBatch(**state["batch"])})
-
-
-def plan_passes(
-    rollout: Rollout, settings: RolloutSettings, ranks: DataRanks, accumulate: int, seed: int, padding_free: bool
-) -> list[Update]:
-    """The optimizer updates of a rollout, all passes over it, as this rank sees them; `seed` is the run's."""
-    limits, num_updates = replace(settings.limits, padding_free=padding_free), settings.updates_per_pass
-    seeds = [derive_seed(seed, "update", rollout.index, epoch) for epoch in range(settings.epochs_per_rollout)]
-    shapes, updates = rollout.group_shapes(), list[Update]()
-    for of_pass in seeds:
-        cut = {"rank": ranks.rank, "num_ranks": ranks.size, "num_updates": num_updates, "accumulate": accumulate}
-        updates += plan_updates(shapes, **cut, seed=of_pass, limits=limits)
-    return updates
 
 
 def _nan_as_none(values: Sequence[float]) -> list[float | None]:

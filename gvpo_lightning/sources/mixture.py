@@ -247,12 +247,11 @@ class SourceMixture:
         """Keep a rollout's fresh completions, of all ranks, for replay."""
         if self.replay is None or self.replay.last_rollout == rollout:  # a fit that was stopped within it, again
             return
-        self.replay.last_rollout = rollout
         fresh = (
             (prompt_key(prompt), [c for c in group if c.source == "policy" and c.reference_logprobs is not None])
             for prompt, group in zip(prompts, groups, strict=True)
         )
-        self.replay.add((key, completions) for key, completions in fresh if completions)
+        self.replay.add(((key, completions) for key, completions in fresh if completions), rollout)
 
     def state_dict(self, precision: str) -> dict[str, Any]:
         """For a checkpoint: the replay buffer, whose log-probs are of this precision, and what made cached ones."""

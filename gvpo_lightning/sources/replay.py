@@ -23,8 +23,9 @@ class ReplayBuffer:
     def __len__(self) -> int:
         return len(self._order)
 
-    def add(self, groups: Iterable[tuple[str, list[Completion]]]) -> None:
-        """Remember completions of prompts, given by their keys; forget the oldest groups beyond the capacity."""
+    def add(self, groups: Iterable[tuple[str, list[Completion]]], rollout: int) -> None:
+        """Remember a rollout's completions of prompts, given by their keys; forget the oldest beyond the capacity."""
+        self.last_rollout = rollout
         for key, completions in groups:
             self._groups.setdefault(key, deque()).append(completions)
             self._order.append(key)
@@ -69,8 +70,7 @@ class ReplayBuffer:
 
         Without `keep_logprobs` they count as those of another version of the reference.
         """
-        self.last_rollout = state["last_rollout"]
-        self._groups, self._order = {}, deque()
+        self._groups, self._order, self.last_rollout = {}, deque(), state["last_rollout"]
         columns = zip(
             state["token_ids"].split(state["lengths"]),
             state["texts"],
@@ -95,4 +95,4 @@ class ReplayBuffer:
             for ids, text, truncated, reward, components, logprobs, version in columns
         )
         for key, size in zip(state["keys"], state["group_sizes"], strict=True):
-            self.add([(key, [next(completions) for _ in range(size)])])
+            self.add([(key, [next(completions) for _ in range(size)])], self.last_rollout)

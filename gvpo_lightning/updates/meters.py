@@ -1,7 +1,7 @@
 """What is logged of an optimizer update, gathered over micro-batches and ranks."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -34,13 +34,13 @@ class CollectedUpdate:
     gradients_are_finite: bool
 
 
+@dataclass
 class UpdateMeter:
     """Collects an update's log-ratios and entropies on the device; they reach the host once, all together."""
 
-    def __init__(self) -> None:
-        self.log_ratios: list[Tensor] = []
-        self.entropies: list[Tensor] = []
-        self.losses: list[Tensor] = []
+    log_ratios: list[Tensor] = field(default_factory=list)
+    entropies: list[Tensor] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
 
     @torch.no_grad()
     def add(self, log_ratios: Tensor, entropies: Tensor | None, loss: ObjectiveLoss | None = None) -> None:

@@ -1,8 +1,8 @@
 import itertools
+from contextlib import nullcontext
 from dataclasses import replace
 from types import SimpleNamespace
 
-import lightning as L
 import pytest
 import torch
 
@@ -50,7 +50,8 @@ def module(policies, tokenizer):
     rewards = Rewards(starts_with_a_digit)
     return SimpleNamespace(
         policy=policies[1], tokenizer=tokenizer, generation=generation, rewards=rewards, temperature=1.3, beta=BETA,
-        seed=0, loading_of=lambda name: LoadingSettings(), trainer=L.Trainer(accelerator="cpu", logger=False),
+        seed=0, source=SimpleNamespace(loading_of=lambda name: LoadingSettings()),
+        placement=SimpleNamespace(forward_context=nullcontext),
     )  # fmt: skip
 
 

@@ -75,9 +75,10 @@ def test_replayed_completions_are_measured_against_the_reference_of_now(make_mod
     scored = []
     original = Collector._score
 
-    def score(collector, policy, batch, completions):
-        scored.append([c.reference_logprobs is None for c in completions if c.source == "replay"])
-        original(collector, policy, batch, completions)
+    def score(collector, policy, batch, groups):
+        replayed = [c for group in groups for c in group if c.source == "replay"]
+        scored.append([c.reference_logprobs is None for c in replayed])
+        original(collector, policy, batch, groups)
 
     monkeypatch.setattr(Collector, "_score", score)
     fit(module, max_steps=8)

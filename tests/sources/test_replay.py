@@ -21,7 +21,7 @@ def completion(number: int) -> Completion:
 def filled(**settings) -> ReplayBuffer:
     """Three prompts' groups of two, `a` seen twice: a(0, 1), b(2, 3), a(4, 5), c(6, 7)."""
     buffer = ReplayBuffer(ReplaySettings(2, **settings))
-    buffer.add((key, [completion(2 * n), completion(2 * n + 1)]) for n, key in enumerate("abac"))
+    buffer.add(((key, [completion(2 * n), completion(2 * n + 1)]) for n, key in enumerate("abac")), 0)
     return buffer
 
 

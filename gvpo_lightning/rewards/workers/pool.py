@@ -72,6 +72,10 @@ class Worker:
         self.task, self.deadline = number, time.monotonic() + timeout
         return True
 
+    def finish(self) -> None:
+        """It has answered, and can be asked again."""
+        self.task = None
+
     def stack(self) -> str:
         """Where in its code it is, or was when it crashed; empty where that can't be known."""
         if self.process.poll() is None:
@@ -209,7 +213,7 @@ class RewardPool:
             return Failure(DIED, f"its process gave answer {number} to question {worker.asked}.")
         if isinstance(answer, RewardContractError):
             raise answer
-        worker.task = None
+        worker.finish()
         return answer
 
     def _remove(self, worker: Worker) -> int:
