@@ -16,6 +16,7 @@ from gvpo_lightning.objective_kinds import make_objective
 from gvpo_lightning.rollout.generation import GenerationSettings
 from gvpo_lightning.rollout.sampling import RolloutSettings
 from gvpo_lightning.sources.settings import DemonstrationSettings, ReplaySettings
+from tests.error_budget import assert_within, sgd_update
 
 OBJECTIVES = {
     "no variance term": ObjectiveSettings(variance_term=False),
@@ -50,14 +51,13 @@ def record(module, weights):
 
 
 def one_big_batch(module, values, rollout, rows):
-    """Loss and gradient of an update at the given weights, by eager log-probs."""
+    """An update at the given weights, in float64."""
     torch.nn.utils.vector_to_parameters(values, module.policy.parameters())
     objective = make_objective(module.objective_settings, module.beta, module.generation.max_new_tokens)
     batch = rollout.micro_batch(rows, torch.device("cpu"))
-    logprobs, _ = completion_logprobs(module.policy, batch, implementation="reference")
-    loss = objective.loss(logprobs, batch, objective.terms(batch)).loss
-    gradients = torch.autograd.grad(loss, list(module.policy.parameters()))
-    return float(loss.detach()), torch.cat([gradient.flatten() for gradient in gradients])
+    return sgd_update(
+        module.policy, batch, lambda values, part: objective.loss(values, part, objective.terms(part)).loss, LR
+    )
 
 
 @pytest.mark.parametrize(
@@ -76,10 +76,13 @@ def test_updates_cut_into_micro_batches_are_those_of_one_big_batch(make_module, 
     states = [values for values, _, _ in found] + [weights(module)]
     assert len(losses) == len(found) == 4
     for (before, after), (_, rolled, rows), logged in zip(itertools.pairwise(states), found, losses, strict=True):
-        loss, gradient = one_big_batch(module, before, rolled, rows)
-        torch.testing.assert_close(after, before - LR * gradient, atol=2e-6, rtol=1e-4)
-        assert gradient.abs().max() > 1e-4
-        assert logged == pytest.approx(loss, rel=1e-3, abs=1e-6)
+        update = one_big_batch(module, before, rolled, rows)
+        expected, budget = (
+            torch.cat([value.flatten() for value in values.values()]) for values in (update.weights, update.budgets)
+        )
+        assert_within(after, expected, budget)
+        assert (expected - before).abs().max() > 1e-4 * LR
+        assert_within(logged, update.loss, update.loss_budget)
     assert ("two passes" in passes) == (name in COUPLED)
 
 
