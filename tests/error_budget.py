@@ -29,9 +29,24 @@ def sum_budget(size: Tensor | float, dtype: torch.dtype = torch.float32) -> Tens
     return ROUNDINGS * torch.finfo(dtype).eps * torch.as_tensor(size, dtype=torch.float64)
 
 
-def logprob_budget(logits: Tensor, dtype: torch.dtype = torch.float32) -> float:
-    """The largest rounding error of one token's log-prob: it is a logit less the logarithm of a sum over them all."""
-    return float(sum_budget(1 + logits.detach().abs().max().double(), dtype))
+def weights_budget(weights: Tensor | float, step: Tensor | float, updates: int = 1) -> Tensor:
+    """The same of weights after so many steps, whose terms add up to `step` each; each rounds a weight once."""
+    rounded = torch.finfo(torch.float32).eps * torch.as_tensor(weights, dtype=torch.float64).abs()
+    return updates * (rounded + sum_budget(step))
+
+
+def logprob_budget(logits: Tensor) -> float:
+    """The largest rounding error of one token's float32 log-prob: a logit less the logarithm of a sum over them all.
+
+    `logits` may as well be the log-probs of all tokens, which are logits too.
+    """
+    return float(sum_budget(1 + logits.detach().abs().max()))
+
+
+def scores_budget(policy: PreTrainedModel, batch: CompletionBatch) -> float:
+    """The same of any of a batch's completion tokens, at temperature 1."""
+    with torch.no_grad():
+        return logprob_budget(policy(**padded_inputs(batch)[0]).logits)
 
 
 def assert_within(actual: Tensor | float, expected: Tensor | float, budget: Tensor | float, what: str = "") -> None:
@@ -73,7 +88,7 @@ def sgd_update(
     batch = replace(batch, rewards=batch.rewards.double(), reference_logprobs=batch.reference_logprobs.double())
     logprobs, _ = completion_logprobs(exact, batch, implementation="reference")
     with torch.no_grad():
-        logit_size = 1 + float(exact(**padded_inputs(batch)[0]).logits.abs().max())
+        logprob_size = 1 + float(exact(**padded_inputs(batch)[0]).logits.abs().max())
 
     def loss_and_coefficients(values: Tensor, batch: CompletionBatch) -> tuple[Tensor, Tensor]:
         leaf = values.detach().clone().requires_grad_()
@@ -86,7 +101,7 @@ def sgd_update(
     for row in range(len(batch)):
         # the policy's log-probs are rounded, and the reference's as much
         moved_logprobs = logprobs.detach().clone()
-        moved_logprobs[row] += step * 2 * logit_size * batch.completion_mask[row]
+        moved_logprobs[row] += step * 2 * logprob_size * batch.completion_mask[row]
         moved_rewards = batch.rewards.clone()
         moved_rewards[row] *= 1 + step
         for values, rewards in ((moved_logprobs, batch.rewards), (logprobs, moved_rewards)):
@@ -104,5 +119,5 @@ def sgd_update(
     # A gradient is a sum itself. Where its own terms cancel, as in attention's queries, it is small and they are not:
     # the backward pass brings terms of the largest size to every layer.
     largest = lr * max(term.max() for term in terms)
-    budgets = {name: sum_budget(p.detach().abs() + largest) for name, p in zip(names, parameters, strict=True)}
+    budgets = {name: weights_budget(p.detach(), largest) for name, p in zip(names, parameters, strict=True)}
     return Update(float(loss), float(sum_budget(loss_size)), weights, budgets)

@@ -9,6 +9,7 @@ from torch.utils.data import DataLoader
 from gvpo_lightning import GVPOModule, LoadingSettings, ReferenceSettings
 from gvpo_lightning.export import export_checkpoint
 from gvpo_lightning.reference import AdapterOffReference, ModelReference, score
+from tests.error_budget import assert_within, scores_budget
 
 pytest.importorskip("peft")
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}
@@ -138,7 +139,7 @@ def test_an_exported_adapter_is_trained_further_and_is_its_own_reference(make_mo
     rollouts = trace_rollouts(second)
     fit(second, max_steps=4)
     start = score(first.policy, rollouts[-1].batch, temperature=1.0, batch_size=64)
-    torch.testing.assert_close(rollouts[-1].batch.reference_logprobs, start, atol=1e-5, rtol=0)
+    assert_within(rollouts[-1].batch.reference_logprobs, start, scores_budget(first.policy, rollouts[-1].batch))
     names = [n for n, p in second.policy.named_parameters() if p.requires_grad]
     assert names
     assert all("lora_" in n for n in names)
