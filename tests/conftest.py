@@ -18,8 +18,13 @@ from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
 # examples may take as long as a busy machine makes them; a fixture is the same for all of a test's
+# and the examples are the same in every run, whatever another run has left in a folder
 settings.register_profile(
-    "untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    "untimed",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("untimed")
 ROOT = Path(__file__).parent.parent

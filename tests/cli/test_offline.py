@@ -10,7 +10,8 @@ from gvpo_lightning.cli import main
 from gvpo_lightning.policy import load_policy
 from gvpo_lightning.reference import score
 from gvpo_lightning.rollout.sampling import Rollout
-from tests.error_budget import assert_within, scores_budget
+from tests.error_budget import assert_within
+from tests.update_budget import scores_budget
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ from torch.utils.data import DataLoader
 from gvpo_lightning import GVPOModule, LoadingSettings, ReferenceSettings
 from gvpo_lightning.export import export_checkpoint
 from gvpo_lightning.reference import AdapterOffReference, ModelReference, score
-from tests.error_budget import assert_within, scores_budget
+from tests.error_budget import assert_within
+from tests.update_budget import scores_budget
 
 pytest.importorskip("peft")
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": "all-linear"}

@@ -16,7 +16,8 @@ from gvpo_lightning.objective_kinds import make_objective
 from gvpo_lightning.rollout.generation import GenerationSettings
 from gvpo_lightning.rollout.sampling import RolloutSettings
 from gvpo_lightning.sources.settings import DemonstrationSettings, ReplaySettings
-from tests.error_budget import assert_within, scores_budget, sgd_update
+from tests.error_budget import assert_within
+from tests.update_budget import scores_budget, sgd_update
 
 OBJECTIVES = {
     "no variance term": ObjectiveSettings(variance_term=False),

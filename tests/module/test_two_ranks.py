@@ -10,9 +10,10 @@ from gvpo_lightning.head import completion_logprobs
 from gvpo_lightning.objective_kinds import make_objective
 from gvpo_lightning.objective_settings import ObjectiveSettings
 from gvpo_lightning.policy import load_policy
-from tests.error_budget import assert_within, sgd_update
+from tests.error_budget import assert_within
 from tests.forked import run_ranks
 from tests.module.two_ranks_script import LR, RUNS, main
+from tests.update_budget import sgd_update
 
 
 @pytest.fixture(scope="module")

@@ -9,8 +9,9 @@ from gvpo_lightning.head_check import attention_of, check_logprob_head
 from gvpo_lightning.objectives import gvpo_loss
 from gvpo_lightning.policy import prepare_policy
 from gvpo_lightning.reference import score
-from tests.error_budget import assert_within, gradient_size, loss_sizes, scores_budget, sum_budget
+from tests.error_budget import assert_within, sum_budget
 from tests.policy.conftest import FLOAT32_ALONE, FLOAT32_INSIDE, SIZES
+from tests.update_budget import gradient_size, loss_sizes, scores_budget
 
 PACKABLE = [
     "qwen2",
