@@ -39,8 +39,9 @@ def to_float64(tensors: dict) -> dict:
 def value_and_gradients(function, tensors: dict, temperature=1.0) -> dict:
     """The log-probs, and every gradient under a non-uniform upstream one with zeros and both signs in it."""
     logprobs = function(**tensors, temperature=temperature)
-    upstream = torch.linspace(-1, 2, len(logprobs), dtype=logprobs.dtype)
+    upstream = torch.linspace(-1, 2, len(logprobs), dtype=torch.float64)  # whose rounded values depend on the CPU
     upstream[::4] = 0
+    upstream = upstream.to(logprobs.dtype)
     leaves = {name: t for name, t in tensors.items() if t.requires_grad}
     gradients = torch.autograd.grad(logprobs, list(leaves.values()), upstream)
     return {"logprobs": logprobs.detach()} | dict(zip(leaves, gradients, strict=True))
