@@ -28,6 +28,7 @@ settings.register_profile(
 )
 settings.load_profile("untimed")
 ROOT = Path(__file__).parent.parent
+DATA = Path(os.environ["GVPO_DATA"]).resolve() if os.environ.get("GVPO_DATA") else None  # tests have other folders
 
 
 @pytest.fixture(autouse=True)
@@ -57,12 +58,12 @@ def arithmetic() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder with real datasets beside the repository; with GVPO_REQUIRE_DATA set its absence is a failure."""
-    folder = ROOT.parent / "shared" / "data"
-    if not (folder / "gsm_8k").exists():
-        assert not os.environ.get("GVPO_REQUIRE_DATA"), f"{folder} is missing"
-        pytest.skip(f"needs the datasets in {folder}")
-    return folder
+    """The folder with real datasets that the environment names; where it names none, its tests skip."""
+    if DATA is None:
+        pytest.skip("set GVPO_DATA to a folder with the datasets evaluation_suite/ and gsm_8k/")
+    for name in ("evaluation_suite", "gsm_8k"):
+        assert (DATA / name).is_dir(), f"GVPO_DATA={DATA} has no folder {name}"
+    return DATA
 
 
 @pytest.fixture(scope="session")
