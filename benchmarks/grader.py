@@ -1,6 +1,6 @@
 r"""Checks the grader on all 1,560 problems of the maths suites, and writes what it gets wrong.
 
-    python -m benchmarks.grader --path ../shared/data/evaluation_suite   # some minutes
+    python -m benchmarks.grader --path data/evaluation_suite   # some minutes; default: evaluation_suite in $GVPO_DATA
 
 Of each problem the right answer, boxed, must be worth 1, and corrupted ones 0. Corrupted are, one at a time:
 
@@ -16,7 +16,9 @@ two kinds of exceptions the answers are listed that math-verify can't read: they
 
 import argparse
 import json
+import os
 import re
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -165,8 +167,12 @@ def updated_page(page: str, report: dict[str, Any]) -> str:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--path", default="../shared/data/evaluation_suite")
-    report = check_suite(parser.parse_args().path)
+    data = os.environ.get("GVPO_DATA")
+    parser.add_argument("--path", default=data and f"{data}/evaluation_suite")
+    path = parser.parse_args().path
+    if path is None or not Path(path).is_dir():
+        sys.exit(f"grader: --path={path} is no folder: give that of the maths suites, or set GVPO_DATA to its parent")
+    report = check_suite(path)
     RESULTS.write_text(json.dumps(report, indent=1, ensure_ascii=False) + "\n")
     PAGE.write_text(updated_page(PAGE.read_text(), report))
 

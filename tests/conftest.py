@@ -18,11 +18,17 @@ from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 
 torch.set_num_threads(1)  # tiny tensors: a second thread costs more than it brings
 # examples may take as long as a busy machine makes them; a fixture is the same for all of a test's
+# and the examples are the same in every run, whatever another run has left in a folder
 settings.register_profile(
-    "untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+    "untimed",
+    deadline=None,
+    derandomize=True,
+    database=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.function_scoped_fixture],
 )
 settings.load_profile("untimed")
 ROOT = Path(__file__).parent.parent
+DATA = Path(os.environ["GVPO_DATA"]).resolve() if os.environ.get("GVPO_DATA") else None  # tests have other folders
 
 
 @pytest.fixture(autouse=True)
@@ -52,12 +58,12 @@ def arithmetic() -> Path:
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
-    """The folder with real datasets beside the repository; with GVPO_REQUIRE_DATA set its absence is a failure."""
-    folder = ROOT.parent / "shared" / "data"
-    if not (folder / "gsm_8k").exists():
-        assert not os.environ.get("GVPO_REQUIRE_DATA"), f"{folder} is missing"
-        pytest.skip(f"needs the datasets in {folder}")
-    return folder
+    """The folder with real datasets that the environment names; where it names none, its tests skip."""
+    if DATA is None:
+        pytest.skip("set GVPO_DATA to a folder with the datasets evaluation_suite/ and gsm_8k/")
+    for name in ("evaluation_suite", "gsm_8k"):
+        assert (DATA / name).is_dir(), f"GVPO_DATA={DATA} has no folder {name}"
+    return DATA
 
 
 @pytest.fixture(scope="session")

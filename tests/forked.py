@@ -3,10 +3,11 @@
 import faulthandler
 import multiprocessing as mp
 import os
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+from tests.ports import reserved_port
 
 FORK = mp.get_context("forkserver")
 FORK.set_forkserver_preload(
@@ -18,12 +19,6 @@ FORK.set_forkserver_preload(
         "gvpo_lightning.callbacks",
     ]
 )
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def wait_until(condition: Callable[[], object], seconds: float = 60.0) -> None:
@@ -52,16 +47,17 @@ def _run(folder: Path, rank: int, world: int, port: int, target: Callable, argum
 
 def run_ranks(folder: Path, world: int, target: Callable, *arguments, timeout: float = 400.0) -> None:
     """Run a function of an importable module on so many ranks; AssertionError with what it said where one fails."""
-    port = free_port()
-    processes = [
-        FORK.Process(target=_run, args=(folder, rank, world, port, target, arguments)) for rank in range(world)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(timeout)
-    codes = [process.exitcode for process in processes]
-    for process in processes:
-        process.kill()
+    with reserved_port() as port:
+        processes = [
+            FORK.Process(target=_run, args=(folder, rank, world, port, target, arguments)) for rank in range(world)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(timeout)
+        codes = [process.exitcode for process in processes]
+        for process in processes:
+            process.kill()
+            process.join()
     failed = next((rank for rank, code in enumerate(codes) if code != 0), None)
     assert failed is None, f"ranks ended with {codes}:\n{(folder / f'rank{failed}.err').read_text()[-3000:]}"

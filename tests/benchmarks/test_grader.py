@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from benchmarks.grader import PAGE, RESULTS, SPLITS, check_problem, check_suite, corrupted, hedged, updated_page
+from benchmarks.grader import PAGE, RESULTS, SPLITS, check_problem, check_suite, corrupted, hedged, main, updated_page
 from gvpo_lightning.data.splits import load_splits
 
 
@@ -72,3 +72,14 @@ def test_hedges_are_for_numbers_alone():
     assert {"-2.5 = -3.5", "-3.5 = -2.5", "-2.5:-3.5", "-2.5_{7}"} <= set(found.values())
     assert len(found) == len(set(found.values()))
     assert hedged(["x=5"]) == hedged(["\\frac{1}{2}"]) == {}
+
+
+@pytest.mark.parametrize("data", [None, "nowhere"])
+def test_no_data_is_one_line(monkeypatch, data):
+    monkeypatch.setattr("sys.argv", ["grader"])
+    if data is None:
+        monkeypatch.delenv("GVPO_DATA", raising=False)
+    else:
+        monkeypatch.setenv("GVPO_DATA", data)
+    with pytest.raises(SystemExit, match=r"^grader: --path=.* is no folder: .*GVPO_DATA to its parent$"):
+        main()

@@ -71,14 +71,14 @@ def test_gradients_are_eagers_and_no_length_is_compiled_again(tiny_policy, backe
         return torch.cat([parameter.grad.flatten() for parameter in policy.parameters()])
 
     backend(name)
-    eager, compiled = tiny_policy(num_hidden_layers=3), tiny_policy(num_hidden_layers=3)
+    eager, compiled = tiny_policy(num_hidden_layers=3).double(), tiny_policy(num_hidden_layers=3).double()
     prepare_policy(eager)
     prepare_policy(compiled)
     compile_layers(compiled)
     compile_layers(compiled)  # does nothing
     for size in (4, 2, 3, 8, 5, 2, 6, 7):
         batch = ragged_batch(size)
-        torch.testing.assert_close(gradient(compiled, batch), gradient(eager, batch), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(gradient(compiled, batch), gradient(eager, batch), rtol=1e-9, atol=1e-10)
     assert graphs() == 1  # for all layers and sizes
     assert list(compiled.state_dict()) == list(eager.state_dict())
     assert not counters["graph_break"]
@@ -91,6 +91,7 @@ def test_a_fit_ends_with_the_same_weights_and_stops_compiling(
 ):
     settings |= {"gradient_checkpointing": checkpointing, "padding_free": checkpointing}
     arguments = {"accumulate_grad_batches": 6, "max_steps": 12, "val_check_interval": 24, "rows": prompts}
+    arguments["precision"] = "64-true"  # in which twelve updates amplify nothing
     validation = DataLoader(prompts[:5], batch_size=2, collate_fn=list)
     eager = make_module(policy=tiny_policy(num_hidden_layers=3), **settings)
     fit(eager, **arguments)
@@ -99,7 +100,7 @@ def test_a_fit_ends_with_the_same_weights_and_stops_compiling(
     backend("aot_eager")
     module = make_module(policy=tiny_policy(num_hidden_layers=3), torch_compile=True, **settings)
     fit(module, **arguments)
-    assert (weights(module) - weights(eager)).abs().max() <= 1e-6
+    assert (weights(module) - weights(eager)).abs().max() <= 1e-10
     assert 2 <= graphs() <= 16  # for three layers, two passes and scoring, with and without mask, of one and of many
     assert not counters["graph_break"]
     assert list(module.policy.state_dict()) == list(eager.policy.state_dict())

@@ -5,7 +5,7 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gvpo_lightning import GenerationSettings, ReferenceSettings, RolloutSettings
-from tests.policy.conftest import ARCHITECTURES, SIZES
+from tests.policy.conftest import ARCHITECTURES, FLOAT32_ALONE, FLOAT32_INSIDE, SIZES
 
 FAMILIES = [name for name in ARCHITECTURES if name not in ("qwen2-tied", "gemma3-softcap", "granite-tied")]
 PADDED_ALONE = ("opt", "falcon")
@@ -46,11 +46,13 @@ def test_two_updates_end_with_the_same_weights(build, make_module, fit, weights,
         policy = build(name, tie_word_embeddings=tied, initializer_range=0.1)
         start = torch.cat([parameter.detach().flatten().clone() for parameter in policy.parameters()])
         module = make_module(policy=policy, padding_free=padding_free, **arguments)
-        fit(module, max_steps=2, accumulate_grad_batches=3)
+        fit(module, max_steps=2, accumulate_grad_batches=3, precision="64-true")
         ends.append(weights(module))
         assert (ends[-1] - start).abs().max() > 1e-4
         assert torch.isfinite(ends[-1]).all()
-    assert (ends[-1] - ends[0]).abs().max() <= 1e-6
+    # some families compute their norms or softmaxes in float32, whatever the weights are
+    is_exact = name not in FLOAT32_INSIDE + FLOAT32_ALONE
+    assert (ends[-1] - ends[0]).abs().max() <= (1e-10 if is_exact else 1e-7)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
@@ -61,9 +63,10 @@ def test_a_longer_fit_ends_with_the_same_weights(make_module, fit, weights, chec
         module = make_module(
             rollout=settings, optimizer=sgd, padding_free=padding_free, gradient_checkpointing=checkpointing
         )
-        fit(module, max_steps=8, accumulate_grad_batches=4)
+        fit(module, max_steps=8, accumulate_grad_batches=4, precision="64-true")  # which amplifies nothing
         ends.append(weights(module))
-    assert (ends[1] - ends[0]).abs().max() <= 1e-6
+    assert ends[0].dtype == torch.float64
+    assert (ends[1] - ends[0]).abs().max() <= 1e-10
 
 
 def test_a_token_limit_counts_what_is_there(make_module, fit):

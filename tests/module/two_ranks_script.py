@@ -18,6 +18,8 @@ from gvpo_lightning import (
 from gvpo_lightning.objectives.settings import ObjectiveKind
 from gvpo_lightning.rewards import Reward
 
+LR = 0.1
+
 
 def patchy(prompts, completions, **columns):
     """Varied; some completions have none, so that groups and ranks differ in size."""
@@ -97,7 +99,7 @@ def train(model: str, folder: Path, name: str) -> None:
         rollout=run.rollout,
         sources=SourceSettings(replay=ReplaySettings(run.replay) if run.replay else None),
         generation=GenerationSettings(max_new_tokens=4),
-        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=LR),
         objective=run.objective,
     )
     prompts = [{"prompt": f"{n}+{n % 7}="} for n in range(24)]

@@ -41,6 +41,12 @@ ARCHITECTURES = {
 }
 # eager attention, Gemma 2's, gives NaN where rows are padded in float64: transformers' softmax is in float32 there
 FLOAT32_ALONE = ["gemma2-softcap"]
+FLOAT32_INSIDE = [
+    "gemma3",
+    "gemma3-softcap",
+    "cohere-scaled",
+    "cohere2-scaled",
+]  # their norms, whatever the weights are
 CHANGED = [name for name in ARCHITECTURES if name.endswith(("-softcap", "-scaled"))] + ["granite-tied"]
 
 

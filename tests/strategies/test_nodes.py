@@ -2,7 +2,6 @@
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from gvpo_lightning.cli import main
+from tests.ports import reserved_port
 
 SHORT = ["--trainer.accelerator=cpu", "--trainer.precision=32-true", "--trainer.max_steps=4"]
 GVPO = [sys.executable, "-m", "gvpo_lightning.cli"]
@@ -24,18 +24,26 @@ def arguments(root: Path, strategy: str, folder: Path, *more: str) -> list[str]:
     return ["fit", *configs, *SHORT, f"--trainer.default_root_dir={folder}", *more]
 
 
-def run_together(root: Path, folder: Path, commands: list[tuple[list[str], dict[str, str]]]) -> None:
+@pytest.fixture
+def port():
+    """Where the processes of a test meet, whoever launches them: Lightning's launcher takes it from MASTER_PORT."""
+    with reserved_port() as port:
+        yield port
+
+
+def run_together(root: Path, folder: Path, port: int, commands: list[tuple[list[str], dict[str, str]]]) -> None:
     """Start all, wait for all, and show what the first to fail has said."""
     processes = []
     for number, (command, environment) in enumerate(commands):
         with (folder / f"{number}.log").open("w") as log:
-            environment = os.environ | {"OMP_NUM_THREADS": "1"} | environment
+            environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(port)} | environment
             processes.append(subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=log))
     try:
         codes = [process.wait(timeout=400) for process in processes]
     finally:
         for process in processes:
             process.kill()
+            process.wait()
     for number, code in enumerate(codes):
         assert code == 0, (folder / f"{number}.log").read_text()[-3000:]
 
@@ -57,8 +65,8 @@ def check_run(folder: Path) -> None:
         pytest.param("tp_fsdp2", ["--trainer.devices=4", f"{SIZES}=2"], marks=pytest.mark.slow),
     ],
 )
-def test_a_strategy_is_one_more_config(root, tmp_path, strategy, sizes):
-    run_together(root, tmp_path, [([*GVPO, *arguments(root, strategy, tmp_path / "run", *sizes)], {})])
+def test_a_strategy_is_one_more_config(root, tmp_path, port, strategy, sizes):
+    run_together(root, tmp_path, port, [([*GVPO, *arguments(root, strategy, tmp_path / "run", *sizes)], {})])
     check_run(tmp_path / "run")
 
 
@@ -75,22 +83,19 @@ def test_every_strategy_config_fits_the_command(root, tmp_path, strategy, monkey
 
 @pytest.mark.slow
 @pytest.mark.parametrize("launcher", ["torchrun", "slurm"])
-def test_two_nodes_of_two_processes(root, tmp_path, launcher):
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        free_port = probe.getsockname()[1]
+def test_two_nodes_of_two_processes(root, tmp_path, port, launcher):
     nodes = ["--trainer.num_nodes=2", "--trainer.devices=2", f"{SIZES}=4"]
     run = arguments(root, "fsdp2", tmp_path / "run", *nodes)
     if launcher == "torchrun":
         torchrun = [sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc_per_node=2"]
-        torchrun += ["--master_addr=127.0.0.1", f"--master_port={free_port}"]
+        torchrun += ["--master_addr=127.0.0.1", f"--master_port={port}"]
         commands = [([*torchrun, f"--node_rank={node}", "-m", "gvpo_lightning.cli", *run], {}) for node in (0, 1)]
     else:  # what srun sets for each task
         job = {"SLURM_JOB_ID": "77", "SLURM_JOB_NAME": "gvpo", "SLURM_NTASKS": "4", "SLURM_NTASKS_PER_NODE": "2"}
         job |= {"SLURM_NNODES": "2", "SLURM_JOB_NUM_NODES": "2", "SLURM_NODELIST": "127.0.0.1"}
-        job |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port)}
+        job |= {"MASTER_ADDR": "127.0.0.1"}
         tasks = [(str(n), str(n % 2), str(n // 2)) for n in range(4)]
         names = ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NODEID")
         commands = [([*GVPO, *run], job | dict(zip(names, task, strict=True))) for task in tasks]
-    run_together(root, tmp_path, commands)
+    run_together(root, tmp_path, port, commands)
     check_run(tmp_path / "run")

@@ -40,6 +40,7 @@ from gvpo_lightning.policy.prepare import load_tokenizer
 from gvpo_lightning.rollout.collect import Collector
 
 TIMEOUT = timedelta(seconds=120)
+UPDATES, LR, CLIP = 10, 0.2, 0.3
 SIZES: dict[str, Any] = {
     "hidden_size": 32,
     "intermediate_size": 64,
@@ -172,9 +173,9 @@ def make_trainer(name: str, folder: Path, **settings: Any) -> L.Trainer:
     on_gpus = os.environ.get("GVPO_TEST_ACCELERATOR") == "gpu"
     strategy, devices = (gpu_strategies(min(2, torch.cuda.device_count())) if on_gpus else STRATEGIES)[name]()
     arguments: dict[str, Any] = {
-        "max_steps": 10,
+        "max_steps": UPDATES,
         "accumulate_grad_batches": 2,
-        "gradient_clip_val": 0.3,
+        "gradient_clip_val": CLIP,
         "logger": False,
         "enable_checkpointing": False,
         "enable_progress_bar": False,
@@ -196,7 +197,7 @@ def train_recorded(model: str, folder: Path, name: str, variant: str) -> dict[st
         model,
         variant,
         sources=SourceSettings(policy=0, file=FileSettings(str(folder / "completions.jsonl"))),
-        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.2),
+        optimizer=lambda parameters: torch.optim.SGD(parameters, lr=LR),
     )
     recorder, loading = Recorder(), []
     if variant == "turns":  # no room for two models at once

@@ -30,5 +30,4 @@ def crew(arithmetic, tmp_path):
 
     yield start
     for each in crews:
-        for process in each.processes:
-            process.kill()
+        each.kill()

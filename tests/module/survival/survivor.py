@@ -10,7 +10,8 @@ from hashlib import sha256
 from multiprocessing.connection import Connection
 from pathlib import Path
 
-from tests.forked import FORK, enter_rank, free_port, wait_until
+from tests.forked import FORK, enter_rank, wait_until
+from tests.ports import reserved_port
 
 PHASES = ("rollout", "reward", "training", "checkpoint")
 
@@ -25,7 +26,8 @@ class Crew:
         folder.mkdir(exist_ok=True)
         self.folder = folder
         world = 1 if strategy == "single" else 2
-        port = free_port()
+        self.reservation = contextlib.ExitStack()
+        port = self.reservation.enter_context(reserved_port())
         self.reports, end = FORK.Pipe()
         self.processes = [
             FORK.Process(
@@ -72,8 +74,16 @@ class Crew:
         for rank in hanging:
             self.processes[rank].kill()
             self.processes[rank].join()
+        self.reservation.close()
         assert not hanging, f"ranks {hanging} hang:\n{self.errors(hanging[0])}"
         return [process.exitcode for process in self.processes]
+
+    def kill(self) -> None:
+        """What is left of it."""
+        for process in self.processes:
+            process.kill()
+            process.join()
+        self.reservation.close()
 
     def errors(self, rank: int = 0) -> str:
         return (self.folder / f"rank{rank}.err").read_text()

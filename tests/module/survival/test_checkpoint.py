@@ -18,24 +18,26 @@ from gvpo_lightning.callbacks import RunCheckpoint
 from gvpo_lightning.checkpointing.save import CheckpointError
 from gvpo_lightning.reference.settings import ReferenceSettings
 from gvpo_lightning.rollout.settings import RolloutSettings
-from tests.forked import FORK, free_port
+from tests.forked import FORK
 from tests.module.survival.checkpoint_runs import fit as fit_network
 from tests.module.survival.checkpoint_runs import network
+from tests.ports import reserved_port
 
 
 def run_network(folder: Path, strategy: str = "single", steps: int = 2, **dying) -> list[int]:
     """Exit codes of a run of every rank."""
     folder.mkdir(exist_ok=True)
-    port = free_port()
-    processes = [
-        FORK.Process(target=fit_network, args=(str(folder), rank, port, strategy, steps), kwargs=dying)
-        for rank in range(1 if strategy == "single" else 2)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join(180)
-        process.kill()
+    with reserved_port() as port:
+        processes = [
+            FORK.Process(target=fit_network, args=(str(folder), rank, port, strategy, steps), kwargs=dying)
+            for rank in range(1 if strategy == "single" else 2)
+        ]
+        for process in processes:
+            process.start()
+        for process in processes:
+            process.join(180)
+            process.kill()
+            process.join()
     return [process.exitcode for process in processes]
 
 

@@ -5,11 +5,13 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
 from tests.module.survival.survivor import assert_the_same_as
+from tests.ports import reserved_port
 
 pytestmark = pytest.mark.slow
 
@@ -17,15 +19,18 @@ pytestmark = pytest.mark.slow
 @pytest.fixture
 def launch(arithmetic, tmp_path):
     """Starts or resumes the run and waits for so many updates; a process and that of its second rank."""
-    started = []
+    started, reservations = [], ExitStack()
 
     def start(updates: int) -> tuple[subprocess.Popen, int | None]:
         run = tmp_path / "run"
         run.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "tests.module.survival.survivor", str(run), str(arithmetic / "model"), "ddp"]
         root = Path(__file__).parents[3]
+        environment = os.environ | {"MASTER_PORT": str(reservations.enter_context(reserved_port()))}
         with open(run / "output", "w") as output:
-            process = subprocess.Popen(command, cwd=root, stdout=output, stderr=output, start_new_session=True)
+            process = subprocess.Popen(
+                command, cwd=root, env=environment, stdout=output, stderr=output, start_new_session=True
+            )
         started.append(process)
         record = run / "trained1.jsonl"
         done = len(record.read_text().splitlines()) if record.exists() else 0
@@ -45,6 +50,7 @@ def launch(arithmetic, tmp_path):
             os.killpg(process.pid, signal.SIGKILL)
         except ProcessLookupError:
             continue
+    reservations.close()
 
 
 def is_gone(pid: int, within: float) -> bool:
