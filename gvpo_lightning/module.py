@@ -19,14 +19,19 @@ from lightning.pytorch.cli import LRSchedulerCallable, OptimizerCallable
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from gvpo_lightning.checkpointing.adapter import SavedPolicy
 from gvpo_lightning.checkpointing.preemption import Preemption
 from gvpo_lightning.checkpointing.resumed_settings import SettingsWin
-from gvpo_lightning.checkpointing.state import Resumable, RunState
+from gvpo_lightning.checkpointing.state import Resumable, RunState, SavedPolicy
 from gvpo_lightning.checks.error_notes import Whereabouts
 from gvpo_lightning.checks.prompts import PromptCheck
-from gvpo_lightning.checks.start import check_start, warn_of_settings
-from gvpo_lightning.checks.trainer import check_fit, check_rollout_sizes, check_strategy, check_training_batches
+from gvpo_lightning.checks.trainer import (
+    check_batch_sizes,
+    check_fit,
+    check_start,
+    check_strategy,
+    check_training_batches,
+    warn_of_settings,
+)
 from gvpo_lightning.distributed.placement import Placement
 from gvpo_lightning.distributed.sharding import loading_in_turns
 from gvpo_lightning.evaluation.sampled import SampledEvaluation
@@ -53,9 +58,8 @@ from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
 from gvpo_lightning.seeding import derive_seed, run_seed
 from gvpo_lightning.sources.mixture import SourceMixture
 from gvpo_lightning.sources.settings import SourceSettings
-from gvpo_lightning.updates.gradients import clip_sharded, drop_gradients
 from gvpo_lightning.updates.loss import UpdateRules
-from gvpo_lightning.updates.step import UpdateStep
+from gvpo_lightning.updates.step import UpdateStep, clip_sharded, drop_gradients
 
 SHOWN_SETTINGS = ("beta", "temperature", "loading", "lora", "generation")  # on a model card, beside those of the parts
 
@@ -226,7 +230,7 @@ class GVPOModule(L.LightningModule):
         # the earliest place that shows what `fit` was given; a property that says so comes only much later
         check_fit(trainer.fit_loop._data_source.instance, trainer.overfit_batches, trainer.callbacks)
         longest = self.generation.max_new_tokens if self.sources.settings.generates else 0
-        check_rollout_sizes(settings, self.sources.largest_group, longest, accumulate, placement.ranks.size)
+        check_batch_sizes(settings, self.sources.largest_group, longest, accumulate, placement.ranks.size)
         self.run.count_in(settings, accumulate, self.temperature, placement.ranks.size)
         parts = (self.sources, self.reference, self.scoring, self.objective)
         self.collector = Collector(sampling, *parts, settings, self.run.clock)

@@ -1,20 +1,28 @@
-"""What must hold of the Trainer, its strategy and its settings before anything is trained."""
+"""What must hold of the Trainer, its strategy and the settings before anything is trained, and what a fit warns of."""
 
 import math
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from lightning.pytorch.callbacks import GradientAccumulationScheduler
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
+from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
+from gvpo_kernels.inputs import choose_implementation
 from gvpo_lightning.distributed.placement import Placement
-from gvpo_lightning.policy import compile
+from gvpo_lightning.guard import Guard
+from gvpo_lightning.objectives.base import Objective
+from gvpo_lightning.policy.head import Scoring
+from gvpo_lightning.policy.head_check import attention_of, check_logprob_head
 from gvpo_lightning.policy.loading import check_attention
 from gvpo_lightning.policy.source import PolicySource
+from gvpo_lightning.reference.base import Reference
+from gvpo_lightning.reference.kinds import ModelReference
+from gvpo_lightning.rewards.run import Rewards
 from gvpo_lightning.rollout.loader import RolloutLoader
-from gvpo_lightning.rollout.plan import Limits
-from gvpo_lightning.rollout.settings import RolloutSettings
+from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
 
 
 def check_devices(strategy: Strategy, devices: int) -> None:
@@ -66,49 +74,29 @@ def check_training_batches(data: Any, batches: float, validation: float, accumul
         )
 
 
-def check_rollout_sizes(
+def check_batch_sizes(
     settings: RolloutSettings, largest_group: int, longest_completion: int, accumulate: int, num_ranks: int
 ) -> None:
-    """`check_batch_sizes` of a run's settings."""
-    check_batch_sizes(
-        group_size=largest_group,
-        prompts_per_rollout=settings.prompts_per_rollout,
-        prompts_per_update=settings.prompts_per_update,
-        limits=settings.limits,
-        longest_completion=longest_completion,
-        accumulate=accumulate,
-        world_size=num_ranks,
-    )
-
-
-def check_batch_sizes(
-    *,
-    group_size: int,
-    prompts_per_rollout: int,
-    prompts_per_update: int,
-    limits: Limits,
-    longest_completion: int,
-    accumulate: int,
-    world_size: int,
-) -> None:
     """Raise ValueError, with the numbers and the mend, where micro-batches can't hold what they must."""
+    prompts_per_rollout, prompts_per_update = settings.prompts_per_rollout, settings.prompts_per_update
+    size, tokens = settings.micro_batch_size, settings.micro_batch_tokens
     if prompts_per_update > prompts_per_rollout:
         raise ValueError(
             f"An update trains prompts of one rollout: prompts_per_update={prompts_per_update} is more than "
             f"prompts_per_rollout={prompts_per_rollout}. Set prompts_per_rollout={prompts_per_update}, "
             f"or prompts_per_update={prompts_per_rollout}."
         )
-    completions = math.ceil(prompts_per_update * group_size / world_size)
-    if limits.completions is not None and limits.completions * accumulate < completions:
+    completions = math.ceil(prompts_per_update * largest_group / num_ranks)
+    if size is not None and size * accumulate < completions:
         raise ValueError(
             f"An update has up to {completions} completions a rank, more than {accumulate} micro-batches "
-            f"(trainer.accumulate_grad_batches) of micro_batch_size={limits.completions} hold. Set "
-            f"accumulate_grad_batches={math.ceil(completions / limits.completions)}, or micro_batch_size="
+            f"(trainer.accumulate_grad_batches) of micro_batch_size={size} hold. Set "
+            f"accumulate_grad_batches={math.ceil(completions / size)}, or micro_batch_size="
             f"{math.ceil(completions / accumulate)}."
         )
-    if limits.tokens is not None and limits.tokens <= longest_completion:
+    if tokens is not None and tokens <= longest_completion:
         raise ValueError(
-            f"A micro-batch must hold one completion with its prompt: micro_batch_tokens={limits.tokens} is not more "
+            f"A micro-batch must hold one completion with its prompt: micro_batch_tokens={tokens} is not more "
             f"than the {longest_completion} tokens that a completion may have. Set micro_batch_tokens="
             f"{2 * longest_completion}, or leave it out."
         )
@@ -117,8 +105,12 @@ def check_batch_sizes(
 def check_strategy(placement: Placement, source: PolicySource, *, compiles: bool) -> None:
     """Raise ValueError for a policy, loaded or compiled as the settings say, that the Trainer's strategy can't have."""
     strategy, loading = placement.strategy, source.loading
-    if compiles:
-        compile.check_strategy(strategy)
+    if compiles and (placement.is_fsdp1 or placement.ranks.model_group is not None):
+        what = "FSDPStrategy" if placement.is_fsdp1 else "tensor parallelism"
+        raise ValueError(
+            "torch_compile=True works on one device, under DDP and under FSDP2 (ModelParallelStrategy), not with "
+            f"{what}: set torch_compile=False."
+        )
     check_attention(loading, placement.device, placement.precision)
     if loading.quantization is not None and placement.is_sharded:
         raise ValueError(
@@ -129,4 +121,75 @@ def check_strategy(placement: Placement, source: PolicySource, *, compiles: bool
         raise ValueError(
             f"FSDPStrategy can't hold a float32 adapter beside weights in loading.dtype={loading.dtype}: use "
             "FSDP2 (ModelParallelStrategy, configs/strategy/fsdp2.yaml), or leave loading.dtype out."
+        )
+
+
+def check_start(
+    policy: Any, scoring: Scoring, placement: Placement, *, reference: Reference, rewards: Rewards | None
+) -> None:
+    """Hold the fused loss against eager on a few tokens, where the training will run it; wait for the rewards."""
+    if rewards is not None:
+        rewards.wait_until_loaded()
+    # gradients are elsewhere where the weights are sharded
+    with placement.forward_context(), placement.callable(), torch.set_grad_enabled(not placement.is_sharded):
+        error = check_logprob_head(policy, scoring)
+        if isinstance(reference, ModelReference):
+            with reference.applied(policy) as model:
+                check_logprob_head(model, scoring)
+        name = choose_implementation(scoring.implementation, next(policy.parameters()))
+    rank_zero_info(
+        f"The loss runs in the '{name}' implementation (loss_implementation={scoring.implementation!r}), "
+        f"{error:.1g} from eager."
+    )
+    if scoring.padding_free and (attention := attention_of(policy)) in ("eager", "sdpa"):
+        rank_zero_info(
+            f"padding_free=True under '{attention}' attention makes a mask of all pairs of a micro-batch's tokens, "
+            "which grows with the square of their number: use flash_attention_2, or keep micro-batches small "
+            "(rollout.micro_batch_tokens)."
+        )
+
+
+def warn_of_settings(
+    guard: Guard,
+    source: PolicySource,
+    precision: str,
+    objective: Objective,
+    temperature: float,
+    generation: GenerationSettings | None,
+    settings: RolloutSettings,
+) -> None:
+    """Say what takes the promise of the objective's optimum away; `generation`: how completions are sampled, if any."""
+    if source.lora is not None and precision in ("bf16-true", "16-true"):
+        guard.say(
+            "adapter precision",
+            f"trainer.precision={precision} has cast the adapter to 16 bits, in which small steps are "
+            "lost: set model.loading.dtype=bfloat16 and trainer.precision=32-true.",
+        )
+    if settings.zero_variance == "drop":
+        rank_zero_info(
+            "rollout.zero_variance='drop' changes the objective: groups with equal rewards would pull the policy "
+            "towards the reference."
+        )
+    if generation is None:
+        return
+    cuts = {"top_k": generation.top_k != 0, "top_p": generation.top_p < 1, "min_p": generation.min_p > 0}
+    if objective.needs_sampler_logprobs:
+        if any(cuts.values()) or generation.temperature != temperature:
+            guard.say(
+                "on policy",
+                f"objective: {objective.settings.kind} takes completions to be the policy's at model.temperature="
+                f"{temperature}, but they are sampled with temperature={generation.temperature}, top_k="
+                f"{generation.top_k}, top_p={generation.top_p}, min_p={generation.min_p}: its gradient is biased. Set "
+                "the temperatures equal, top_k=0, top_p=1.0 and min_p=0.0.",
+            )
+        return
+    cuts["temperature"] = generation.temperature == 0
+    named = " and ".join(f"{name}={getattr(generation, name)}" for name, is_cut in cuts.items() if is_cut)
+    if named:
+        is_gvpo = str(objective.settings) == "gvpo"
+        what_then = "GVPO's optimum is then not unique" if is_gvpo else "that is not trained"
+        guard.say(
+            "sampler",
+            f"Sampling with {named} never draws some of what the reference allows: {what_then}. Set temperature > "
+            "0, top_k=0, top_p=1.0 and min_p=0.0 to draw all of it.",
         )

@@ -19,7 +19,7 @@ from gvpo_lightning.policy.head_check import check_logprob_head
 from gvpo_lightning.policy.loading import check_attention
 from gvpo_lightning.policy.prepare import load_policy, prepare_policy, stop_token_ids
 from gvpo_lightning.policy.source import PolicySource
-from gvpo_lightning.reference.cache import cache_identity
+from gvpo_lightning.reference.kinds import cache_identity
 from gvpo_lightning.sources.offline import OfflineFile, row_completions
 from gvpo_lightning.sources.settings import FileSettings
 

@@ -19,7 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
 from gvpo_lightning.atomic import appearing
-from gvpo_lightning.checkpointing.adapter import adapter_state, check_adapter_state
+from gvpo_lightning.checkpointing.state import adapter_state, check_adapter_state
 from gvpo_lightning.checkpointing.weights import SavedWeights, as_written, match_names, open_weights
 from gvpo_lightning.export.adapter import adapted_model, merge, say_dequantized, trained_sources, write_adapter
 from gvpo_lightning.export.folder import save_model, write_beside

@@ -2,14 +2,38 @@
 
 from typing import Any
 
+import torch._dynamo
 from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_lightning.distributed.placement import Placement
-from gvpo_lightning.distributed.sharding import shard_model
-from gvpo_lightning.policy.compile import compile_layers
+from gvpo_lightning.distributed.sharding import layer_classes, shard_model
 from gvpo_lightning.policy.loading import LoadingSettings, empty_model, load_config
 from gvpo_lightning.policy.lora import add_lora, check_policy_settings, starts_at_base
 from gvpo_lightning.policy.prepare import load_policy, load_tokenizer, prepare_policy
+
+
+def compile_layers(policy: Any) -> None:
+    """Let every decoder layer be compiled when it is first run, for all sizes of micro-batches; once for all.
+
+    In place, so that names, hooks, checkpoints and exports stay as they are. The layers share their compiled code: a
+    deep model compiles no longer than a shallow one. The head is not compiled, as it knows only at run time how many
+    tokens count.
+
+    Raises:
+        ValueError: the model does not say which its decoder layers are.
+    """
+    layers: list[Any] = [module for module in policy.modules() if isinstance(module, tuple(layer_classes(policy)))]
+    if not layers:
+        raise ValueError(
+            f"torch_compile=True compiles the decoder layers one by one, but {type(policy).__name__} does not say "
+            "which they are (_no_split_modules): set torch_compile=False."
+        )
+    # with and without gradient, mask and checkpointing, of one sequence and of many: not all fit the usual 8
+    config = torch._dynamo.config
+    config.recompile_limit = max(config.recompile_limit, 32)
+    for layer in layers:
+        if layer._compiled_call_impl is None:
+            layer.compile(dynamic=True)
 
 
 class PolicySource:

@@ -7,13 +7,11 @@ of the dataset, have one entry a completion. `None`: this reward does not apply.
 import importlib
 from typing import TYPE_CHECKING, Any
 
-from gvpo_lightning.rewards.exact import ExactAnswer, last_number
-from gvpo_lightning.rewards.format import Format
-from gvpo_lightning.rewards.length import LengthPenalty
 from gvpo_lightning.rewards.maths import BoxedMath
 from gvpo_lightning.rewards.model import RewardModel
 from gvpo_lightning.rewards.protocol import Reward, RewardError, check_reward_columns, reward_columns, reward_name
 from gvpo_lightning.rewards.settings import RewardSettings
+from gvpo_lightning.rewards.text import ExactAnswer, Format, LengthPenalty, last_number
 
 if TYPE_CHECKING:
     from gvpo_lightning.rewards.remote import RemoteReward

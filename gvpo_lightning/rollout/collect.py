@@ -4,13 +4,14 @@ The ranks share the work completion by completion, and then tell each other what
 rollout, in host memory, so that an update may train any completion anywhere.
 """
 
+import functools
 import hashlib
 import math
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -25,7 +26,7 @@ from gvpo_lightning.rewards.protocol import RewardError, SharedContractError
 from gvpo_lightning.rewards.run import FailureTally
 from gvpo_lightning.rollout.groups import Sampling, assemble_rollout, drop_by_settings, reward_groups, sample_groups
 from gvpo_lightning.rollout.metrics import measure_rollout
-from gvpo_lightning.rollout.plan import Update, plan_updates
+from gvpo_lightning.rollout.plan import Limits, Update, plan_updates
 from gvpo_lightning.rollout.rollout import Rollout
 from gvpo_lightning.rollout.settings import RolloutSettings
 from gvpo_lightning.seeding import derive_seed
@@ -71,6 +72,12 @@ class Collector:
     settings: RolloutSettings
     clock: Clock
 
+    @functools.cached_property
+    def _limits(self) -> Limits:
+        """What a micro-batch may hold."""
+        settings = self.settings
+        return Limits(settings.micro_batch_size, settings.micro_batch_tokens, self.scoring.padding_free)
+
     def collect(self, policy: Any, rows: list[Row], index: int, num_updates: int) -> Rollout:
         """The rollout number `index`, of these prompts, after so many updates.
 
@@ -107,9 +114,8 @@ class Collector:
     def plan(self, rollout: Rollout, accumulate: int) -> list[Update]:
         """The optimizer updates of a rollout, all passes over it, as this rank sees them."""
         settings, ranks, seed = self.settings, self.sampling.placement.ranks, self.sampling.seed
-        limits = replace(settings.limits, padding_free=self.scoring.padding_free)
-        options: dict[str, Any] = {"num_updates": settings.updates_per_pass, "accumulate": accumulate, "limits": limits}
-        options |= {"rank": ranks.rank, "num_ranks": ranks.size}
+        options: dict[str, Any] = {"accumulate": accumulate, "limits": self._limits}
+        options |= {"num_updates": settings.updates_per_pass, "rank": ranks.rank, "num_ranks": ranks.size}
         shapes, updates = rollout.group_shapes(), list[Update]()
         for number in range(settings.epochs_per_rollout):
             of_pass = derive_seed(seed, "update", rollout.index, number)
@@ -186,7 +192,7 @@ class Collector:
         rows, placement = marked.nonzero().squeeze(-1), self.sampling.placement
         if not len(rows):
             return
-        limits, ranks = self.settings.limits, placement.ranks
+        limits, ranks = self._limits, placement.ranks
         width = batch.prompt_ids.shape[1] + batch.completion_ids.shape[1]
         by_tokens = max(1, limits.tokens // width) if limits.tokens else self.sampling.generation.batch_size
         size = limits.completions or by_tokens

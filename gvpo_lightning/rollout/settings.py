@@ -4,8 +4,6 @@ import math
 from dataclasses import dataclass
 from typing import Literal
 
-from gvpo_lightning.rollout.plan import Limits
-
 
 @dataclass(frozen=True)
 class RolloutSettings:
@@ -56,11 +54,6 @@ class RolloutSettings:
         for name in ("truncated", "zero_variance"):
             if getattr(self, name) not in ("keep", "drop"):
                 raise ValueError(f"rollout.{name} must be 'keep' or 'drop', got {getattr(self, name)!r}.")
-
-    @property
-    def limits(self) -> Limits:
-        """What one micro-batch may hold."""
-        return Limits(self.micro_batch_size, self.micro_batch_tokens)
 
     @property
     def updates_per_pass(self) -> int:

@@ -15,9 +15,9 @@ from transformers import AutoModelForCausalLM
 
 from gvpo_lightning import GenerationSettings, RolloutSettings
 from gvpo_lightning.data.batch import collate_completions
-from gvpo_lightning.policy.compile import compile_layers
 from gvpo_lightning.policy.head import completion_loss
 from gvpo_lightning.policy.prepare import prepare_policy
+from gvpo_lightning.policy.source import compile_layers
 from gvpo_lightning.rollout.generate import generate_completions
 
 

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from gvpo_lightning.checks.trainer import check_batch_sizes
 from gvpo_lightning.objectives import gvpo as objectives
 from gvpo_lightning.rollout import plan
+from gvpo_lightning.rollout.settings import RolloutSettings
 from gvpo_lightning.seeding import derive_seed, seeded_permutation
 from gvpo_lightning.updates import two_passes
 from tests.objectives.builders import Batch, assert_same, gradient, naive_loss, random_batch
@@ -377,9 +378,9 @@ def mends(message: str) -> list[dict[str, int]]:
     ]
 
 
-def error(*, micro_batch_size=None, micro_batch_tokens=None, **sizes) -> str | None:
+def error(*, group_size, longest_completion, accumulate, world_size, **settings) -> str | None:
     try:
-        check_batch_sizes(**sizes, limits=plan.Limits(micro_batch_size, micro_batch_tokens))
+        check_batch_sizes(RolloutSettings(**settings), group_size, longest_completion, accumulate, world_size)
     except ValueError as problem:
         return str(problem)
     return None

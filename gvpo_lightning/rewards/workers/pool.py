@@ -15,15 +15,42 @@ import time
 import weakref
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass
 from multiprocessing.connection import Pipe, wait
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from typing import Any
 
 import cloudpickle
 
 from gvpo_lightning.rewards.protocol import DIED, TIMEOUT, Failure, Reward, RewardContractError, Value
-from gvpo_lightning.rewards.workers.start import start_process
+
+Order = tuple[Sequence[str], dict[str, Any], "Future[subprocess.Popen[Any]]"]
+
+_orders: dict[int, SimpleQueue[Order]] = {}  # by process: a forked one has none of the threads
+
+
+def start_process(command: Sequence[str], **options: Any) -> "subprocess.Popen[Any]":
+    """`subprocess.Popen`, whichever thread calls this."""
+    own = os.getpid()
+    if own not in _orders:
+        _orders[own] = SimpleQueue()
+        Thread(target=_start_what_is_ordered, args=(_orders[own],), daemon=True, name="reward-workers").start()
+    started: Future[subprocess.Popen[Any]] = Future()
+    _orders[own].put((command, options, started))
+    return started.result()
+
+
+def _start_what_is_ordered(orders: SimpleQueue[Order]) -> None:
+    while True:
+        command, options, started = orders.get()
+        try:
+            started.set_result(subprocess.Popen(command, **options))
+        except BaseException as error:
+            started.set_exception(error)
+
 
 START_TIMEOUT = 600.0  # seconds to import what the rewards need
 LOADING = -1

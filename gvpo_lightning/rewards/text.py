@@ -1,0 +1,107 @@
+"""Rewards that look at the text alone: the right answer, the right form, a length near the limit."""
+
+import re
+from collections.abc import Sequence
+from typing import Any, Literal
+
+# a minus sign after a digit is a subtraction; commas only where they separate thousands
+_NUMBER = re.compile(r"(?:(?<!\d)-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![.\w])\.\d+)")
+
+
+class ExactAnswer:
+    """Reward 1.0 where the completion's answer equals the dataset's, else 0.0.
+
+    Args:
+        answer_column: the dataset's column with the right answer.
+        compare: "text", the whole completion without surrounding white space; or "last_number", the last
+            number written in either text, by value (the rule commonly used on GSM8K, whose solutions end in
+            "#### 1,234").
+    """
+
+    in_process = True  # it can't hang
+
+    def __init__(self, answer_column: str = "answer", compare: Literal["text", "last_number"] = "text") -> None:
+        if compare not in ("text", "last_number"):
+            raise ValueError(f"ExactAnswer.compare must be 'text' or 'last_number', got {compare!r}.")
+        self.answer_column = answer_column
+        self.compare = compare
+        self.required_columns = [answer_column]
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]) -> list[float]:
+        """One reward a completion."""
+        answers = columns[self.answer_column]
+        return [float(self._matches(c, str(a))) for c, a in zip(completions, answers, strict=True)]
+
+    def _matches(self, completion: str, answer: str) -> bool:
+        if self.compare == "text":
+            return completion.strip() == answer.strip()
+        found = last_number(completion)
+        return found is not None and found == last_number(answer)
+
+
+def last_number(text: str) -> float | None:
+    """The value of the last number written in the text, thousands separators allowed; None if there is none."""
+    numbers = _NUMBER.findall(text)
+    return float(numbers[-1].replace(",", "")) if numbers else None
+
+
+class Format:
+    r"""Reward 1.0 where a regular expression matches the completion, else 0.0.
+
+    Args:
+        pattern: as in Python's `re`; begin it with `(?s)` for a dot that matches line ends too, as in
+            `(?s)<think>.*</think>.*\\boxed\{.*\}.*`.
+        full_match: it must match the whole completion; otherwise somewhere in it.
+        name: in metrics.
+
+    Raises:
+        ValueError: the pattern is no regular expression.
+    """
+
+    def __init__(self, pattern: str, full_match: bool = True, name: str = "Format") -> None:
+        try:
+            self.pattern = re.compile(pattern)
+        except re.error as error:
+            raise ValueError(f"Format.pattern must be a regular expression, got {pattern!r}: {error}.") from error
+        self.full_match = full_match
+        self.name = name
+
+    def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]) -> list[float]:
+        """One reward a completion."""
+        matches = self.pattern.fullmatch if self.full_match else self.pattern.search
+        return [float(matches(completion) is not None) for completion in completions]
+
+
+class LengthPenalty:
+    """0 up to `max_tokens - buffer_tokens`, from there linearly down to -1 at `max_tokens`, and -1 beyond.
+
+    DAPO's soft overlong punishment (arXiv 2503.14476, eq. 13), to be added to a reward for the answer.
+
+    Args:
+        max_tokens: usually `generation.max_new_tokens`; the end token counts.
+        buffer_tokens: how many tokens before that the penalty begins.
+        name: in metrics.
+
+    Raises:
+        ValueError: a buffer that is not within 1 to `max_tokens`.
+    """
+
+    in_process = True  # it can't hang
+
+    def __init__(self, max_tokens: int, buffer_tokens: int, name: str = "LengthPenalty") -> None:
+        if not 1 <= buffer_tokens <= max_tokens:
+            raise ValueError(
+                f"LengthPenalty.buffer_tokens must be from 1 to max_tokens={max_tokens}, got {buffer_tokens}."
+            )
+        self.max_tokens, self.buffer_tokens = max_tokens, buffer_tokens
+        self.name = name
+
+    def __call__(
+        self,
+        prompts: Sequence[Any],
+        completions: Sequence[str],
+        completion_ids: Sequence[Sequence[int]],
+        **columns: Sequence[Any],
+    ) -> list[float]:
+        """One reward a completion."""
+        return [min(0.0, max(-1.0, (self.max_tokens - len(ids)) / self.buffer_tokens - 1.0)) for ids in completion_ids]
