@@ -8,7 +8,7 @@ import torch
 from gvpo_kernels import reference
 from gvpo_lightning.objectives import gvpo as objectives
 from gvpo_lightning.rollout import plan
-from gvpo_lightning.updates import two_passes
+from gvpo_lightning.updates import meters
 from tests.objectives import (
     test_case_table,
     test_group_over_ranks,
@@ -116,8 +116,8 @@ def cut_groups_trained_like_whole_ones(monkeypatch):
 
 
 def log_ratios_of_other_completions(monkeypatch):
-    right = two_passes.scatter
-    monkeypatch.setattr(two_passes, "scatter", lambda *arguments: right(*arguments).roll(1))
+    right = meters.scatter
+    monkeypatch.setattr(meters, "scatter", lambda *arguments: right(*arguments).roll(1))
 
 
 def dropped_completion_left_in_the_mean(monkeypatch):

@@ -12,8 +12,7 @@ from gvpo_lightning.evaluation.loader import ProblemBatch
 from gvpo_lightning.rewards import reward_columns
 from gvpo_lightning.rewards.run import FailureTally
 from gvpo_lightning.rollout.groups import Sampling, sample_rollout
-from gvpo_lightning.rollout.metrics import rollout_metrics
-from gvpo_lightning.rollout.rollout import Rollout
+from gvpo_lightning.rollout.rollout import Rollout, rollout_metrics
 from gvpo_lightning.rollout.settings import GenerationSettings
 from gvpo_lightning.seeding import derive_seed
 

@@ -3,7 +3,7 @@
 A micro-batch's loss is its share of the update's, so that the same completions give the same gradient however they
 are cut into micro-batches and ranks. Rewards, lengths and log-probs that do not change are known to all ranks, and
 with them advantages and denominators (`terms`). Where a completion's gradient depends on the others' current
-log-probs (`couples_groups`), groups that are cut need the pass without gradient of `two_passes`.
+log-probs (`couples_groups`), groups that are cut need the pass without gradient of `updates.loss`.
 """
 
 from dataclasses import dataclass, replace

@@ -25,9 +25,8 @@ from gvpo_lightning.reference.base import Reference
 from gvpo_lightning.rewards.protocol import RewardError, SharedContractError
 from gvpo_lightning.rewards.run import FailureTally
 from gvpo_lightning.rollout.groups import Sampling, assemble_rollout, drop_by_settings, reward_groups, sample_groups
-from gvpo_lightning.rollout.metrics import measure_rollout
 from gvpo_lightning.rollout.plan import Limits, Update, plan_updates
-from gvpo_lightning.rollout.rollout import Rollout
+from gvpo_lightning.rollout.rollout import Rollout, measure_rollout
 from gvpo_lightning.rollout.settings import RolloutSettings
 from gvpo_lightning.seeding import derive_seed
 from gvpo_lightning.sources.mixture import SourceMixture

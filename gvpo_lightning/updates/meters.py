@@ -11,7 +11,6 @@ from gvpo_lightning.distributed.ranks import DataRanks
 from gvpo_lightning.objectives.base import ObjectiveLoss
 from gvpo_lightning.objectives.gvpo import gvpo_loss
 from gvpo_lightning.rollout.rollout import Rollout
-from gvpo_lightning.updates.two_passes import scatter
 
 QUANTILES = {"p05": 0.05, "p50": 0.5, "p95": 0.95}
 
@@ -114,6 +113,18 @@ def measure_update(rollout: Rollout, rows: Sequence[int], log_ratios: Tensor, be
         metrics["implicit_reward/spread"] = beta * _spread(result.log_ratios, batch.group_ids, kept)
     metrics["reward/spread"] = _spread(batch.rewards.double(), batch.group_ids, kept)
     return {name: value.float() for name, value in metrics.items()}
+
+
+def scatter(parts: Sequence[Tensor], positions: Sequence[Sequence[int]], length: int) -> Tensor:
+    """(length,) values of an update's completions from those of this rank's micro-batches; 0 for all others.
+
+    Args:
+        parts: one tensor a micro-batch; of an empty one, which holds a dropped completion, nothing is taken.
+        positions: where each of its completions stands.
+    """
+    own = torch.cat([part[: len(where)] for part, where in zip(parts, positions, strict=True)])
+    index = torch.tensor([position for where in positions for position in where], dtype=torch.int64)
+    return own.new_zeros(length).index_copy_(0, index.to(own.device), own)
 
 
 def _spread(values: Tensor, group_ids: Tensor, kept: Tensor) -> Tensor:

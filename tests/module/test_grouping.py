@@ -13,7 +13,8 @@ from gvpo_lightning.policy.prepare import prepare_policy
 from gvpo_lightning.rollout.plan import Limits, plan_updates
 from gvpo_lightning.rollout.rollout import Rollout
 from gvpo_lightning.rollout.settings import RolloutSettings
-from gvpo_lightning.updates import two_passes
+from gvpo_lightning.updates.loss import first_pass, sequence_coefficients
+from gvpo_lightning.updates.meters import scatter
 from tests.watching import on_update
 
 BETA = 0.5
@@ -73,7 +74,7 @@ def planned_gradient(policy, rollout, update):
     if update[0].is_cut:
         # in place of the ranks' all-reduce
         log_ratios = sum(
-            two_passes.scatter(two_passes.first_pass(policy, mine, Scoring())[0], part.positions, len(part.rows))
+            scatter(first_pass(policy, mine, Scoring())[0], part.positions, len(part.rows))
             for part, mine in zip(update, parts, strict=True)
         )
     for part, mine in zip(update, parts, strict=True):
@@ -81,7 +82,7 @@ def planned_gradient(policy, rollout, update):
         num_groups = max(part.num_groups, 1)
         if part.is_cut:
             whole = rollout.micro_batch(part.rows, CPU)
-            coefficients = two_passes.sequence_coefficients(
+            coefficients = sequence_coefficients(
                 log_ratios, whole.rewards, whole.group_ids, BETA, num_groups=num_groups, max_log_ratio=1e4
             )
             known = [coefficients[where] if where else coefficients.new_zeros(1) for where in part.positions]

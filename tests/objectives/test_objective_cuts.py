@@ -10,7 +10,7 @@ from gvpo_lightning.data.batch import CompletionBatch
 from gvpo_lightning.objectives.make import make_objective
 from gvpo_lightning.objectives.settings import ObjectiveSettings
 from gvpo_lightning.rollout.plan import GroupShape, Limits, plan_updates
-from gvpo_lightning.updates.two_passes import coefficients_of
+from gvpo_lightning.updates.loss import coefficients_of
 from tests.objectives.builders import assert_same
 from tests.objectives.test_baselines import BETA, LONGEST, random_update
 

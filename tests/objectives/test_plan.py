@@ -14,7 +14,8 @@ from gvpo_lightning.objectives import gvpo as objectives
 from gvpo_lightning.rollout import plan
 from gvpo_lightning.rollout.settings import RolloutSettings
 from gvpo_lightning.seeding import derive_seed, seeded_permutation
-from gvpo_lightning.updates import two_passes
+from gvpo_lightning.updates import meters
+from gvpo_lightning.updates.loss import sequence_coefficients
 from tests.objectives.builders import Batch, assert_same, gradient, naive_loss, random_batch
 
 
@@ -70,9 +71,7 @@ def planned_gradient(batch: Batch, update) -> torch.Tensor:
     total = torch.zeros_like(batch.token_logprobs)
     # the ranks' own parts of an update whose groups are cut, and what the all-reduce makes of them
     own_ratios = [
-        two_passes.scatter(
-            [log_ratios(batch)[list(rows)] for rows in part.micro_batches], part.positions, len(part.rows)
-        )
+        meters.scatter([log_ratios(batch)[list(rows)] for rows in part.micro_batches], part.positions, len(part.rows))
         for part in update
     ]
     for part in update:
@@ -95,7 +94,7 @@ def log_ratios(batch: Batch) -> torch.Tensor:
 def planned_coefficients(batch: Batch, part, ratios) -> torch.Tensor:
     """Of a cut update, dL / d log-ratio of every completion, as one rank works it out."""
     rows = list(part.rows)
-    return two_passes.sequence_coefficients(
+    return sequence_coefficients(
         ratios.detach(),
         batch.rewards[rows],
         batch.group_ids[rows],

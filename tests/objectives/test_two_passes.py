@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from gvpo_lightning.updates.two_passes import scatter, sequence_coefficients
+from gvpo_lightning.updates.loss import sequence_coefficients
+from gvpo_lightning.updates.meters import scatter
 from tests.objectives.builders import assert_same, naive_loss, random_batch
 
 

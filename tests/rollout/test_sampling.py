@@ -8,8 +8,7 @@ from gvpo_lightning.policy.prepare import prepare_policy
 from gvpo_lightning.rewards import Rewards
 from gvpo_lightning.rewards.protocol import REASONS
 from gvpo_lightning.rollout.groups import sample_rollout
-from gvpo_lightning.rollout.metrics import rollout_metrics
-from gvpo_lightning.rollout.rollout import Rollout
+from gvpo_lightning.rollout.rollout import Rollout, rollout_metrics
 from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
 
 ROWS = [
