@@ -8,38 +8,20 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from gvpo_lightning.datamodule import PromptDataModule
-    from gvpo_lightning.module import GVPOModule
-    from gvpo_lightning.objectives.gvpo import gvpo_loss
-    from gvpo_lightning.objectives.settings import ObjectiveSettings
-    from gvpo_lightning.policy.loading import LoadingSettings
-    from gvpo_lightning.reference.settings import ReferenceSettings
-    from gvpo_lightning.rewards.settings import RewardSettings
-    from gvpo_lightning.rollout.loader import RolloutLoader
-    from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
-    from gvpo_lightning.sources.settings import (
-        DemonstrationSettings,
-        FileSettings,
-        ReplaySettings,
-        SourceSettings,
-    )
-
-__all__ = [
-    "DemonstrationSettings",
-    "FileSettings",
-    "GVPOModule",
-    "GenerationSettings",
-    "LoadingSettings",
-    "ObjectiveSettings",
-    "PromptDataModule",
-    "ReferenceSettings",
-    "ReplaySettings",
-    "RewardSettings",
-    "RolloutLoader",
-    "RolloutSettings",
-    "SourceSettings",
-    "gvpo_loss",
-]
+    from gvpo_lightning.datamodule import PromptDataModule as PromptDataModule
+    from gvpo_lightning.module import GVPOModule as GVPOModule
+    from gvpo_lightning.objectives.gvpo import gvpo_loss as gvpo_loss
+    from gvpo_lightning.objectives.settings import ObjectiveSettings as ObjectiveSettings
+    from gvpo_lightning.policy.loading import LoadingSettings as LoadingSettings
+    from gvpo_lightning.reference.settings import ReferenceSettings as ReferenceSettings
+    from gvpo_lightning.rewards.settings import RewardSettings as RewardSettings
+    from gvpo_lightning.rollout.loader import RolloutLoader as RolloutLoader
+    from gvpo_lightning.rollout.settings import GenerationSettings as GenerationSettings
+    from gvpo_lightning.rollout.settings import RolloutSettings as RolloutSettings
+    from gvpo_lightning.sources.settings import DemonstrationSettings as DemonstrationSettings
+    from gvpo_lightning.sources.settings import FileSettings as FileSettings
+    from gvpo_lightning.sources.settings import ReplaySettings as ReplaySettings
+    from gvpo_lightning.sources.settings import SourceSettings as SourceSettings
 
 _HOMES = {
     "DemonstrationSettings": "sources.settings",
@@ -57,6 +39,7 @@ _HOMES = {
     "RolloutSettings": "rollout.settings",
     "gvpo_loss": "objectives.gvpo",
 }
+__all__ = sorted(_HOMES)
 
 
 def __getattr__(name: str) -> Any:

@@ -248,12 +248,7 @@ def _half_trained(state: Mapping[str, Any], units: Mapping[str, int | float], ob
 class Resumable:
     """All that a checkpoint holds of a run beside Lightning's own state.
 
-    Attributes:
-        run, sources, reference: whose state it is.
-        reference_kind: as in `ReferenceSettings`.
-        saved: what it holds of the policy; None before the policy is loaded.
-        objective: what a half-trained rollout goes on with.
-        precision: the Trainer's, in which log-probs were taken.
+    `saved` is None before the policy is loaded; `precision` is the Trainer's, in which log-probs were taken.
     """
 
     run: RunState

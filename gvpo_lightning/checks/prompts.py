@@ -18,10 +18,7 @@ from gvpo_lightning.sources.mixture import SourceMixture
 class PromptCheck:
     """Whether a run's prompts can be given to its models, rewards and sources.
 
-    Attributes:
-        source, generation, rewards, sources: the run's.
-        reference_model: the hub id or folder of a reference of its own.
-        longest: tokens of the longest training prompt, once there are some.
+    `longest`: tokens of the longest training prompt, once there are some.
     """
 
     source: PolicySource

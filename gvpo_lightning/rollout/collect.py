@@ -53,15 +53,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Collector:
-    """Draws, samples, rewards, scores and measures a run's rollouts.
-
-    Attributes:
-        sampling, sources: where completions and rewards come from.
-        reference: what they are scored under, as `scoring` says.
-        objective: what they will be trained on.
-        settings: how many there are, and which are dropped.
-        clock: counts what each part takes.
-    """
+    """Draws, samples, rewards, scores and measures a run's rollouts; `clock` counts what each of these takes."""
 
     sampling: Sampling
     sources: SourceMixture

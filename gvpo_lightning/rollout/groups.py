@@ -24,13 +24,7 @@ from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
 
 @dataclass(frozen=True)
 class Sampling:
-    """How a run samples and rewards completions, in training and in evaluation.
-
-    Attributes:
-        source, generation, rewards, seed: the run's; no rewards where every completion brings its own.
-        placement: where the policy is.
-        guard: warns of rewards that fail.
-    """
+    """How a run samples and rewards completions, in training and in evaluation; None: they bring their rewards."""
 
     source: PolicySource
     generation: GenerationSettings

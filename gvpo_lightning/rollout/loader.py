@@ -20,10 +20,7 @@ from gvpo_lightning.seeding import derive_seed, seeded_permutation
 
 
 class Trained(Protocol):
-    """What a loader reads of the module that it feeds; `GVPOModule` has it.
-
-    `microstep`: micro-batches trained so far, of which `micro_batches_per_rollout` make a rollout.
-    """
+    """What a loader reads of the module that it feeds, which is a `GVPOModule`."""
 
     rollout_settings: RolloutSettings
     prompts: Any

@@ -54,11 +54,6 @@ class SourceMixture:
         recorded = sorted(self.file.source_names) if self.file is not None else ["file"]
         return ["policy", "replay", "demonstrations", *recorded]
 
-    @property
-    def has_recorded(self) -> bool:
-        """Whether any completion comes from elsewhere than the policy of now."""
-        return self.counts.keys() != {"policy"}
-
     def recorded_references(self) -> tuple[list[dict[str, Any]], str]:
         """What made the log-probs that the file's rows bring along, and the file's path."""
         assert self.settings.file is not None
@@ -68,11 +63,6 @@ class SourceMixture:
     def references(self) -> list[dict[str, Any]]:
         """What made the log-probs that the file's rows bring along."""
         return [] if self.file is None else self.file.references
-
-    @property
-    def file_fills_groups(self) -> bool:
-        """Whether groups are as large as the file has them."""
-        return self.counts.get("file", 0) is None
 
     def open(self, tokenizer: PreTrainedTokenizerBase, vocab_size: int) -> None:
         """Read and check the file, once."""
@@ -155,7 +145,7 @@ class SourceMixture:
             )
         if found < len(rows):
             rank_zero_warn(f"{len(rows) - found} of the {len(rows)} prompts have no row in {self.file.path!r}.")
-        if self.file_fills_groups:
+        if self.counts.get("file", 0) is None:  # groups are as large as the file has them
             self.largest_group = max(sizes)
         if self.largest_group < 2:
             raise ValueError(
@@ -168,7 +158,7 @@ class SourceMixture:
 
         `purpose`: what the draws' seed is derived from.
         """
-        if not self.has_recorded:
+        if self.counts.keys() == {"policy"}:
             return [[] for _ in rows]
         seed, keys = derive_seed(*purpose), [prompt_key(row["prompt"]) for row in rows]
         return [self._draw(row, key, derive_seed(seed, key), version) for row, key in zip(rows, keys, strict=True)]
@@ -185,8 +175,11 @@ class SourceMixture:
                 logprobs = stored.reference_logprobs if is_current else None
                 group.append(_copy(stored, "replay", logprobs))
         if self.settings.demonstrations is not None:
-            shown = self._some(self._demonstrations(row), self.counts["demonstrations"], seed, "demonstrations")
-            group += [self._cut(completion) for completion in shown]
+            shown = [
+                Completion(encode_completion(text, self.tokenizer, self.stops), text, "demonstrations", False, reward)
+                for text, reward in self._demonstration_texts(row)
+            ]
+            group += [self._cut(c) for c in self._some(shown, self.counts["demonstrations"], seed, "demonstrations")]
         if self.file is not None:
             recorded = self.file.completions(row["prompt"], self.stops)
             if not self.cached:
@@ -214,12 +207,6 @@ class SourceMixture:
             reward=None if self.has_reward else completion.reward,
             reference_logprobs=None if logprobs is None else logprobs[:limit],
         )
-
-    def _demonstrations(self, row: Row) -> list[Completion]:
-        return [
-            Completion(encode_completion(text, self.tokenizer, self.stops), text, "demonstrations", False, reward)
-            for text, reward in self._demonstration_texts(row)
-        ]
 
     def _demonstration_texts(self, row: Row) -> list[tuple[str, float | None]]:
         """The row's demonstrations and their rewards; none where the column is empty."""

@@ -49,13 +49,7 @@ class MicroBatchLoss:
 
 @dataclass(frozen=True)
 class UpdateRules:
-    """What all updates of a fit share.
-
-    Attributes:
-        objective, scoring, placement: what is minimised, of which log-probs, where.
-        max_log_ratio: an update with a log-ratio beyond it is skipped.
-        guard: warns of what updates show.
-    """
+    """What all updates of a fit share; one with a log-ratio beyond `max_log_ratio` is skipped."""
 
     objective: Objective
     scoring: Scoring
@@ -65,15 +59,9 @@ class UpdateRules:
 
 
 class UpdateLoss:
-    """One update's loss on this rank, micro-batch by micro-batch.
+    """One update's loss on this rank, micro-batch by micro-batch; the first pass of two is made where this is.
 
-    Args:
-        policy, update, rollout, rules: groups that are cut are given a pass without gradient here, if the objective
-            couples them.
-
-    Attributes:
-        needs_two_passes: such a pass comes first.
-        counts: anything in the update does.
+    `counts`: anything in the update does.
     """
 
     def __init__(self, policy: Any, update: Update, rollout: Rollout, rules: UpdateRules) -> None:
@@ -156,6 +144,7 @@ class UpdateLoss:
 
 
 def _log_ratios(token_logprobs: Tensor, batch: CompletionBatch) -> Tensor:
+    # per token, then the sum: two large sums subtracted would lose what the loss is made of
     return (token_logprobs - batch.reference_logprobs.to(token_logprobs.dtype)).sum(dim=1)
 
 
@@ -168,8 +157,7 @@ def first_pass(
         for part in parts:
             logprobs, part_entropies = completion_logprobs(model, part, scoring, return_entropy=True)
             assert part_entropies is not None
-            # per token, then the sum: two large sums subtracted would lose what the loss is made of
-            log_ratios.append((logprobs - part.reference_logprobs.to(logprobs.dtype)).sum(dim=1))
+            log_ratios.append(_log_ratios(logprobs, part))
             entropies.append(part_entropies[part.completion_mask])
     return log_ratios, entropies
 
