@@ -22,16 +22,9 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gvpo_lightning.checkpointing.preemption import Preemption
 from gvpo_lightning.checkpointing.resumed_settings import SettingsWin
 from gvpo_lightning.checkpointing.state import Resumable, RunState, SavedPolicy
+from gvpo_lightning.checks import trainer as checks
 from gvpo_lightning.checks.error_notes import Whereabouts
 from gvpo_lightning.checks.prompts import PromptCheck
-from gvpo_lightning.checks.trainer import (
-    check_batch_sizes,
-    check_fit,
-    check_start,
-    check_strategy,
-    check_training_batches,
-    warn_of_settings,
-)
 from gvpo_lightning.distributed.placement import Placement
 from gvpo_lightning.distributed.sharding import loading_in_turns
 from gvpo_lightning.evaluation.sampled import SampledEvaluation
@@ -219,7 +212,7 @@ class GVPOModule(L.LightningModule):
         """Check what can be checked without the model, and start the processes that rewards run in."""
         trainer: Any = self.trainer
         placement = self.placement = Placement(self)
-        check_strategy(placement, self.source, compiles=self.torch_compile)
+        checks.check_strategy(placement, self.source, compiles=self.torch_compile)
         sampling = Sampling(self.source, self.generation, self.rewards, placement, self.guard, self.seed)
         self.evaluation = SampledEvaluation(sampling, self.group_size)
         bar = trainer.is_global_zero and trainer.progress_bar_callback is not None
@@ -228,12 +221,12 @@ class GVPOModule(L.LightningModule):
             return
         settings, accumulate = self.rollout_settings, trainer.accumulate_grad_batches
         # the earliest place that shows what `fit` was given; a property that says so comes only much later
-        check_fit(trainer.fit_loop._data_source.instance, trainer.overfit_batches, trainer.callbacks)
+        checks.check_fit(trainer.fit_loop._data_source.instance, trainer.overfit_batches, trainer.callbacks)
         longest = self.generation.max_new_tokens if self.sources.settings.generates else 0
-        check_batch_sizes(settings, self.sources.largest_group, longest, accumulate, placement.ranks.size)
+        checks.check_batch_sizes(settings, self.sources.largest_group, longest, accumulate, placement.ranks.size)
         self.run.count_in(settings, accumulate, self.temperature, placement.ranks.size)
-        parts = (self.sources, self.reference, self.scoring, self.objective)
-        self.collector = Collector(sampling, *parts, settings, self.run.clock)
+        trained = (self.sources, self.reference, self.scoring, self.objective)
+        self.collector = Collector(sampling, *trained, settings, self.run.clock)
         self.rules = UpdateRules(self.objective, self.scoring, placement, self.max_log_ratio, self.guard)
 
     def teardown(self, stage: str) -> None:
@@ -287,17 +280,17 @@ class GVPOModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Hold the fused loss against eager where the training will run it, and warn of what bends the objective."""
-        check_start(self.policy, self.scoring, self.placement, reference=self.reference, rewards=self.rewards)
+        checks.check_start(self.policy, self.scoring, self.placement, reference=self.reference, rewards=self.rewards)
         generation = self.generation if self.sources.settings.generates else None
         facts = (self.source, self.placement.precision, self.objective, self.temperature)
-        warn_of_settings(self.guard, *facts, generation, self.rollout_settings)
+        checks.warn_of_settings(self.guard, *facts, generation, self.rollout_settings)
 
     def on_train_start(self) -> None:
         """Check that updates stay whole, and start at one."""
         trainer: Any = self.trainer
         batches = 0 if trainer.fast_dev_run else trainer.num_training_batches
         accumulate = trainer.accumulate_grad_batches
-        check_training_batches(trainer.train_dataloader, batches, trainer.val_check_batch, accumulate)
+        checks.check_training_batches(trainer.train_dataloader, batches, trainer.val_check_batch, accumulate)
         self.run.start_fit(self.micro_batches_per_rollout, accumulate)
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
@@ -349,9 +342,8 @@ class GVPOModule(L.LightningModule):
     def _log(self, metrics: Mapping[str, Any]) -> None:
         """Log what is over all ranks already; in host memory, or progress bar and loggers would wait for the device."""
         values = {name: torch.as_tensor(value, dtype=torch.float32) for name, value in metrics.items()}
-        names: list[str] = [name for name in ("reward/mean", "loss", "residual/rms") if name in values]
-        shown = {name: values.pop(name) for name in names}
-        self.log_dict(shown, prog_bar=True, batch_size=1)
+        names = [name for name in ("reward/mean", "loss", "residual/rms") if name in values]
+        self.log_dict({str(name): values.pop(name) for name in names}, prog_bar=True, batch_size=1)
         self.log_dict(values, batch_size=1)
 
     # -- evaluation: FSDP1 can gather the policy at a batch's start, but not within a step
@@ -403,4 +395,6 @@ class GVPOModule(L.LightningModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Take up what `on_save_checkpoint` left."""
+        for name in [name for name in checkpoint.get("state_dict", ()) if name.startswith("policy_source.")]:
+            del checkpoint["state_dict"][name]  # earlier versions saved a policy that was given as an object twice
         self._resumable.load(checkpoint, self.policy, fits=self.trainer.state.fn == "fit")

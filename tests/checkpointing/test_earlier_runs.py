@@ -4,10 +4,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import pytest
 import torch
+from transformers import Qwen2ForCausalLM
 
-from tests.checkpointing.earlier_runs import EARLIER, RUNS, UPDATES_AFTER, draws_by_seed, kept_checkpoint, outcome
+from gvpo_lightning import GVPOModule, RolloutLoader, RolloutSettings
+from gvpo_lightning.callbacks import RunCheckpoint
+from tests.checkpointing.earlier_runs import (
+    EARLIER,
+    ROWS,
+    RUNS,
+    SIZES,
+    TOKENIZER,
+    UPDATES_AFTER,
+    draws_by_seed,
+    kept_checkpoint,
+    outcome,
+    reward,
+)
 
 # How far weights trained on another CPU may be from the kept ones, as a share of how far the kept ones have moved since
 # the checkpoint. A gradient is a sum of some hundred float32 products, each rounded by up to 2**-24 of its size, so
@@ -156,3 +171,32 @@ def test_a_fresh_run_would_be_seen(expected, resumed, tmp_path: Path):
     (rank,) = outcome("mid_rollout", EARLIER, tmp_path / "run", None, UPDATES_AFTER)
     kept = expected["mid_rollout"]["end"]["weights"]
     assert share_of_the_way(rank, kept, resumed("mid_rollout")[0]["before"]) > FORGOTTEN
+
+
+def test_a_policy_object_that_was_saved_twice_loads(tmp_path):
+    """Earlier versions had a policy that was given as an object in the state dict as `policy_source.*` too."""
+
+    def fit(checkpoint: Path | None, num_updates: int) -> GVPOModule:
+        L.seed_everything(0, verbose=False)
+        policy = Qwen2ForCausalLM.from_pretrained(EARLIER / "model", dtype=torch.float32)
+        module = GVPOModule(policy, reward, tokenizer=str(TOKENIZER), rollout=RolloutSettings(**SIZES))
+        trainer = L.Trainer(
+            accelerator="cpu",
+            max_steps=num_updates,
+            callbacks=[RunCheckpoint(tmp_path / "checkpoints", every_n_train_steps=1, save_top_k=-1)],
+            logger=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, RolloutLoader(ROWS, module), ckpt_path=checkpoint)
+        return module
+
+    whole = fit(None, 2)
+    path = tmp_path / "checkpoints" / "epoch=0-step=1.ckpt"
+    checkpoint = torch.load(path, weights_only=True)
+    weights = checkpoint["state_dict"]
+    weights |= {name.replace("policy.", "policy_source.", 1): value for name, value in weights.items()}
+    torch.save(checkpoint, tmp_path / "earlier.ckpt")
+    resumed = fit(tmp_path / "earlier.ckpt", 2)
+    for ours, theirs in zip(resumed.policy.parameters(), whole.policy.parameters(), strict=True):
+        assert torch.equal(ours, theirs)
