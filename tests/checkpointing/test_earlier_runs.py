@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import Qwen2ForCausalLM
 
-from gvpo_lightning import GVPOModule, RolloutLoader, RolloutSettings
+from gvpo_lightning import GenerationSettings, GVPOModule, RolloutLoader, RolloutSettings
 from gvpo_lightning.callbacks import RunCheckpoint
 from tests.checkpointing.earlier_runs import (
     EARLIER,
@@ -179,7 +179,8 @@ def test_a_policy_object_that_was_saved_twice_loads(tmp_path):
     def fit(checkpoint: Path | None, num_updates: int) -> GVPOModule:
         L.seed_everything(0, verbose=False)
         policy = Qwen2ForCausalLM.from_pretrained(EARLIER / "model", dtype=torch.float32)
-        module = GVPOModule(policy, reward, tokenizer=str(TOKENIZER), rollout=RolloutSettings(**SIZES))
+        settings = {"rollout": RolloutSettings(**SIZES), "generation": GenerationSettings(max_new_tokens=4)}
+        module = GVPOModule(policy, reward, tokenizer=str(TOKENIZER), **settings)
         trainer = L.Trainer(
             accelerator="cpu",
             max_steps=num_updates,
