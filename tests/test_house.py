@@ -1,6 +1,7 @@
 """The house: a file imports downwards, no circle is closed, and nobody is handed the whole module."""
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -96,6 +97,12 @@ def test_every_import_goes_downwards():
         if room(other) != room(name) and FLOOR[room(other)] <= FLOOR[room(name)]
     ]
     assert not upwards
+
+
+def test_the_page_on_the_architecture_draws_these_floors():
+    picture = re.search(r"```text\n(.*?)```", (ROOT / "docs" / "architecture.md").read_text(), flags=re.DOTALL)
+    floors = [set(re.findall(r"(\w+)(?:/|\.py)(?=\s)", line)) for line in picture[1].splitlines()]
+    assert floors[:-1] == list(FLOORS)
 
 
 def test_only_packages_import_for_types_alone():
