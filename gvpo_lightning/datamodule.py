@@ -14,8 +14,7 @@ from gvpo_lightning.data.rows import Row, encode_prompt
 from gvpo_lightning.data.splits import cut_split, load_splits
 from gvpo_lightning.data.templates import TEMPLATES
 from gvpo_lightning.distributed.placement import data_ranks
-from gvpo_lightning.evaluation.benchmarks import Benchmark, ProblemSet, load_problems
-from gvpo_lightning.evaluation.loader import ProblemLoader, check_shares
+from gvpo_lightning.evaluation.benchmarks import Benchmark, ProblemLoader, ProblemSet, check_shares, load_problems
 from gvpo_lightning.rollout.loader import RolloutLoader
 
 

@@ -12,11 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from lightning.pytorch.strategies import FSDPStrategy, ModelParallelStrategy, Strategy
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp._flat_param import HandleShardingStrategy
+from torch.distributed.fsdp._runtime_utils import _reshard
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from gvpo_lightning.distributed.tensor_parallel import base_model, split_tensors
 
@@ -86,3 +90,115 @@ def available_host_memory() -> int:
         return 2**60
     lines = dict(line.split(":") for line in facts.read_text().splitlines())
     return int(lines["MemAvailable"].split()[0]) * 1024
+
+
+@contextmanager
+def root_stays_gathered(policy: Any) -> Iterator[None]:
+    """Inside, a forward pass that will be followed by a backward pass leaves embeddings and head gathered for it."""
+    root = base_model(policy)
+    if not isinstance(root, FSDPModule):
+        yield
+        return
+    root.set_reshard_after_forward(False, recurse=False)
+    try:
+        yield
+    finally:
+        root.set_reshard_after_forward(True, recurse=False)
+
+
+@contextmanager
+def gathered_fsdp1(model: nn.Module) -> Iterator[None]:
+    """Inside, every rank holds all that FSDP1 has sharded in the model."""
+    with FullyShardedDataParallel.summon_full_params(model, writeback=False), _kept_after_forward(model):
+        yield
+
+
+@contextmanager
+def gathered_units(module: nn.Module) -> Iterator[None]:
+    """Inside, every rank holds all that FSDP2 has sharded in the module; nothing where it has not."""
+    units = [unit for unit in module.modules() if isinstance(unit, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+    try:
+        for handle in [unit.unshard(async_op=True) for unit in units]:
+            if handle is not None:
+                handle.wait()
+        yield
+    finally:
+        for unit in units:
+            unit.reshard()
+            unit.set_reshard_after_forward(True, recurse=False)
+
+
+@contextmanager
+def _kept_after_forward(model: nn.Module) -> Iterator[None]:
+    """Inside, FSDP1's units stay gathered after a forward pass, or each pass would gather them anew on all ranks."""
+    handles = [u._handle for u in model.modules() if isinstance(u, FullyShardedDataParallel) and u._handle is not None]
+    before = [handle._sharding_strategy for handle in handles]
+    for handle in handles:
+        handle._sharding_strategy = {
+            HandleShardingStrategy.FULL_SHARD: HandleShardingStrategy.SHARD_GRAD_OP,
+            HandleShardingStrategy.HYBRID_SHARD: HandleShardingStrategy._HYBRID_SHARD_ZERO2,
+        }.get(handle._sharding_strategy, handle._sharding_strategy)
+    try:
+        yield
+    finally:
+        for handle, strategy in zip(handles, before, strict=True):
+            handle._sharding_strategy = strategy
+
+
+def reshard(model: nn.Module) -> None:
+    """Let go of what a pass without gradient has left gathered, FSDP1's root, before sharded values are changed."""
+    for unit in model.modules():
+        if isinstance(unit, FullyShardedDataParallel):
+            handle = unit._handle
+            if handle is not None and handle.uses_sharded_strategy and not handle.needs_unshard():
+                _reshard(unit, handle, free_unsharded_flat_param=True)
+        elif isinstance(unit, FSDPModule):
+            unit.reshard()
+
+
+def local_tensor(tensor: Tensor) -> Tensor:
+    """This rank's part of it, sharing its memory."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def gather_like(part: Tensor, parameter: Tensor) -> Tensor | list[Tensor]:
+    """The whole of what `part` is this rank's part of, on rank 0's CPU; every rank must call this.
+
+    Of a parameter that FSDP1 has flattened, the list of the ranks' parts.
+    """
+    if isinstance(parameter, DTensor):
+        layout: dict[str, Any] = {"shape": parameter.shape, "stride": parameter.stride(), "run_check": False}
+        on_device = part.to(parameter.device)
+        whole = DTensor.from_local(on_device, parameter.device_mesh, parameter.placements, **layout)
+        full = whole.full_tensor()
+        return full.cpu() if dist.get_rank() == 0 else torch.empty(0)
+    if _is_flattened(parameter):
+        parts: list[Any] | None = [None] * dist.get_world_size() if dist.get_rank() == 0 else None
+        dist.gather_object(part, parts)
+        return parts or []
+    return part
+
+
+def shard_like(whole: Tensor | list[Tensor], parameter: Tensor) -> Tensor:
+    """This rank's part of what `gather_like` has gathered.
+
+    Raises:
+        ValueError: parts of FSDP1 for another number of ranks.
+    """
+    if isinstance(whole, list):
+        if not _is_flattened(parameter) or len(whole) != dist.get_world_size():
+            raise ValueError(
+                f"This checkpoint's reference was saved by FSDPStrategy on {len(whole)} ranks, and can only be resumed "
+                "so: use FSDP2 (ModelParallelStrategy) to change the number of ranks."
+            )
+        return whole[dist.get_rank()].clone()
+    if isinstance(parameter, DTensor):
+        part = distribute_tensor(whole, parameter.device_mesh, parameter.placements, src_data_rank=None)
+        return part.to_local().to("cpu", copy=True)
+    return whole.to("cpu", copy=True)
+
+
+def _is_flattened(parameter: Tensor) -> bool:
+    return hasattr(parameter, "_fsdp_flattened")

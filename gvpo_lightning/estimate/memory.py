@@ -9,16 +9,14 @@
 | head         | the fused loss at work, forward or backward                                                      |
 | backward     | the last decoder layer's, with all that the others have saved                                    |
 | last unit    | the end of it: all gradients, with FSDP those of embedding and head whole and on their way       |
-| update       | the optimizer's, with AdamW's temporary copy                                                     |
-"""
+| update       | the optimizer's, with AdamW's temporary copy                                                     |"""
 
 from dataclasses import dataclass
 
-from gvpo_kernels.forward_gradients import STREAM_BYTES
+from gvpo_kernels.fused_loss import STREAM_BYTES
 from gvpo_kernels.head import SLICE_BYTES, TILE_BYTES
 from gvpo_kernels.torch_head import CHUNK_BYTES
-from gvpo_lightning.estimate.facts import RunFacts
-from gvpo_lightning.estimate.sizes import ModelSizes
+from gvpo_lightning.estimate.facts import ModelSizes, RunFacts
 
 TERMS = (
     "parameters",
@@ -30,6 +28,7 @@ TERMS = (
     "head",
     "key-value cache",
 )
+UNITS = {"MiB": 2**20, "GiB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -244,3 +243,20 @@ def _layer_activations(sizes: ModelSizes, facts: RunFacts) -> int:
     mask = facts.mask_pairs * compute
     mlp = sizes.intermediate * ((4 if sizes.gated else 2) * compute + copies)
     return tokens * (norms + (attention + mlp) // facts.tensor_parallel) + mask
+
+
+def describe(estimate: Memory, facts: RunFacts) -> str:
+    """Memory per GPU as a table of at most ten lines: a row a term, a column a phase."""
+    name = "GiB" if estimate.peak >= 2**30 else "MiB"
+    unit = UNITS[name]
+    spread = f"each of {facts.num_gpus} devices, {facts.strategy}" if facts.num_gpus > 1 else "one device"
+    if facts.tensor_parallel > 1:
+        spread += f", tensor parallel over {facts.tensor_parallel}"
+    lines = [f"Estimated peak on {spread}: {estimate.peak / unit:.2f} {name}, of which"]
+    lines.append(" " * 16 + "".join(f"{phase:>11}" for phase in estimate.phases))
+    for term in TERMS:
+        values = [phase.get(term, 0) for phase in estimate.phases.values()]
+        if any(values):
+            lines.append(f"{term:<16}" + "".join(f"{value / unit:11.2f}" if value else " " * 11 for value in values))
+    host = ", ".join(f"{term} {value / unit:.2f}" for term, value in estimate.host.items())
+    return "\n".join([line.rstrip() for line in lines] + [f"In a machine's own memory: {host}"])

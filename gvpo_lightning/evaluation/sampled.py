@@ -8,7 +8,7 @@ import torch
 from torchmetrics import MaxMetric, MeanMetric, Metric, MinMetric
 
 from gvpo_lightning.data.rows import rows_of
-from gvpo_lightning.evaluation.loader import ProblemBatch
+from gvpo_lightning.evaluation.benchmarks import ProblemBatch
 from gvpo_lightning.rewards import reward_columns
 from gvpo_lightning.rewards.run import FailureTally
 from gvpo_lightning.rollout.groups import Sampling, sample_rollout

@@ -21,8 +21,15 @@ from transformers.dynamic_module_utils import custom_object_save
 from gvpo_lightning.atomic import appearing
 from gvpo_lightning.checkpointing.adapter import adapter_state, check_adapter_state
 from gvpo_lightning.checkpointing.weights import SavedWeights, as_written, match_names, open_weights
-from gvpo_lightning.export.adapter import adapted_model, merge, say_dequantized, trained_sources, write_adapter
-from gvpo_lightning.export.folder import save_model, write_beside
+from gvpo_lightning.export.folder import (
+    adapted_model,
+    merge,
+    save_model,
+    say_dequantized,
+    trained_sources,
+    write_adapter,
+    write_beside,
+)
 from gvpo_lightning.export.model_card import Kind, Origin, files_of_run
 from gvpo_lightning.policy.loading import adapter_base, empty_model, load_generation_config
 from gvpo_lightning.policy.source import PolicySource

@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from gvpo_lightning.distributed.gather import local_tensor
 from gvpo_lightning.distributed.placement import Placement
+from gvpo_lightning.distributed.sharding import local_tensor
 
 
 def drop_gradients(parameters: Iterable[Tensor]) -> None:

@@ -9,7 +9,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from gvpo_lightning.distributed.gather import root_stays_gathered
+from gvpo_lightning.distributed.sharding import root_stays_gathered
 from gvpo_lightning.rollout.plan import Update
 from gvpo_lightning.rollout.rollout import Rollout
 from gvpo_lightning.updates.failed_update import save_update_of

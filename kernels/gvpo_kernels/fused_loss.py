@@ -5,6 +5,7 @@ backward pass, one group's gradients can be kept instead of being computed twice
 known beforehand let each token be finished where it is met. The loss itself is `group_loss`, nowhere else.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from types import ModuleType
 from typing import Any
@@ -12,12 +13,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gvpo_kernels.forward_gradients import forward_gradients
 from gvpo_kernels.fused_batch import LossBatch, check_fused, count_batch_groups
-from gvpo_kernels.head import Gradients, HeadCall, Needs
-from gvpo_kernels.inputs import autocast_inputs, check_head, choose_implementation, load_implementation, no_autocast
+from gvpo_kernels.head import Gradients, GradientSums, HeadCall, Needs, slices
+from gvpo_kernels.inputs import (
+    autocast_inputs,
+    check_head,
+    choose_implementation,
+    differentiable_once,
+    load_implementation,
+    no_autocast,
+)
 from gvpo_kernels.linear_logprob import kept_rows_backward, load_call, needs_of, save_call
-from gvpo_kernels.once import differentiable_once
 from gvpo_kernels.reference import linear_logprob_reference
 
 
@@ -230,3 +236,72 @@ def _reference(call: HeadCall, batch: LossBatch, drop_below: float, entropy: boo
         dropped_mass,
         entropies if entropy else None,
     )
+
+
+STREAM_BYTES = 2**30
+
+
+def forward_gradients(
+    call: HeadCall, needs: Needs, batch: LossBatch, implementation: ModuleType, mode: str, drop_below: float
+) -> tuple[Tensor, Tensor, Gradients]:
+    """(N,) token log-probs, the dropped mass, and the gradients of the loss for an upstream gradient of 1.
+
+    A piece's logits are computed once: its exponentials stay in a stash until its coefficients are known.
+    """
+    token_logprobs = torch.zeros(call.num_tokens, dtype=call.dtype, device=call.hidden.device)
+    sums = GradientSums(call, needs)
+    mass = torch.zeros(2, dtype=call.dtype, device=call.hidden.device)
+    pieces = _groups(batch) if mode == "stash" else _blocks(call, batch, drop_below)
+    for rows, coefficients_of in pieces:
+        part = call.rows(rows)
+        statistics, stash = implementation.forward_stash(part)
+        token_logprobs[rows] = statistics.token_logprobs
+        coefficients, piece_mass = coefficients_of(statistics.token_logprobs, call.temperature)
+        mass += piece_mass
+        if bool((coefficients != 0).any()):
+            implementation.backward_stash(part, statistics, stash, coefficients, sums, rows)
+        del stash, statistics
+    dropped, total = mass
+    return token_logprobs, torch.where(total > 0, dropped / total, mass.new_zeros(())), sums.result(keep_wide=True)
+
+
+class _GroupCoefficients:
+    """A whole group's coefficients follow from its own log-probs and the number of groups."""
+
+    def __init__(self, batch: LossBatch) -> None:
+        self.batch = batch
+
+    def __call__(self, token_logprobs: Tensor, _temperature: float) -> tuple[Tensor, Tensor]:
+        return self.batch.outcome(token_logprobs, gradient=True).coefficients, token_logprobs.new_zeros(2)
+
+
+class _KnownCoefficients:
+    """Coefficients that were given; small ones are dropped once the probabilities are known."""
+
+    def __init__(self, coefficients: Tensor, threshold: Tensor) -> None:
+        self.coefficients, self.threshold = coefficients, threshold
+
+    def __call__(self, token_logprobs: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+        bound = -2 * self.coefficients.abs() * torch.expm1(token_logprobs) / temperature
+        small = bound < self.threshold
+        mass = torch.stack([torch.where(small, bound, 0).sum(), bound.sum()])
+        return torch.where(small, torch.zeros_like(bound), self.coefficients), mass
+
+
+def _groups(batch: LossBatch) -> Iterator[tuple[Tensor, _GroupCoefficients]]:
+    """The token rows of each group, and its coefficients."""
+    assert batch.group_ids is not None
+    for group in torch.unique(batch.group_ids).tolist():
+        part, rows = batch.completions(torch.nonzero(batch.group_ids == group).squeeze(-1))
+        if len(rows):
+            yield rows, _GroupCoefficients(part)
+
+
+def _blocks(call: HeadCall, batch: LossBatch, drop_below: float) -> Iterator[tuple[Tensor, _KnownCoefficients]]:
+    """Blocks of tokens whose stash fits `STREAM_BYTES`, and their coefficients."""
+    coefficients = batch.token_coefficients().to(call.dtype)
+    threshold = drop_below * (coefficients.abs().max() if len(coefficients) else coefficients.sum())
+    every = torch.arange(call.num_tokens, device=call.hidden.device)
+    size = max(1, STREAM_BYTES // (call.vocab_size * call.hidden.dtype.itemsize))
+    for piece in slices(call.num_tokens, size):
+        yield every[piece], _KnownCoefficients(coefficients[piece], threshold)

@@ -11,8 +11,14 @@ import torch
 from torch import Tensor
 
 from gvpo_kernels.head import Gradients, HeadCall, Needs, TokenStatistics
-from gvpo_kernels.inputs import autocast_inputs, check_head, choose_implementation, load_implementation, no_autocast
-from gvpo_kernels.once import differentiable_once
+from gvpo_kernels.inputs import (
+    autocast_inputs,
+    check_head,
+    choose_implementation,
+    differentiable_once,
+    load_implementation,
+    no_autocast,
+)
 from gvpo_kernels.reference import linear_logprob_reference
 
 

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gvpo_kernels.gradient_sums import GradientSums
 from gvpo_kernels.head import (
     Gradients,
+    GradientSums,
     HeadCall,
     Needs,
     TokenStatistics,

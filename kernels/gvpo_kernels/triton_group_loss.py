@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gvpo_kernels.triton_launch import on_device
+from gvpo_kernels.triton_logits import on_device
 
 MAX_GROUP_SIZE = 512  # 1,024 spills registers
 TILE = 1024  # 2,048 spills registers for some sizes
