@@ -230,11 +230,6 @@ class RunFacts:
         return self.weight_bytes if self.autocast else self.compute_bytes
 
     @property
-    def nodes(self) -> int:
-        """Machines."""
-        return math.ceil(self.num_gpus / self.gpus_per_node)
-
-    @property
     def rollout_completions(self) -> int:
         """Completions of one rollout on one rank."""
         return math.ceil(self.workload.prompts_per_rollout / self.data_parallel) * self.workload.group_size

@@ -9,7 +9,8 @@
 | head         | the fused loss at work, forward or backward                                                      |
 | backward     | the last decoder layer's, with all that the others have saved                                    |
 | last unit    | the end of it: all gradients, with FSDP those of embedding and head whole and on their way       |
-| update       | the optimizer's, with AdamW's temporary copy                                                     |"""
+| update       | the optimizer's, with AdamW's temporary copy                                                     |
+"""
 
 from dataclasses import dataclass
 
@@ -80,7 +81,8 @@ def estimate_memory(sizes: ModelSizes, facts: RunFacts) -> Memory:
     }
     phases["backward"] = fresh | {"whole weights": backward, "activations": saved + working, "head": head_gradient}
     phases["last unit"] = held | {"whole weights": last, "activations": 0 if facts.sharded else working}
-    phases["update"] = held | {"optimizer": held["optimizer"] + _update_copy(held, facts)}
+    roots = held["optimizer"] // 2 if facts.optimizer_bytes >= 8 and facts.cuda else 0  # AdamW's, of all second moments
+    phases["update"] = held | {"optimizer": held["optimizer"] + roots}
     return Memory(phases, host_bytes(sizes, facts))
 
 
@@ -152,10 +154,8 @@ def generation_bytes(sizes: ModelSizes, facts: RunFacts) -> tuple[int, int]:
     rows = min(work.generation_batch, facts.rollout_completions)
     keys = sizes.num_kv_heads * sizes.head_dim // facts.tensor_parallel
     layer = rows * work.tokens * keys * (facts.stream_bytes + facts.compute_bytes)  # autocast leaves keys as they are
-    prefill = rows * work.prompt_tokens
-    prefill *= 3 * sizes.intermediate * facts.compute_bytes // facts.tensor_parallel + 2 * sizes.hidden * (
-        facts.stream_bytes
-    )
+    features = 3 * sizes.intermediate * facts.compute_bytes // facts.tensor_parallel
+    prefill = rows * work.prompt_tokens * (features + 2 * sizes.hidden * facts.stream_bytes)
     sampling = rows * sizes.vocab_size * (facts.compute_bytes + 3 * 4)  # logits, as float32, scaled, probabilities
     return (sizes.num_layers + 1) * layer, max(prefill, sampling)
 
@@ -220,11 +220,6 @@ def _cast_weights(sizes: ModelSizes, facts: RunFacts) -> int:
         return 0
     # while the policy is trained or scored the head has a cast of its own
     return _layer(sizes, facts) * sizes.num_layers * facts.compute_bytes
-
-
-def _update_copy(held: dict[str, int], facts: RunFacts) -> int:
-    """AdamW on CUDA takes the square roots of all second moments at once."""
-    return held["optimizer"] // 2 if facts.optimizer_bytes >= 8 and facts.cuda else 0
 
 
 def _layer_activations(sizes: ModelSizes, facts: RunFacts) -> int:

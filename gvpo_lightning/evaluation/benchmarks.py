@@ -6,8 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from gvpo_lightning.data.rows import Row
-from gvpo_lightning.data.splits import cut_split, load_splits
+from gvpo_lightning.data.rows import Row, cut_split, load_splits
 from gvpo_lightning.distributed.placement import DataRanks, rank_share
 
 

@@ -1,4 +1,4 @@
-"""What an exported folder holds: weights, a policy's or its adapter's, and beside them what transformers and people need."""
+"""What an exported folder holds: a policy's weights or its adapter's, and what transformers and people need beside."""
 
 import copy
 from collections.abc import Mapping

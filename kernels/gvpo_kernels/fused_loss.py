@@ -5,8 +5,9 @@ backward pass, one group's gradients can be kept instead of being computed twice
 known beforehand let each token be finished where it is met. The loss itself is `group_loss`, nowhere else.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -212,15 +213,7 @@ def drop_small(
 
 def _reference(call: HeadCall, batch: LossBatch, drop_below: float, entropy: bool) -> FusedLoss:
     """The same by plain autograd through stored logits."""
-    token_logprobs, entropies = linear_logprob_reference(
-        call.hidden,
-        call.weight,
-        call.targets,
-        bias=call.bias,
-        temperature=call.temperature,
-        softcap=call.softcap,
-        return_entropy=True,
-    )
+    token_logprobs, entropies = linear_logprob_reference(**vars(call), return_entropy=True)
     first = batch.outcome(token_logprobs, gradient=token_logprobs.requires_grad)
     coefficients, dropped_mass = drop_small(
         first.coefficients, -torch.expm1(token_logprobs.detach()), call.temperature, drop_below
@@ -256,7 +249,7 @@ def forward_gradients(
         part = call.rows(rows)
         statistics, stash = implementation.forward_stash(part)
         token_logprobs[rows] = statistics.token_logprobs
-        coefficients, piece_mass = coefficients_of(statistics.token_logprobs, call.temperature)
+        coefficients, piece_mass = coefficients_of(statistics.token_logprobs)
         mass += piece_mass
         if bool((coefficients != 0).any()):
             implementation.backward_stash(part, statistics, stash, coefficients, sums, rows)
@@ -265,43 +258,39 @@ def forward_gradients(
     return token_logprobs, torch.where(total > 0, dropped / total, mass.new_zeros(())), sums.result(keep_wide=True)
 
 
-class _GroupCoefficients:
+# from a piece's log-probs to its coefficients, and the bounds' sums over what is dropped and over all
+_CoefficientsOf = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def _group_coefficients(batch: LossBatch, token_logprobs: Tensor) -> tuple[Tensor, Tensor]:
     """A whole group's coefficients follow from its own log-probs and the number of groups."""
-
-    def __init__(self, batch: LossBatch) -> None:
-        self.batch = batch
-
-    def __call__(self, token_logprobs: Tensor, _temperature: float) -> tuple[Tensor, Tensor]:
-        return self.batch.outcome(token_logprobs, gradient=True).coefficients, token_logprobs.new_zeros(2)
+    return batch.outcome(token_logprobs, gradient=True).coefficients, token_logprobs.new_zeros(2)
 
 
-class _KnownCoefficients:
+def _known_coefficients(
+    coefficients: Tensor, threshold: Tensor, temperature: float, token_logprobs: Tensor
+) -> tuple[Tensor, Tensor]:
     """Coefficients that were given; small ones are dropped once the probabilities are known."""
-
-    def __init__(self, coefficients: Tensor, threshold: Tensor) -> None:
-        self.coefficients, self.threshold = coefficients, threshold
-
-    def __call__(self, token_logprobs: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        bound = -2 * self.coefficients.abs() * torch.expm1(token_logprobs) / temperature
-        small = bound < self.threshold
-        mass = torch.stack([torch.where(small, bound, 0).sum(), bound.sum()])
-        return torch.where(small, torch.zeros_like(bound), self.coefficients), mass
+    bound = -2 * coefficients.abs() * torch.expm1(token_logprobs) / temperature
+    small = bound < threshold
+    mass = torch.stack([torch.where(small, bound, 0).sum(), bound.sum()])
+    return torch.where(small, torch.zeros_like(bound), coefficients), mass
 
 
-def _groups(batch: LossBatch) -> Iterator[tuple[Tensor, _GroupCoefficients]]:
+def _groups(batch: LossBatch) -> Iterator[tuple[Tensor, _CoefficientsOf]]:
     """The token rows of each group, and its coefficients."""
     assert batch.group_ids is not None
     for group in torch.unique(batch.group_ids).tolist():
         part, rows = batch.completions(torch.nonzero(batch.group_ids == group).squeeze(-1))
         if len(rows):
-            yield rows, _GroupCoefficients(part)
+            yield rows, partial(_group_coefficients, part)
 
 
-def _blocks(call: HeadCall, batch: LossBatch, drop_below: float) -> Iterator[tuple[Tensor, _KnownCoefficients]]:
+def _blocks(call: HeadCall, batch: LossBatch, drop_below: float) -> Iterator[tuple[Tensor, _CoefficientsOf]]:
     """Blocks of tokens whose stash fits `STREAM_BYTES`, and their coefficients."""
     coefficients = batch.token_coefficients().to(call.dtype)
     threshold = drop_below * (coefficients.abs().max() if len(coefficients) else coefficients.sum())
     every = torch.arange(call.num_tokens, device=call.hidden.device)
     size = max(1, STREAM_BYTES // (call.vocab_size * call.hidden.dtype.itemsize))
     for piece in slices(call.num_tokens, size):
-        yield every[piece], _KnownCoefficients(coefficients[piece], threshold)
+        yield every[piece], partial(_known_coefficients, coefficients[piece], threshold, call.temperature)

@@ -61,15 +61,7 @@ def linear_logprob(
     call = HeadCall(hidden, weight, targets.to(torch.int64), bias, temperature, softcap)
     with no_autocast(hidden):
         if name == "reference":
-            return linear_logprob_reference(
-                hidden,
-                weight,
-                call.targets,
-                bias=bias,
-                temperature=temperature,
-                softcap=softcap,
-                return_entropy=return_entropy,
-            )
+            return linear_logprob_reference(**vars(call), return_entropy=return_entropy)
         token_logprobs, entropies = _LinearLogprob.apply(
             hidden, weight, bias, call, needs_of(call), return_entropy, load_implementation(name)
         )
@@ -79,11 +71,7 @@ def linear_logprob(
 def needs_of(call: HeadCall) -> Needs:
     """The gradients that autograd will ask for."""
     enabled = torch.is_grad_enabled()
-    return Needs(
-        enabled and call.hidden.requires_grad,
-        enabled and call.weight.requires_grad,
-        enabled and call.bias is not None and call.bias.requires_grad,
-    )
+    return Needs(*(enabled and t is not None and t.requires_grad for t in (call.hidden, call.weight, call.bias)))
 
 
 class _LinearLogprob(torch.autograd.Function):

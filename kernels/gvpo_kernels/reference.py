@@ -129,10 +129,7 @@ class GVPOLoss:
 def sum_completion_tokens(token_values: Tensor, completion_mask: Tensor) -> Tensor:
     """(S, T) per-token values -> (S,) sums over each completion's own tokens, in max(fp32, input dtype)."""
     dtype = torch.promote_types(token_values.dtype, torch.float32)
-    masked = torch.where(
-        completion_mask, token_values.to(dtype), torch.zeros((), dtype=dtype, device=token_values.device)
-    )
-    return masked.sum(dim=1)
+    return torch.where(completion_mask, token_values.to(dtype), 0.0).sum(dim=1)
 
 
 def gvpo_loss(
