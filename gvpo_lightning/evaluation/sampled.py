@@ -92,10 +92,7 @@ class SampledEvaluation:
         rollout: Rollout | None = None
         error: Exception | None = None
         try:
-            with (
-                placement.forward_context(),
-                nullcontext() if self._gathering is not None else placement.gathered(),
-            ):
+            with placement.forward_context(), nullcontext() if self._gathering is not None else placement.gathered():
                 rollout = sample_rollout(
                     policy,
                     sampling.source.tokenizer,

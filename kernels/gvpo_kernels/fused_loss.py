@@ -24,7 +24,7 @@ from gvpo_kernels.inputs import (
     load_implementation,
     no_autocast,
 )
-from gvpo_kernels.linear_logprob import kept_rows_backward, load_call, needs_of, save_call
+from gvpo_kernels.linear_logprob import backward_of_call, needs_of, save_call
 from gvpo_kernels.reference import linear_logprob_reference
 
 
@@ -173,15 +173,7 @@ class _FusedLoss(torch.autograd.Function):
         if ctx.options.mode in ("stash", "stream"):
             gradients = _finish(ctx, grad_loss)
         else:
-            call, statistics, factor = load_call(ctx)
-            coefficients = ctx.mode_coefficients * grad_loss
-            with no_autocast(call.hidden):
-                if factor is not None:
-                    gradients = Gradients(hidden=(factor * coefficients[:, None]).to(call.hidden.dtype))
-                else:
-                    gradients = kept_rows_backward(
-                        call, statistics, coefficients, ctx.needs, ctx.options.implementation
-                    )
+            gradients = backward_of_call(ctx, ctx.mode_coefficients * grad_loss, ctx.options.implementation)
         return gradients.hidden, gradients.weight, gradients.bias, None, None, None, None
 
 
@@ -222,12 +214,7 @@ def _reference(call: HeadCall, batch: LossBatch, drop_below: float, entropy: boo
     passing = torch.where((coefficients != 0) | (first.coefficients == 0), token_logprobs, token_logprobs.detach())
     loss = batch.loss(passing)
     return FusedLoss(
-        loss,
-        token_logprobs.detach(),
-        first.log_ratios,
-        first.residuals,
-        dropped_mass,
-        entropies if entropy else None,
+        loss, token_logprobs.detach(), first.log_ratios, first.residuals, dropped_mass, entropies if entropy else None
     )
 
 

@@ -18,12 +18,7 @@ IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 
 
 def check_head(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, softcap: float | None
 ) -> None:
     """Raise ValueError for arguments of a language-model head that do not fit each other."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("targets", targets), ("bias", bias)):

@@ -97,12 +97,7 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_logprobs: Tensor, _grad_entropies: Tensor) -> tuple[Tensor | None, ...]:
-        call, statistics, factor = load_call(ctx)
-        with no_autocast(call.hidden):  # the caller's autocast may still be on
-            if factor is None:
-                gradients = kept_rows_backward(call, statistics, grad_logprobs, ctx.needs, ctx.implementation)
-            else:
-                gradients = Gradients(hidden=(factor * grad_logprobs[:, None]).to(call.hidden.dtype))
+        gradients = backward_of_call(ctx, grad_logprobs, ctx.implementation)
         return gradients.hidden, gradients.weight, gradients.bias, None, None, None, None
 
 
@@ -113,27 +108,21 @@ def save_call(ctx: Any, call: HeadCall, statistics: TokenStatistics, factor: Ten
     ctx.save_for_backward(call.hidden, call.weight, call.targets, call.bias, *fields, factor)
 
 
-def load_call(ctx: Any) -> tuple[HeadCall, TokenStatistics, Tensor | None]:
-    """What `save_call` kept."""
-    hidden, weight, targets, bias, *fields, factor = ctx.saved_tensors
-    return HeadCall(hidden, weight, targets, bias, ctx.temperature, ctx.softcap), TokenStatistics(*fields), factor
+def backward_of_call(ctx: Any, coefficients: Tensor, implementation: ModuleType) -> Gradients:
+    """Gradients of sum(coefficients * token_logprobs) from what `save_call` kept.
 
-
-def kept_rows_backward(
-    call: HeadCall,
-    statistics: TokenStatistics,
-    coefficients: Tensor,
-    needs: Needs,
-    implementation: ModuleType,
-) -> Gradients:
-    """`backward` on the tokens whose coefficient is not exactly 0: the others' gradients are 0.
-
-    The test is c = 0, not p = 1: p rounds to 1 where 1 - p is small but not zero.
+    Tokens whose coefficient is exactly 0, and so their gradients, are left out. The test is c = 0, not p = 1: p rounds
+    to 1 where 1 - p is small but not zero.
     """
-    kept = torch.nonzero(coefficients).squeeze(-1)
-    if len(kept) == call.num_tokens:
-        return implementation.backward(call, statistics, coefficients, needs)
-    gradients = implementation.backward(call.rows(kept), statistics.rows(kept), coefficients[kept], needs)
-    if gradients.hidden is not None:
-        gradients.hidden = torch.zeros_like(call.hidden).index_copy_(0, kept, gradients.hidden)
-    return gradients
+    hidden, weight, targets, bias, *fields, factor = ctx.saved_tensors
+    call, statistics = HeadCall(hidden, weight, targets, bias, ctx.temperature, ctx.softcap), TokenStatistics(*fields)
+    with no_autocast(hidden):  # the caller's autocast may still be on
+        if factor is not None:
+            return Gradients(hidden=(factor * coefficients[:, None]).to(hidden.dtype))
+        kept = torch.nonzero(coefficients).squeeze(-1)
+        if len(kept) == call.num_tokens:
+            return implementation.backward(call, statistics, coefficients, ctx.needs)
+        gradients = implementation.backward(call.rows(kept), statistics.rows(kept), coefficients[kept], ctx.needs)
+        if gradients.hidden is not None:
+            gradients.hidden = torch.zeros_like(hidden).index_copy_(0, kept, gradients.hidden)
+        return gradients

@@ -174,13 +174,7 @@ def gvpo_loss(
 
 
 def gvpo_loss_of_log_ratios(
-    log_ratios: Tensor,
-    kept: Tensor,
-    rewards: Tensor,
-    group_ids: Tensor,
-    beta: float,
-    *,
-    num_groups: int | None = None,
+    log_ratios: Tensor, kept: Tensor, rewards: Tensor, group_ids: Tensor, beta: float, *, num_groups: int | None = None
 ) -> GVPOLoss:
     """`gvpo_loss` of (S,) log-ratios, which are all that it needs of the tokens; kept: (S,) bool; the rest as there.
 

@@ -85,13 +85,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
-    coefficients,
-    grad_loss,
-    cu_seqlens,
-    grad_token_logprobs,
-    BLOCK_TOKENS: tl.constexpr,
-):
+def _backward_kernel(coefficients, grad_loss, cu_seqlens, grad_token_logprobs, BLOCK_TOKENS: tl.constexpr):
     completion = tl.program_id(0)
     start = tl.load(cu_seqlens + completion).to(tl.int64)
     stop = tl.load(cu_seqlens + completion + 1).to(tl.int64)

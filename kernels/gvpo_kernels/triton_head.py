@@ -103,12 +103,7 @@ def forward_stash(call: HeadCall) -> tuple[TokenStatistics, Stash]:
 
 
 def backward_stash(
-    call: HeadCall,
-    statistics: TokenStatistics,
-    stash: Stash,
-    coefficients: Tensor,
-    sums: GradientSums,
-    index: Tensor,
+    call: HeadCall, statistics: TokenStatistics, stash: Stash, coefficients: Tensor, sums: GradientSums, index: Tensor
 ) -> None:
     """Add the gradients of these tokens, which are rows `index` (n,) of the whole, to `sums`; uses the stash up."""
     call = _contiguous(call)
