@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from gvpo_lightning.data.splits import load_splits
+from gvpo_lightning.data.rows import load_splits
 from gvpo_lightning.rewards.maths import BoxedMath, gold_answers, is_readable, plain
 
 RESULTS = Path(__file__).parent / "results" / "grader.json"

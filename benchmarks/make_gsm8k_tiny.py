@@ -16,8 +16,7 @@ from transformers import PreTrainedTokenizerFast
 
 from benchmarks.tiny_policy import save_policy, tiny_qwen2
 from benchmarks.warm_up import Pair, warm_up
-from gvpo_lightning.data.rows import encode_prompt
-from gvpo_lightning.data.splits import cut_split, load_splits
+from gvpo_lightning.data.rows import cut_split, encode_prompt, load_splits
 from gvpo_lightning.rewards import last_number
 
 NUM_TRAIN = 7_473

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.sampling_settings import Settings
+from gvpo_lightning.callbacks.optimality import answer_probabilities
 from gvpo_lightning.data.batch import CompletionBatch, collate_completions
 from gvpo_lightning.data.rows import encode_prompt
-from gvpo_lightning.evaluation.optimality import answer_probabilities
-from gvpo_lightning.objectives import grpo
+from gvpo_lightning.objectives import baselines
 from gvpo_lightning.policy.head import Scoring, completion_logprobs, score
 from gvpo_lightning.policy.prepare import load_policy, load_tokenizer
 from gvpo_lightning.seeding import seeded_permutation
@@ -30,9 +30,9 @@ def grpo_loss(
     """Scalar; (S, T) log-probs of the policy and of the sampler, and a batch with rewards and reference log-probs."""
     columns = (
         batch.completion_mask,
-        grpo.group_advantages(batch.rewards, batch.group_ids, batch.kept, divide_by_std=divide),
+        baselines.group_advantages(batch.rewards, batch.group_ids, batch.kept, divide_by_std=divide),
     )
-    return grpo.grpo_loss(
+    return baselines.grpo_loss(
         token_logprobs,
         sampler_logprobs,
         batch.reference_logprobs,

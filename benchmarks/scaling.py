@@ -25,7 +25,7 @@ from gvpo_lightning.estimate import (
     estimate_traffic,
     model_sizes,
 )
-from gvpo_lightning.estimate.sizes import with_adapters
+from gvpo_lightning.estimate.facts import with_adapters
 from gvpo_lightning.estimate.times import call_seconds, engine_parallel
 
 QWEN_7B = {

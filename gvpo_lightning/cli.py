@@ -39,7 +39,7 @@ from gvpo_lightning.commands import regrade
 from gvpo_lightning.commands.debug_batch import debug_batch
 from gvpo_lightning.commands.reference import fill_cache
 from gvpo_lightning.datamodule import PromptDataModule
-from gvpo_lightning.export.checkpoint import export_checkpoint
+from gvpo_lightning.export.folder import export_checkpoint
 from gvpo_lightning.module import GVPOModule
 
 MODEL_ALONE = ("export", "debug-batch")  # of a config with trainer and data these use the model's part

@@ -10,12 +10,10 @@ from lightning.pytorch.strategies import FSDPStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
 
-from gvpo_lightning.data.rows import Row, encode_prompt
-from gvpo_lightning.data.splits import cut_split, load_splits
+from gvpo_lightning.data.rows import Row, cut_split, encode_prompt, load_splits
 from gvpo_lightning.data.templates import TEMPLATES
 from gvpo_lightning.distributed.placement import data_ranks
-from gvpo_lightning.evaluation.benchmarks import Benchmark, ProblemSet, load_problems
-from gvpo_lightning.evaluation.loader import ProblemLoader, check_shares
+from gvpo_lightning.evaluation.benchmarks import Benchmark, ProblemLoader, ProblemSet, check_shares, load_problems
 from gvpo_lightning.rollout.loader import RolloutLoader
 
 

@@ -31,7 +31,7 @@ from gvpo_lightning.evaluation.sampled import SampledEvaluation
 from gvpo_lightning.export.folder import export_policy
 from gvpo_lightning.export.model_card import Origin, run_config
 from gvpo_lightning.guard import Guard
-from gvpo_lightning.objectives.make import make_objective
+from gvpo_lightning.objectives import make_objective
 from gvpo_lightning.objectives.settings import ObjectiveKind, ObjectiveSettings
 from gvpo_lightning.policy.head import Scoring
 from gvpo_lightning.policy.loading import LoadingSettings

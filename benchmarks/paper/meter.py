@@ -13,11 +13,10 @@ import torch
 from torch import Tensor
 
 from benchmarks.paper.by_length import LengthMeter
-from gvpo_lightning.callbacks.optimality import validation_rows
+from gvpo_lightning.callbacks.optimality import answer_probabilities, optimal_accuracy, validation_rows
 from gvpo_lightning.data.batch import CompletionBatch
 from gvpo_lightning.data.rows import Row
 from gvpo_lightning.distributed.sharding import is_sharded
-from gvpo_lightning.evaluation.optimality import answer_probabilities, optimal_accuracy
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.policy.head import Scoring, completion_logprobs, score
 

@@ -10,12 +10,21 @@ from lightning.pytorch.utilities import rank_zero_info
 
 from gvpo_lightning.atomic import keep_old
 from gvpo_lightning.datamodule import PromptDataModule
-from gvpo_lightning.evaluation.benchmarks import ProblemSet
-from gvpo_lightning.evaluation.grading import Extractor, answer_extractor, grader, reward_facts
-from gvpo_lightning.evaluation.loader import ProblemBatch
-from gvpo_lightning.evaluation.records import Record, append_records, by_problem, completion_records, write_records
+from gvpo_lightning.evaluation.benchmarks import ProblemBatch, ProblemSet
 from gvpo_lightning.evaluation.report import Run, average, write_report, write_run
-from gvpo_lightning.evaluation.scores import BenchmarkScores, summarise
+from gvpo_lightning.evaluation.scores import (
+    BenchmarkScores,
+    Extractor,
+    Record,
+    answer_extractor,
+    append_records,
+    by_problem,
+    completion_records,
+    grader,
+    reward_facts,
+    summarise,
+    write_records,
+)
 from gvpo_lightning.module import GVPOModule
 
 PACKAGES = ("gvpo-lightning", "torch", "transformers", "lightning", "math-verify")

@@ -74,16 +74,9 @@ def table_rows(rollout: Rollout, num_completions: int) -> list[dict[str, Any]]:
         prompt = rollout.prompts[groups[row]]
         text = prompt if isinstance(prompt, str) else str(prompt[-1].get("content", ""))
         reward = None if rewards[row] != rewards[row] else rewards[row]
-        rows.append(
-            {
-                "group": groups[row],
-                "prompt": text,
-                "completion": completion,
-                "source": rollout.sources[row],
-                "reward": reward,
-            }
-            | {name: values[row] for name, values in components.items()}
-        )
+        cells = (groups[row], text, completion, rollout.sources[row], reward)
+        own = {name: values[row] for name, values in components.items()}
+        rows.append(dict(zip(COLUMNS, cells, strict=True)) | own)
     return rows
 
 

@@ -9,7 +9,7 @@ from lightning.pytorch.utilities import rank_zero_only
 
 from gvpo_lightning.distributed.placement import Placement
 from gvpo_lightning.estimate import ModelSizes, RunFacts, Workload, describe, estimate_memory, model_sizes
-from gvpo_lightning.estimate.sizes import count_parameters, quantized_layer_bytes, with_adapters
+from gvpo_lightning.estimate.facts import count_parameters, quantized_layer_bytes, with_adapters
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.policy.head_check import attention_of
 from gvpo_lightning.policy.loading import is_quantized

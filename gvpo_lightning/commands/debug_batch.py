@@ -19,9 +19,9 @@ from torch import Tensor
 
 from gvpo_lightning.checkpointing.weights import load_weights
 from gvpo_lightning.data.batch import CompletionBatch
+from gvpo_lightning.objectives import make_objective
 from gvpo_lightning.objectives.base import Objective
 from gvpo_lightning.objectives.gvpo import gvpo_loss
-from gvpo_lightning.objectives.make import make_objective
 from gvpo_lightning.policy.head import Scoring, completion_logprobs
 from gvpo_lightning.policy.source import PolicySource
 from gvpo_lightning.seeding import derive_seed, run_seed

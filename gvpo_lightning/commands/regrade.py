@@ -7,10 +7,18 @@ from typing import Any
 
 from jsonargparse import ActionConfigFile, ArgumentParser
 
-from gvpo_lightning.evaluation.grading import answer_extractor, grader, reward_facts
-from gvpo_lightning.evaluation.records import Record, by_problem, read_records, write_records
 from gvpo_lightning.evaluation.report import Run, average, write_report, write_run
-from gvpo_lightning.evaluation.scores import BenchmarkScores, summarise
+from gvpo_lightning.evaluation.scores import (
+    BenchmarkScores,
+    Record,
+    answer_extractor,
+    by_problem,
+    grader,
+    read_records,
+    reward_facts,
+    summarise,
+    write_records,
+)
 from gvpo_lightning.rewards import BoxedMath, Reward, Rewards, RewardSettings
 from gvpo_lightning.rewards.protocol import wants_token_ids
 

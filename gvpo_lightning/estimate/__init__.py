@@ -8,12 +8,9 @@ ones; activations follow a dense pre-norm decoder with RMSNorm and are tested to
 `python -m benchmarks.scaling` makes the tables of docs/scaling.md from these functions.
 """
 
-from gvpo_lightning.estimate.facts import RunFacts, Workload
-from gvpo_lightning.estimate.memory import Memory, estimate_memory
-from gvpo_lightning.estimate.sizes import ModelSizes, model_sizes
-from gvpo_lightning.estimate.text import describe
-from gvpo_lightning.estimate.times import H100, H200, Hardware, estimate_seconds
-from gvpo_lightning.estimate.traffic import Collective, estimate_traffic
+from gvpo_lightning.estimate.facts import ModelSizes, RunFacts, Workload, model_sizes
+from gvpo_lightning.estimate.memory import Memory, describe, estimate_memory
+from gvpo_lightning.estimate.times import H100, H200, Collective, Hardware, estimate_seconds, estimate_traffic
 
 __all__ = [
     "H100",

@@ -14,11 +14,10 @@
 
 from dataclasses import dataclass
 
-from gvpo_kernels.forward_gradients import STREAM_BYTES
+from gvpo_kernels.fused_loss import STREAM_BYTES
 from gvpo_kernels.head import SLICE_BYTES, TILE_BYTES
 from gvpo_kernels.torch_head import CHUNK_BYTES
-from gvpo_lightning.estimate.facts import RunFacts
-from gvpo_lightning.estimate.sizes import ModelSizes
+from gvpo_lightning.estimate.facts import ModelSizes, RunFacts
 
 TERMS = (
     "parameters",
@@ -30,6 +29,7 @@ TERMS = (
     "head",
     "key-value cache",
 )
+UNITS = {"MiB": 2**20, "GiB": 2**30}
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,8 @@ def estimate_memory(sizes: ModelSizes, facts: RunFacts) -> Memory:
     }
     phases["backward"] = fresh | {"whole weights": backward, "activations": saved + working, "head": head_gradient}
     phases["last unit"] = held | {"whole weights": last, "activations": 0 if facts.sharded else working}
-    phases["update"] = held | {"optimizer": held["optimizer"] + _update_copy(held, facts)}
+    roots = held["optimizer"] // 2 if facts.optimizer_bytes >= 8 and facts.cuda else 0  # AdamW's, of all second moments
+    phases["update"] = held | {"optimizer": held["optimizer"] + roots}
     return Memory(phases, host_bytes(sizes, facts))
 
 
@@ -153,10 +154,8 @@ def generation_bytes(sizes: ModelSizes, facts: RunFacts) -> tuple[int, int]:
     rows = min(work.generation_batch, facts.rollout_completions)
     keys = sizes.num_kv_heads * sizes.head_dim // facts.tensor_parallel
     layer = rows * work.tokens * keys * (facts.stream_bytes + facts.compute_bytes)  # autocast leaves keys as they are
-    prefill = rows * work.prompt_tokens
-    prefill *= 3 * sizes.intermediate * facts.compute_bytes // facts.tensor_parallel + 2 * sizes.hidden * (
-        facts.stream_bytes
-    )
+    features = 3 * sizes.intermediate * facts.compute_bytes // facts.tensor_parallel
+    prefill = rows * work.prompt_tokens * (features + 2 * sizes.hidden * facts.stream_bytes)
     sampling = rows * sizes.vocab_size * (facts.compute_bytes + 3 * 4)  # logits, as float32, scaled, probabilities
     return (sizes.num_layers + 1) * layer, max(prefill, sampling)
 
@@ -223,11 +222,6 @@ def _cast_weights(sizes: ModelSizes, facts: RunFacts) -> int:
     return _layer(sizes, facts) * sizes.num_layers * facts.compute_bytes
 
 
-def _update_copy(held: dict[str, int], facts: RunFacts) -> int:
-    """AdamW on CUDA takes the square roots of all second moments at once."""
-    return held["optimizer"] // 2 if facts.optimizer_bytes >= 8 and facts.cuda else 0
-
-
 def _layer_activations(sizes: ModelSizes, facts: RunFacts) -> int:
     """What one layer saves: two norms, attention with padding in the batch, and the MLP."""
     compute, stream = facts.compute_bytes, facts.stream_bytes
@@ -244,3 +238,20 @@ def _layer_activations(sizes: ModelSizes, facts: RunFacts) -> int:
     mask = facts.mask_pairs * compute
     mlp = sizes.intermediate * ((4 if sizes.gated else 2) * compute + copies)
     return tokens * (norms + (attention + mlp) // facts.tensor_parallel) + mask
+
+
+def describe(estimate: Memory, facts: RunFacts) -> str:
+    """Memory per GPU as a table of at most ten lines: a row a term, a column a phase."""
+    name = "GiB" if estimate.peak >= 2**30 else "MiB"
+    unit = UNITS[name]
+    spread = f"each of {facts.num_gpus} devices, {facts.strategy}" if facts.num_gpus > 1 else "one device"
+    if facts.tensor_parallel > 1:
+        spread += f", tensor parallel over {facts.tensor_parallel}"
+    lines = [f"Estimated peak on {spread}: {estimate.peak / unit:.2f} {name}, of which"]
+    lines.append(" " * 16 + "".join(f"{phase:>11}" for phase in estimate.phases))
+    for term in TERMS:
+        values = [phase.get(term, 0) for phase in estimate.phases.values()]
+        if any(values):
+            lines.append(f"{term:<16}" + "".join(f"{value / unit:11.2f}" if value else " " * 11 for value in values))
+    host = ", ".join(f"{term} {value / unit:.2f}" for term, value in estimate.host.items())
+    return "\n".join([line.rstrip() for line in lines] + [f"In a machine's own memory: {host}"])

@@ -8,7 +8,7 @@ import torch
 from torchmetrics import MaxMetric, MeanMetric, Metric, MinMetric
 
 from gvpo_lightning.data.rows import rows_of
-from gvpo_lightning.evaluation.loader import ProblemBatch
+from gvpo_lightning.evaluation.benchmarks import ProblemBatch
 from gvpo_lightning.rewards import reward_columns
 from gvpo_lightning.rewards.run import FailureTally
 from gvpo_lightning.rollout.groups import Sampling, sample_rollout
@@ -91,10 +91,7 @@ class SampledEvaluation:
         rollout: Rollout | None = None
         error: Exception | None = None
         try:
-            with (
-                placement.forward_context(),
-                nullcontext() if self._gathering is not None else placement.gathered(),
-            ):
+            with placement.forward_context(), nullcontext() if self._gathering is not None else placement.gathered():
                 rollout = sample_rollout(
                     policy,
                     sampling.source.tokenizer,

@@ -1,16 +1,32 @@
-"""What an exported folder holds: a policy's weights, and beside them what transformers and people need."""
+"""A policy as a Hugging Face folder: from memory, or by `gvpo export` from a checkpoint of any strategy.
 
-from collections.abc import Mapping
+Of a checkpoint one shard is in memory at a time. Parameter names, shapes and ties come from the policy's config, built
+without storage; no GPU, process group or data is needed.
+"""
+
+import copy
+import json
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+from huggingface_hub import split_torch_state_dict_into_shards
+from lightning.pytorch.utilities import rank_zero_info
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.dynamic_module_utils import custom_object_save
 
-from gvpo_lightning.export.adapter import merged_policy, write_adapter
-from gvpo_lightning.export.model_card import Kind, Origin, write_card
-from gvpo_lightning.policy.lora import is_adapted
+from gvpo_lightning.atomic import appearing
+from gvpo_lightning.checkpointing.state import adapter_state, check_adapter_state
+from gvpo_lightning.checkpointing.weights import SavedWeights, as_written, match_names, open_weights
+from gvpo_lightning.export.model_card import Kind, Origin, files_of_run, write_card
+from gvpo_lightning.policy.loading import adapter_base, empty_model, load_base_model, load_generation_config
+from gvpo_lightning.policy.lora import add_lora, import_peft, is_adapted, trained_names
 from gvpo_lightning.policy.source import PolicySource
+from gvpo_lightning.policy.weights import frozen_fingerprint, unwrapped_name
 
 
 def export_policy(
@@ -59,3 +75,251 @@ def sample_at_a_temperature(generation_config: GenerationConfig) -> None:
     """Make a temperature mean that samples are drawn, without which transformers refuses to save it."""
     if not generation_config.do_sample and generation_config.temperature is not None:
         generation_config.do_sample = True
+
+
+def adapted_model(source: PolicySource, *, with_weights: bool) -> Any:
+    """The policy beneath an adapter of the run's shape, not quantized; without weights, no memory is taken.
+
+    None where the policy, given by name, has no adapter.
+    """
+    name = source.given
+    assert isinstance(name, str)
+    found = adapter_base(name, source.loading)
+    if found is None and source.lora is None:
+        return None
+    beneath, loading = found or (name, source.loading)
+    model = load_base_model(beneath, loading.whole()) if with_weights else empty_model(source.config(), loading)
+    if found is None:
+        assert source.lora is not None
+        adapted = add_lora(model, source.lora, seed=0)
+    else:
+        peft = import_peft(f"policy={name!r}, an adapter,")
+        adapter = peft.PeftConfig.from_pretrained(name, revision=source.loading.revision)
+        adapter.inference_mode = False  # as in the folder's file, nothing would be trained
+        adapted = peft.get_peft_model(model, adapter)
+    config = adapted.peft_config["default"]
+    config.base_model_name_or_path, config.revision = beneath, loading.revision
+    return adapted
+
+
+def trained_sources(model: Any, sources: Mapping[str, str], checkpoint: Path) -> dict[str, str]:
+    """Of the names that a checkpoint has the model's tensors under, those of the adapter's.
+
+    Raises:
+        ValueError: the model has no weights to train, or the checkpoint some beside them, but not all.
+    """
+    trained, saved = trained_names(model), sources.keys()
+    others = sorted(saved - trained)
+    if not trained or (others and not saved >= {name for name, _ in model.named_parameters()}):  # FSDP1's has all
+        raise ValueError(
+            f"{checkpoint} has {(others or sorted(saved))[0]!r}, which is not trained in the policy ({len(trained)} "
+            "tensors are). Give the policy that this checkpoint was trained from (model.policy, model.lora)."
+        )
+    return {name: sources[name] for name in sorted(trained)}
+
+
+def write_adapter(model: Any, tensors: Mapping[str, Tensor], folder: Path) -> None:
+    """The adapter's weights, given by their names in the model, and its config, as peft loads them.
+
+    The model may be wrapped by FSDP1, whose names peft would not find in `tensors`.
+    """
+    peft = import_peft("An adapter's export")
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    state = {name: tensors[unwrapped_name(name)] for name in names if unwrapped_name(name) in tensors}
+    adapter = peft.get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    assert adapter, "peft has found no adapter"
+    save_file(
+        {unwrapped_name(name): tensor.detach().cpu().contiguous() for name, tensor in adapter.items()},
+        folder / "adapter_model.safetensors",
+        {"format": "pt"},
+    )
+    config = copy.copy(model.peft_config["default"])
+    config.inference_mode = True
+    config.save_pretrained(folder)
+
+
+@torch.no_grad()
+def merge(model: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """The model with these weights of its adapter added to its own, in their dtype, as a plain transformers model."""
+    own = dict(model.named_parameters())
+    for name, tensor in tensors.items():
+        own[name].copy_(tensor)
+    return model.merge_and_unload(safe_merge=True)
+
+
+def merged_policy(policy: Any, source: PolicySource, state: Mapping[str, Tensor] | None) -> Any:
+    """The policy with its adapter merged in; `state` is the whole of its weights where it is sharded.
+
+    Raises:
+        ValueError: it has no adapter, or was given as a model object and is sharded.
+    """
+    if not hasattr(policy, "merge_and_unload"):
+        raise ValueError("There is no adapter to merge: the policy's own weights were trained. Leave merge out.")
+    if source.can_be_reloaded:
+        trained, weights = trained_names(policy), dict(policy.named_parameters()) if state is None else state
+        say_dequantized(source)
+        return merge(adapted_model(source, with_weights=True), {name: weights[name].cpu() for name in trained})
+    if state is not None:
+        raise ValueError("A sharded policy can only be merged if it is given by name (policy, lora): leave merge out.")
+    return copy.deepcopy(policy).merge_and_unload(safe_merge=True)
+
+
+def say_dequantized(source: PolicySource) -> None:
+    """Tell what of a quantized policy is merged into."""
+    if source.loading.quantization is not None:
+        rank_zero_info(
+            f"The adapter was trained on weights in {source.loading.quantization} and is merged into those of "
+            f"{source.given!r} as its files hold them, in {source.loading.whole().dtype}: log-probs differ by "
+            "the quantization's error."
+        )
+
+
+Tensors = dict[str, Tensor]
+
+
+def export_checkpoint(
+    source: PolicySource,
+    settings: Mapping[str, Any],
+    ckpt_path: str | Path,
+    output: str | Path,
+    *,
+    max_shard_size: str | int = "5GB",
+    dtype: torch.dtype | None = None,
+    merge_adapter: bool = False,
+) -> Path:
+    """Write the checkpoint's policy, with tokenizer, generation config and model card, as transformers loads it.
+
+    A policy with an adapter is written as peft loads it, the adapter alone; or merged, which takes memory for it all.
+
+    Args:
+        source: names policy, adapter and tokenizer; the policy's weights are neither loaded nor used.
+        settings: what the policy was trained with, for the model card.
+        ckpt_path: a file, or the folder of a distributed checkpoint of any number of ranks.
+        output: a folder that does not exist or is empty; it appears when it is complete.
+        max_shard_size: of one safetensors file, in bytes or such as "5GB"; also what is in memory at a time. A larger
+            tensor gets a file of its own.
+        dtype: of the written floating-point tensors; default: the checkpoint's, or of a merged model the policy's.
+        merge_adapter: add the adapter to the policy's weights, and write those.
+
+    Raises:
+        FileNotFoundError, ValueError: there is no such checkpoint, it does not fit the policy's config or is not
+            whole, there is no adapter to merge, or `output` is in use.
+    """
+    output = Path(output).resolve()
+    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+        raise ValueError(f"output={str(output)!r} exists and is not an empty folder: remove it, or give another one.")
+    weights = open_weights(ckpt_path)
+    adapted = adapted_model(source, with_weights=merge_adapter) if source.can_be_reloaded else None
+    kind: Kind = "model" if adapted is None else "merged" if merge_adapter else "adapter"
+    if adapted is None:
+        _refuse_adapters(weights, merge_adapter)
+    model = empty_model(source.config(), source.loading) if adapted is None else adapted
+    sources = match_names(model, weights)
+    if adapted is not None:  # the weights that a quantized policy is merged into are others by their bits
+        comparable = merge_adapter and source.loading.quantization is None
+        check_adapter_state(
+            adapter_state(adapted, frozen_fingerprint(adapted) if comparable else None), weights.adapter
+        )
+    with appearing(output) as partial:
+        partial.mkdir()
+        if adapted is None:
+            _write_weights(model, weights, sources, partial, max_shard_size, dtype)
+            _write_config(model, as_written(weights.tensors[next(iter(sources.values()))], dtype), partial)
+        else:
+            trained = trained_sources(model, sources, weights.path)
+            tensors = weights.load(trained.values(), dtype)
+            tensors = {name: tensors[source] for name, source in trained.items()}
+            if merge_adapter:
+                say_dequantized(source)
+                save_model(merge(model, tensors).to(dtype or model.dtype), partial, max_shard_size)
+            else:
+                write_adapter(model, tensors, partial)
+        origin = Origin(settings, *files_of_run(weights.path, weights.step))
+        write_beside(source, _generation_config(source, model), partial, kind, origin)
+    return output
+
+
+def _refuse_adapters(weights: SavedWeights, merge_adapter: bool) -> None:
+    for name in weights.tensors:
+        if "lora_" in name:
+            raise ValueError(
+                f"{weights.path} holds an adapter ({name!r}), the policy has none: set model.lora as in training. Of a "
+                "model object with an adapter, call gvpo_lightning.checkpointing.weights.load_weights(module.policy, "
+                "ckpt_path) and module.export(folder)."
+            )
+    if merge_adapter:
+        raise ValueError("There is no adapter to merge: the policy's own weights were trained. Leave --merge out.")
+
+
+def _write_weights(
+    model: PreTrainedModel,
+    weights: SavedWeights,
+    sources: Mapping[str, str],
+    folder: Path,
+    max_shard_size: str | int,
+    dtype: torch.dtype | None,
+) -> None:
+    planned = {}
+    for name, source in sources.items():
+        if name in (model._keys_to_ignore_on_save or ()):
+            continue
+        saved = weights.tensors[source]
+        planned[name] = torch.empty(saved.shape, dtype=as_written(saved, dtype), device="meta")
+    split = split_torch_state_dict_into_shards(
+        planned, filename_pattern="model{suffix}.safetensors", max_shard_size=max_shard_size
+    )
+    convert = _conversion(
+        model, [{name: planned[name] for name in names} for names in split.filename_to_tensors.values()]
+    )
+    files: dict[str, str] = {}
+    for file, names in split.filename_to_tensors.items():
+        loaded = weights.load([sources[name] for name in names], dtype)
+        shard = convert({name: loaded.pop(sources[name]) for name in names})
+        save_file({name: tensor.contiguous() for name, tensor in shard.items()}, folder / file, {"format": "pt"})
+        files |= dict.fromkeys(shard, file)
+        del shard  # or the next one would be loaded beside it
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": dict(sorted(files.items()))}
+        (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+
+
+def _conversion(model: PreTrainedModel, shards: list[Tensors]) -> Callable[[Tensors], Tensors]:
+    """What gives a shard's tensors the names and shapes that `save_pretrained` would give them.
+
+    transformers holds the weights of some models, such as the experts of mixtures, in another form than their files
+    do. Where the files' form takes tensors of several shards at once it stays as it is, which it can load too.
+    """
+
+    def revert(tensors: Tensors) -> Tensors:
+        return revert_weight_conversion(model, tensors)
+
+    def shapes(tensors: Tensors) -> dict[str, torch.Size]:
+        return {name: tensor.shape for name, tensor in tensors.items()}
+
+    whole = shapes(revert({name: tensor for shard in shards for name, tensor in shard.items()}))
+    try:
+        parts = [shapes(revert(shard)) for shard in shards]
+    except Exception:  # whatever a conversion does without some of its tensors
+        return lambda tensors: tensors
+    same = whole == {name: shape for part in parts for name, shape in part.items()}
+    return revert if same else lambda tensors: tensors
+
+
+def _write_config(model: PreTrainedModel, dtype: torch.dtype, folder: Path) -> None:
+    config: Any = model.config
+    config.dtype = str(dtype).removeprefix("torch.")
+    config.architectures = [type(model).__name__]
+    if getattr(model, "_auto_class", None) is not None:  # Python code that came with the policy
+        custom_object_save(model, folder, config=config)
+    config.save_pretrained(folder)
+
+
+def _generation_config(source: PolicySource, model: PreTrainedModel) -> GenerationConfig:
+    if not isinstance(source.given, str):
+        return copy.deepcopy(source.given.generation_config)
+    beneath = adapter_base(source.given, source.loading)
+    return (
+        load_generation_config(source.given, source.loading)
+        or (load_generation_config(*beneath) if beneath else None)
+        or model.generation_config  # the one that transformers makes of the model's config
+    )

@@ -1,6 +1,7 @@
 """The model card of an exported policy: what it was made from, how, and with which results."""
 
 import json
+import os
 import platform
 import re
 from collections.abc import Iterable, Mapping
@@ -13,7 +14,6 @@ import yaml
 from huggingface_hub import ModelCard, ModelCardData
 from lightning.pytorch.cli import SaveConfigCallback
 
-from gvpo_lightning.export.publishable import publishable
 from gvpo_lightning.objectives.settings import ObjectiveSettings
 from gvpo_lightning.policy.loading import adapter_base, is_installed
 from gvpo_lightning.policy.source import PolicySource
@@ -25,6 +25,13 @@ HUB_ID = re.compile(r"[\w][\w.-]*/[\w][\w.-]*")
 FILE = re.compile(r"\.(jsonl?|parquet|csv|tsv|txt|ya?ml|arrow|gz|zst|pt|pth|ckpt|bin|gguf|safetensors)$", re.IGNORECASE)
 # no one's names on the hub
 FOLDERS = frozenset(["checkpoints", "configs", "data", "datasets", "models", "output", "outputs", "run", "runs"])
+# what of a config may be shown to everyone
+SECRET = re.compile(r"key|secret|passw|credential|auth|bearer|token", re.IGNORECASE)
+NOT_SECRET = re.compile(
+    r"(.*_env|(eos|bos|pad|unk)_token|.*_token_i\w+|stop_.*|(.*_)?tokens|tokenizer.*|token_logprobs)", re.IGNORECASE
+)
+URL = re.compile(r"([A-Za-z][\w+.-]*)://(?:[^/\s]*@)?([^\s?#]*)(?:[?#]\S*)?")
+PATH = re.compile(r"(?:(?<![^=,:])(?:/|~|[A-Za-z]:[\\/])|(?<![^=,:])[^=,:]*\.\.[\\/])[^=,]*")
 
 TEMPLATE = """---
 {{ card_data }}
@@ -200,3 +207,37 @@ def _loading_code(source: str, kind: Kind, brings_code: bool) -> str:
     else:
         lines.append(f'model = AutoModelForCausalLM.from_pretrained("FOLDER"{trust})  # this one')
     return "\n".join([*lines, 'tokenizer = AutoTokenizer.from_pretrained("FOLDER")'])
+
+
+def publishable(value: Any, key: str = "") -> Any:
+    """A config without what is not set or is secret; absolute paths, which are of one machine, by their last part.
+
+    A key that sounds like a secret hides all that is under it. URLs lose user, password and query.
+    """
+    if value is None or isinstance(value, bool):
+        return value
+    if SECRET.search(key) and not NOT_SECRET.fullmatch(key):
+        return "(left out)"
+    if isinstance(value, Mapping):
+        shown = {str(publishable(name)): publishable(part, str(name)) for name, part in value.items()}
+        return {name: part for name, part in shown.items() if part is not None}
+    if isinstance(value, (list, tuple)):
+        return [publishable(part, key) for part in value]
+    if isinstance(value, Path):
+        return _last_part(str(value))
+    if isinstance(value, (int, float)):
+        return value
+    return _publishable_text(str(value))
+
+
+def _publishable_text(text: str) -> str:
+    if re.match(r"[/~]", text) and os.path.exists(os.path.expanduser(text)):  # a path even if it has spaces
+        return _last_part(text)
+    text = URL.sub(lambda url: _last_part(url[2]) if url[1] == "file" else f"{url[1]}://{url[2]}", text)
+    if "://" in text or re.search(r"[\s{}]", text):  # such as a prompt's template
+        return text
+    return PATH.sub(lambda path: _last_part(path[0]), text)
+
+
+def _last_part(path: str) -> str:
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]

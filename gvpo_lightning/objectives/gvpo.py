@@ -104,9 +104,6 @@ class AblatedGVPO(GroupObjective):
     def sequence_loss(self, log_ratios: Tensor, batch: CompletionBatch, terms: UpdateTerms) -> Tensor:
         """The terms that are left."""
         reference = sum_completion_tokens(batch.reference_logprobs, batch.completion_mask).to(log_ratios.dtype)
-        settings = self.settings
-        assert settings.variance_term is not None
-        assert settings.covariance_term is not None
         return gvpo_rl_loss(
             (log_ratios + reference)[:, None],
             reference[:, None],
@@ -115,8 +112,8 @@ class AblatedGVPO(GroupObjective):
             batch.group_ids,
             self.beta,
             num_groups=max(int(terms.denominator), 1),
-            variance_term=settings.variance_term,
-            covariance_term=settings.covariance_term,
+            variance_term=self.settings.variance_term is not False,
+            covariance_term=self.settings.covariance_term is not False,
         ).loss
 
 

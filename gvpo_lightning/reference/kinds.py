@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from gvpo_lightning.distributed.gather import gather_like, local_tensor, shard_like
 from gvpo_lightning.distributed.placement import Placement
-from gvpo_lightning.distributed.sharding import shard_model
+from gvpo_lightning.distributed.sharding import gather_like, local_tensor, shard_like, shard_model
 from gvpo_lightning.policy.loading import LoadingSettings
 from gvpo_lightning.policy.prepare import load_policy
 from gvpo_lightning.policy.source import PolicySource

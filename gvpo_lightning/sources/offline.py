@@ -62,7 +62,7 @@ class OfflineFile:
         tokenizer: PreTrainedTokenizerBase,
         vocab_size: int,
     ) -> None:
-        from gvpo_lightning.data.splits import cut_split, load_splits
+        from gvpo_lightning.data.rows import cut_split, load_splits
 
         self.path, self.tokenizer = path, tokenizer
         self.rows = cut_split(load_splits(path, key="sources.file.path"), split)

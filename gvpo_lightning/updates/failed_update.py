@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from gvpo_lightning.data.batch import CompletionBatch
-from gvpo_lightning.distributed.gather import local_tensor
+from gvpo_lightning.distributed.sharding import local_tensor
 from gvpo_lightning.updates.loss import UpdateLoss
 
 FORMAT = "gvpo offending update 1"

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from gvpo_lightning.distributed.gather import local_tensor, root_stays_gathered
 from gvpo_lightning.distributed.placement import Placement
+from gvpo_lightning.distributed.sharding import local_tensor, root_stays_gathered
 from gvpo_lightning.rollout.plan import Update
 from gvpo_lightning.rollout.rollout import Rollout
 from gvpo_lightning.updates.failed_update import save_update_of

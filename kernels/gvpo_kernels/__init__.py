@@ -2,9 +2,15 @@
 
 from gvpo_kernels.fused_loss import FusedLoss, fused_gvpo_loss
 from gvpo_kernels.group_loss import GroupLoss, group_loss
-from gvpo_kernels.group_statistics import GroupStatistics, group_statistics, reward_statistics
 from gvpo_kernels.linear_logprob import linear_logprob
-from gvpo_kernels.reference import GVPOLoss, gvpo_loss, gvpo_loss_of_log_ratios
+from gvpo_kernels.reference import (
+    GroupStatistics,
+    GVPOLoss,
+    group_statistics,
+    gvpo_loss,
+    gvpo_loss_of_log_ratios,
+    reward_statistics,
+)
 
 __all__ = [
     "FusedLoss",

@@ -54,10 +54,8 @@ class LossBatch:
         """The batch of completions `index` (in that order) and the rows of its tokens."""
         starts, lengths = self.cu_seqlens[index].long(), self.cu_seqlens.diff()[index].long()
         ends = lengths.cumsum(0)
-        within = torch.arange(int(lengths.sum()), device=starts.device) - torch.repeat_interleave(
-            ends - lengths, lengths
-        )
-        rows = torch.repeat_interleave(starts, lengths) + within
+        shifts = torch.repeat_interleave(starts - (ends - lengths), lengths)
+        rows = torch.arange(len(shifts), device=starts.device) + shifts
         part = replace(
             self,
             reference_logprobs=self.reference_logprobs[rows],

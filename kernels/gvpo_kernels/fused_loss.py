@@ -5,19 +5,26 @@ backward pass, one group's gradients can be kept instead of being computed twice
 known beforehand let each token be finished where it is met. The loss itself is `group_loss`, nowhere else.
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from gvpo_kernels.forward_gradients import forward_gradients
 from gvpo_kernels.fused_batch import LossBatch, check_fused, count_batch_groups
-from gvpo_kernels.head import Gradients, HeadCall, Needs
-from gvpo_kernels.inputs import autocast_inputs, check_head, choose_implementation, load_implementation, no_autocast
-from gvpo_kernels.linear_logprob import kept_rows_backward, load_call, needs_of, save_call
-from gvpo_kernels.once import differentiable_once
+from gvpo_kernels.head import Gradients, GradientSums, HeadCall, Needs, slices
+from gvpo_kernels.inputs import (
+    autocast_inputs,
+    check_head,
+    choose_implementation,
+    differentiable_once,
+    load_implementation,
+    no_autocast,
+)
+from gvpo_kernels.linear_logprob import backward_of_call, needs_of, save_call
 from gvpo_kernels.reference import linear_logprob_reference
 
 
@@ -166,15 +173,7 @@ class _FusedLoss(torch.autograd.Function):
         if ctx.options.mode in ("stash", "stream"):
             gradients = _finish(ctx, grad_loss)
         else:
-            call, statistics, factor = load_call(ctx)
-            coefficients = ctx.mode_coefficients * grad_loss
-            with no_autocast(call.hidden):
-                if factor is not None:
-                    gradients = Gradients(hidden=(factor * coefficients[:, None]).to(call.hidden.dtype))
-                else:
-                    gradients = kept_rows_backward(
-                        call, statistics, coefficients, ctx.needs, ctx.options.implementation
-                    )
+            gradients = backward_of_call(ctx, ctx.mode_coefficients * grad_loss, ctx.options.implementation)
         return gradients.hidden, gradients.weight, gradients.bias, None, None, None, None
 
 
@@ -206,15 +205,7 @@ def drop_small(
 
 def _reference(call: HeadCall, batch: LossBatch, drop_below: float, entropy: bool) -> FusedLoss:
     """The same by plain autograd through stored logits."""
-    token_logprobs, entropies = linear_logprob_reference(
-        call.hidden,
-        call.weight,
-        call.targets,
-        bias=call.bias,
-        temperature=call.temperature,
-        softcap=call.softcap,
-        return_entropy=True,
-    )
+    token_logprobs, entropies = linear_logprob_reference(**vars(call), return_entropy=True)
     first = batch.outcome(token_logprobs, gradient=token_logprobs.requires_grad)
     coefficients, dropped_mass = drop_small(
         first.coefficients, -torch.expm1(token_logprobs.detach()), call.temperature, drop_below
@@ -223,10 +214,70 @@ def _reference(call: HeadCall, batch: LossBatch, drop_below: float, entropy: boo
     passing = torch.where((coefficients != 0) | (first.coefficients == 0), token_logprobs, token_logprobs.detach())
     loss = batch.loss(passing)
     return FusedLoss(
-        loss,
-        token_logprobs.detach(),
-        first.log_ratios,
-        first.residuals,
-        dropped_mass,
-        entropies if entropy else None,
+        loss, token_logprobs.detach(), first.log_ratios, first.residuals, dropped_mass, entropies if entropy else None
     )
+
+
+STREAM_BYTES = 2**30
+
+
+def forward_gradients(
+    call: HeadCall, needs: Needs, batch: LossBatch, implementation: ModuleType, mode: str, drop_below: float
+) -> tuple[Tensor, Tensor, Gradients]:
+    """(N,) token log-probs, the dropped mass, and the gradients of the loss for an upstream gradient of 1.
+
+    A piece's logits are computed once: its exponentials stay in a stash until its coefficients are known.
+    """
+    token_logprobs = torch.zeros(call.num_tokens, dtype=call.dtype, device=call.hidden.device)
+    sums = GradientSums(call, needs)
+    mass = torch.zeros(2, dtype=call.dtype, device=call.hidden.device)
+    pieces = _groups(batch) if mode == "stash" else _blocks(call, batch, drop_below)
+    for rows, coefficients_of in pieces:
+        part = call.rows(rows)
+        statistics, stash = implementation.forward_stash(part)
+        token_logprobs[rows] = statistics.token_logprobs
+        coefficients, piece_mass = coefficients_of(statistics.token_logprobs)
+        mass += piece_mass
+        if bool((coefficients != 0).any()):
+            implementation.backward_stash(part, statistics, stash, coefficients, sums, rows)
+        del stash, statistics
+    dropped, total = mass
+    return token_logprobs, torch.where(total > 0, dropped / total, mass.new_zeros(())), sums.result(keep_wide=True)
+
+
+# from a piece's log-probs to its coefficients, and the bounds' sums over what is dropped and over all
+_CoefficientsOf = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def _group_coefficients(batch: LossBatch, token_logprobs: Tensor) -> tuple[Tensor, Tensor]:
+    """A whole group's coefficients follow from its own log-probs and the number of groups."""
+    return batch.outcome(token_logprobs, gradient=True).coefficients, token_logprobs.new_zeros(2)
+
+
+def _known_coefficients(
+    coefficients: Tensor, threshold: Tensor, temperature: float, token_logprobs: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Coefficients that were given; small ones are dropped once the probabilities are known."""
+    bound = -2 * coefficients.abs() * torch.expm1(token_logprobs) / temperature
+    small = bound < threshold
+    mass = torch.stack([torch.where(small, bound, 0).sum(), bound.sum()])
+    return torch.where(small, torch.zeros_like(bound), coefficients), mass
+
+
+def _groups(batch: LossBatch) -> Iterator[tuple[Tensor, _CoefficientsOf]]:
+    """The token rows of each group, and its coefficients."""
+    assert batch.group_ids is not None
+    for group in torch.unique(batch.group_ids).tolist():
+        part, rows = batch.completions(torch.nonzero(batch.group_ids == group).squeeze(-1))
+        if len(rows):
+            yield rows, partial(_group_coefficients, part)
+
+
+def _blocks(call: HeadCall, batch: LossBatch, drop_below: float) -> Iterator[tuple[Tensor, _CoefficientsOf]]:
+    """Blocks of tokens whose stash fits `STREAM_BYTES`, and their coefficients."""
+    coefficients = batch.token_coefficients().to(call.dtype)
+    threshold = drop_below * (coefficients.abs().max() if len(coefficients) else coefficients.sum())
+    every = torch.arange(call.num_tokens, device=call.hidden.device)
+    size = max(1, STREAM_BYTES // (call.vocab_size * call.hidden.dtype.itemsize))
+    for piece in slices(call.num_tokens, size):
+        yield every[piece], partial(_known_coefficients, coefficients[piece], threshold, call.temperature)

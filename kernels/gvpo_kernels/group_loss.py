@@ -10,8 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from gvpo_kernels.inputs import choose_implementation, is_integer
-from gvpo_kernels.once import differentiable_once
+from gvpo_kernels.inputs import choose_implementation, differentiable_once, is_integer
 from gvpo_kernels.reference import gvpo_loss
 
 

@@ -1,4 +1,4 @@
-"""Checks of what users pass in, and the choice of an implementation."""
+"""Checks of what users pass in, the choice of an implementation, and backward passes that can't be differentiated."""
 
 import contextlib
 import functools
@@ -6,7 +6,9 @@ import importlib.util
 import logging
 import math
 import os
+from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,12 +18,7 @@ IMPLEMENTATIONS = ("auto", "triton", "torch", "reference")
 
 
 def check_head(
-    hidden: Tensor,
-    weight: Tensor,
-    targets: Tensor,
-    bias: Tensor | None,
-    temperature: float,
-    softcap: float | None,
+    hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None, temperature: float, softcap: float | None
 ) -> None:
     """Raise ValueError for arguments of a language-model head that do not fit each other."""
     for name, tensor in (("hidden", hidden), ("weight", weight), ("targets", targets), ("bias", bias)):
@@ -137,3 +134,35 @@ def load_implementation(name: str) -> ModuleType:
     from gvpo_kernels import torch_head
 
     return torch_head
+
+
+class _Refusal(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor, *anchors: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_grads: Tensor) -> Any:
+        raise RuntimeError(
+            "gradients of gvpo_kernels are once_differentiable, they have no second derivative: "
+            "use implementation='reference' for one."
+        )
+
+
+def differentiable_once(backward: Callable[..., tuple[Tensor | None, ...]]) -> Callable[..., Any]:
+    """Decorate `backward(ctx, *grads)`: under create_graph its results raise when they are differentiated.
+
+    torch's `once_differentiable` notices only if an upstream gradient has a graph, and a loss's has none.
+    """
+
+    @functools.wraps(backward)
+    def wrapped(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        with torch.no_grad():
+            results = backward(ctx, *grads)
+        if not torch.is_grad_enabled():
+            return results
+        anchors = [t for t in (*grads, *ctx.saved_tensors) if t is not None and t.requires_grad]
+        anchors = anchors or [torch.zeros((), requires_grad=True)]
+        return tuple(None if result is None else _Refusal.apply(result, *anchors) for result in results)
+
+    return wrapped

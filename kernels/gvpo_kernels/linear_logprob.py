@@ -11,8 +11,14 @@ import torch
 from torch import Tensor
 
 from gvpo_kernels.head import Gradients, HeadCall, Needs, TokenStatistics
-from gvpo_kernels.inputs import autocast_inputs, check_head, choose_implementation, load_implementation, no_autocast
-from gvpo_kernels.once import differentiable_once
+from gvpo_kernels.inputs import (
+    autocast_inputs,
+    check_head,
+    choose_implementation,
+    differentiable_once,
+    load_implementation,
+    no_autocast,
+)
 from gvpo_kernels.reference import linear_logprob_reference
 
 
@@ -55,15 +61,7 @@ def linear_logprob(
     call = HeadCall(hidden, weight, targets.to(torch.int64), bias, temperature, softcap)
     with no_autocast(hidden):
         if name == "reference":
-            return linear_logprob_reference(
-                hidden,
-                weight,
-                call.targets,
-                bias=bias,
-                temperature=temperature,
-                softcap=softcap,
-                return_entropy=return_entropy,
-            )
+            return linear_logprob_reference(**vars(call), return_entropy=return_entropy)
         token_logprobs, entropies = _LinearLogprob.apply(
             hidden, weight, bias, call, needs_of(call), return_entropy, load_implementation(name)
         )
@@ -73,11 +71,7 @@ def linear_logprob(
 def needs_of(call: HeadCall) -> Needs:
     """The gradients that autograd will ask for."""
     enabled = torch.is_grad_enabled()
-    return Needs(
-        enabled and call.hidden.requires_grad,
-        enabled and call.weight.requires_grad,
-        enabled and call.bias is not None and call.bias.requires_grad,
-    )
+    return Needs(*(enabled and t is not None and t.requires_grad for t in (call.hidden, call.weight, call.bias)))
 
 
 class _LinearLogprob(torch.autograd.Function):
@@ -103,12 +97,7 @@ class _LinearLogprob(torch.autograd.Function):
     @staticmethod
     @differentiable_once
     def backward(ctx: Any, grad_logprobs: Tensor, _grad_entropies: Tensor) -> tuple[Tensor | None, ...]:
-        call, statistics, factor = load_call(ctx)
-        with no_autocast(call.hidden):  # the caller's autocast may still be on
-            if factor is None:
-                gradients = kept_rows_backward(call, statistics, grad_logprobs, ctx.needs, ctx.implementation)
-            else:
-                gradients = Gradients(hidden=(factor * grad_logprobs[:, None]).to(call.hidden.dtype))
+        gradients = backward_of_call(ctx, grad_logprobs, ctx.implementation)
         return gradients.hidden, gradients.weight, gradients.bias, None, None, None, None
 
 
@@ -119,27 +108,21 @@ def save_call(ctx: Any, call: HeadCall, statistics: TokenStatistics, factor: Ten
     ctx.save_for_backward(call.hidden, call.weight, call.targets, call.bias, *fields, factor)
 
 
-def load_call(ctx: Any) -> tuple[HeadCall, TokenStatistics, Tensor | None]:
-    """What `save_call` kept."""
-    hidden, weight, targets, bias, *fields, factor = ctx.saved_tensors
-    return HeadCall(hidden, weight, targets, bias, ctx.temperature, ctx.softcap), TokenStatistics(*fields), factor
+def backward_of_call(ctx: Any, coefficients: Tensor, implementation: ModuleType) -> Gradients:
+    """Gradients of sum(coefficients * token_logprobs) from what `save_call` kept.
 
-
-def kept_rows_backward(
-    call: HeadCall,
-    statistics: TokenStatistics,
-    coefficients: Tensor,
-    needs: Needs,
-    implementation: ModuleType,
-) -> Gradients:
-    """`backward` on the tokens whose coefficient is not exactly 0: the others' gradients are 0.
-
-    The test is c = 0, not p = 1: p rounds to 1 where 1 - p is small but not zero.
+    Tokens whose coefficient is exactly 0, and so their gradients, are left out. The test is c = 0, not p = 1: p rounds
+    to 1 where 1 - p is small but not zero.
     """
-    kept = torch.nonzero(coefficients).squeeze(-1)
-    if len(kept) == call.num_tokens:
-        return implementation.backward(call, statistics, coefficients, needs)
-    gradients = implementation.backward(call.rows(kept), statistics.rows(kept), coefficients[kept], needs)
-    if gradients.hidden is not None:
-        gradients.hidden = torch.zeros_like(call.hidden).index_copy_(0, kept, gradients.hidden)
-    return gradients
+    hidden, weight, targets, bias, *fields, factor = ctx.saved_tensors
+    call, statistics = HeadCall(hidden, weight, targets, bias, ctx.temperature, ctx.softcap), TokenStatistics(*fields)
+    with no_autocast(hidden):  # the caller's autocast may still be on
+        if factor is not None:
+            return Gradients(hidden=(factor * coefficients[:, None]).to(hidden.dtype))
+        kept = torch.nonzero(coefficients).squeeze(-1)
+        if len(kept) == call.num_tokens:
+            return implementation.backward(call, statistics, coefficients, ctx.needs)
+        gradients = implementation.backward(call.rows(kept), statistics.rows(kept), coefficients[kept], ctx.needs)
+        if gradients.hidden is not None:
+            gradients.hidden = torch.zeros_like(hidden).index_copy_(0, kept, gradients.hidden)
+        return gradients

@@ -11,9 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from gvpo_kernels.gradient_sums import GradientSums
 from gvpo_kernels.head import (
     Gradients,
+    GradientSums,
     HeadCall,
     Needs,
     TokenStatistics,
@@ -80,12 +80,7 @@ def forward_stash(call: HeadCall) -> tuple[TokenStatistics, Stash]:
 
 
 def backward_stash(
-    call: HeadCall,
-    statistics: TokenStatistics,
-    stash: Stash,
-    coefficients: Tensor,
-    sums: GradientSums,
-    index: Tensor,
+    call: HeadCall, statistics: TokenStatistics, stash: Stash, coefficients: Tensor, sums: GradientSums, index: Tensor
 ) -> None:
     """Add the gradients of these tokens, which are rows `index` (n,) of the whole, to `sums`."""
     gain = fp16_gain(coefficients / call.temperature, operand_dtype(call))

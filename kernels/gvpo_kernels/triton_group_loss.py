@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gvpo_kernels.triton_launch import on_device
+from gvpo_kernels.triton_logits import on_device
 
 MAX_GROUP_SIZE = 512  # 1,024 spills registers
 TILE = 1024  # 2,048 spills registers for some sizes
@@ -85,13 +85,7 @@ def _forward_kernel(
 
 
 @triton.jit
-def _backward_kernel(
-    coefficients,
-    grad_loss,
-    cu_seqlens,
-    grad_token_logprobs,
-    BLOCK_TOKENS: tl.constexpr,
-):
+def _backward_kernel(coefficients, grad_loss, cu_seqlens, grad_token_logprobs, BLOCK_TOKENS: tl.constexpr):
     completion = tl.program_id(0)
     start = tl.load(cu_seqlens + completion).to(tl.int64)
     stop = tl.load(cu_seqlens + completion + 1).to(tl.int64)

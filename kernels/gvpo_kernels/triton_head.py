@@ -11,11 +11,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from gvpo_kernels.gradient_sums import GradientSums
 from gvpo_kernels.head import (
     SLICE_BYTES,
     TILE_BYTES,
     Gradients,
+    GradientSums,
     HeadCall,
     Needs,
     TokenStatistics,
@@ -26,9 +26,7 @@ from gvpo_kernels.head import (
     matmul,
     slices,
 )
-from gvpo_kernels.triton_grad_logits import grad_logits, stash_gradients
-from gvpo_kernels.triton_launch import tile_launch
-from gvpo_kernels.triton_statistics import RunningStatistics, update_statistics
+from gvpo_kernels.triton_logits import RunningStatistics, grad_logits, stash_gradients, tile_launch, update_statistics
 
 TILE_ROWS = 2048
 ALIGNMENT = 64
@@ -105,12 +103,7 @@ def forward_stash(call: HeadCall) -> tuple[TokenStatistics, Stash]:
 
 
 def backward_stash(
-    call: HeadCall,
-    statistics: TokenStatistics,
-    stash: Stash,
-    coefficients: Tensor,
-    sums: GradientSums,
-    index: Tensor,
+    call: HeadCall, statistics: TokenStatistics, stash: Stash, coefficients: Tensor, sums: GradientSums, index: Tensor
 ) -> None:
     """Add the gradients of these tokens, which are rows `index` (n,) of the whole, to `sums`; uses the stash up."""
     call = _contiguous(call)

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks.grader import PAGE, RESULTS, SPLITS, check_problem, check_suite, corrupted, hedged, main, updated_page
-from gvpo_lightning.data.splits import load_splits
+from gvpo_lightning.data.rows import load_splits
 
 
 @pytest.fixture(scope="module")

@@ -109,7 +109,7 @@ def test_policy_starts_where_the_task_says(name, task):
 def test_exact_probability_of_a_right_expression(task):
     import torch
 
-    from gvpo_lightning.evaluation.optimality import answer_probabilities
+    from gvpo_lightning.callbacks.optimality import answer_probabilities
     from gvpo_lightning.policy.prepare import load_policy, load_tokenizer
 
     _, policy, rows = task("countdown")

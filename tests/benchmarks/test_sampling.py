@@ -7,7 +7,7 @@ import torch
 
 from benchmarks import sampling
 from benchmarks.sampling_baseline import VARIANTS, grpo_loss
-from gvpo_lightning.objectives.grpo import group_advantages
+from gvpo_lightning.objectives.baselines import group_advantages
 
 FIELDS = {"objective", "regime", "seed", "predicted", "reached", "difference", "seconds", "trace"}
 

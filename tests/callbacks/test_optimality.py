@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from gvpo_lightning.evaluation.optimality import answer_probabilities, optimal_accuracy
+from gvpo_lightning.callbacks.optimality import answer_probabilities, optimal_accuracy
 from gvpo_lightning.policy.prepare import prepare_policy
 from gvpo_lightning.rollout.generate import generate_completions
 from gvpo_lightning.rollout.settings import GenerationSettings

@@ -5,8 +5,8 @@ import torch
 
 from benchmarks.train_step_paths import make_batch
 from gvpo_lightning.estimate import RunFacts, Workload, estimate_memory, model_sizes
+from gvpo_lightning.estimate.facts import count_parameters, quantized_layer_bytes, with_adapters
 from gvpo_lightning.estimate.memory import head_bytes
-from gvpo_lightning.estimate.sizes import count_parameters, quantized_layer_bytes, with_adapters
 from gvpo_lightning.policy.head import completion_loss
 from gvpo_lightning.policy.loading import LoadingSettings
 from gvpo_lightning.policy.prepare import load_policy, prepare_policy

@@ -11,7 +11,7 @@ from transformers import Qwen2ForCausalLM
 
 from benchmarks import train_step_paths
 from gvpo_lightning.estimate import RunFacts, Workload, estimate_memory, model_sizes
-from gvpo_lightning.estimate.sizes import count_parameters, with_adapters
+from gvpo_lightning.estimate.facts import count_parameters, with_adapters
 from tests.estimate.peak_script import COMPLETION, CONFIG, MODES, PROMPT
 
 

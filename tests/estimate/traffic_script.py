@@ -14,9 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.train_step_paths import make_batch
-from gvpo_lightning.distributed.gather import root_stays_gathered
-from gvpo_lightning.distributed.sharding import split_parameters
-from gvpo_lightning.distributed.tensor_parallel import split_tensors
+from gvpo_lightning.distributed.sharding import root_stays_gathered, split_parameters, split_tensors
 from gvpo_lightning.policy.head import completion_logprobs, completion_loss
 from gvpo_lightning.policy.prepare import prepare_policy
 

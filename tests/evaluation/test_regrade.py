@@ -7,8 +7,7 @@ from pathlib import Path
 import pytest
 
 from gvpo_lightning.cli import main
-from gvpo_lightning.evaluation.records import read_records
-from gvpo_lightning.evaluation.scores import is_right, vote
+from gvpo_lightning.evaluation.scores import is_right, read_records, vote
 from tests.evaluation.test_suites import scores_of
 
 

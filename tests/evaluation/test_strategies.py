@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from gvpo_lightning.evaluation.records import read_records
+from gvpo_lightning.evaluation.scores import read_records
 from tests.evaluation.strategies_script import SUMS, main
 from tests.forked import run_ranks
 from tests.strategies.train_script import STRATEGIES

@@ -10,9 +10,8 @@ import yaml
 from gvpo_lightning.cli import main
 from gvpo_lightning.evaluation.benchmarks import Benchmark, load_problems
 from gvpo_lightning.evaluation.metrics import AverageAtK, MajorityAtK, PassAtK
-from gvpo_lightning.evaluation.records import by_problem, read_records
 from gvpo_lightning.evaluation.report import REPORTED_RIGHT, REPORTED_TOTALS, markdown, reported_runs
-from gvpo_lightning.evaluation.scores import is_right, vote
+from gvpo_lightning.evaluation.scores import by_problem, is_right, read_records, vote
 from tests.forked import run_ranks
 
 COUNTS = {"aime24": 30, "amc": 83, "math500": 500, "minerva": 272, "olympiad_bench": 675, "gsm8k": 1319}

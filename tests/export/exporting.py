@@ -1,6 +1,6 @@
 """Exports by the settings of a module that is not loaded."""
 
-from gvpo_lightning.export.checkpoint import export_checkpoint
+from gvpo_lightning.export.folder import export_checkpoint
 
 
 def export(module, *arguments, **options):

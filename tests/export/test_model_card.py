@@ -6,8 +6,7 @@ import pytest
 import yaml
 
 from gvpo_lightning import GVPOModule, ObjectiveSettings
-from gvpo_lightning.export.model_card import Origin, write_card
-from gvpo_lightning.export.publishable import publishable
+from gvpo_lightning.export.model_card import Origin, publishable, write_card
 
 SECRET_KEYS = ["api_key", "key", "apikey", "access_key", "hf_token", "aws_secret_access_key", "credentials", "passwd"]
 SECRET_KEYS += ["authorization", "auth", "private_key", "Bearer", "token"]

@@ -19,7 +19,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from gvpo_kernels import triton_grad_logits, triton_group_loss, triton_launch, triton_statistics
+from gvpo_kernels import triton_group_loss, triton_logits
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
 HALF = ("bf16", "fp16")
@@ -44,7 +44,7 @@ class Case:
 
 
 def tiled(name: str, kernel, types: dict, constants: dict) -> Case:
-    launch = triton_launch.tile_launch()
+    launch = triton_logits.tile_launch()
     options = {"num_warps": launch.pop("num_warps")}
     scalars = {"temperature": "fp32", "softcap": "fp32", "targets": "*i64"}
     integers = ("num_rows", "num_columns", "first_column", "slice_columns", "logits_stride", "grad_stride")
@@ -61,14 +61,14 @@ def head_cases() -> Iterator[Case]:
         for entropy, store in itertools.product((False, True), (False, True)):
             yield tiled(
                 f"statistics {label}{' entropy' * entropy}{' store' * store}",
-                triton_statistics._statistics_kernel,
+                triton_logits._statistics_kernel,
                 pointers | {"exponentials": f"*{dtype}" if store else "*fp32"},
                 flags | {"ENTROPY": entropy, "STORE": store},
             )
-        kernel = triton_grad_logits._grad_logits_kernel
+        kernel = triton_logits._grad_logits_kernel
         yield tiled(f"grad_logits {label}", kernel, pointers | {"grad": f"*{dtype}"}, flags)
     for dtype in ("fp32", *HALF):
-        kernel = triton_grad_logits._stash_gradients_kernel
+        kernel = triton_logits._stash_gradients_kernel
         yield tiled(f"stash_gradients {dtype}", kernel, {"stash": f"*{dtype}"}, {})
 
 

@@ -12,13 +12,13 @@ def device() -> str:
 @pytest.fixture
 def _small_pieces(monkeypatch):
     """Budgets small enough that small problems are cut into several tiles, slices, chunks and blocks."""
-    from gvpo_kernels import forward_gradients, torch_head, triton_head
+    from gvpo_kernels import fused_loss, torch_head, triton_head
 
     monkeypatch.setattr(triton_head, "TILE_ROWS", 48)
     monkeypatch.setattr(triton_head, "TILE_BYTES", 4 * 48 * 128)
     monkeypatch.setattr(triton_head, "SLICE_BYTES", 4 * 60 * 128)
     monkeypatch.setattr(torch_head, "CHUNK_BYTES", 8 * 300 * 20)
-    monkeypatch.setattr(forward_gradients, "STREAM_BYTES", 4 * 300 * 40)
+    monkeypatch.setattr(fused_loss, "STREAM_BYTES", 4 * 300 * 40)
 
 
 @pytest.fixture

@@ -123,7 +123,7 @@ def test_a_certain_token_is_not_dropped(implementation, device):
 def test_offsets_beyond_int32(tmp_path, device):
     if device != "cpu":
         pytest.skip("test_large_gpu_problem covers it")
-    from gvpo_kernels import torch_head, triton_grad_logits, triton_statistics
+    from gvpo_kernels import torch_head, triton_logits
     from gvpo_kernels.head import HeadCall
 
     stride, rows, width = 2**30 + 64, 3, 140
@@ -132,11 +132,11 @@ def test_offsets_beyond_int32(tmp_path, device):
     values = make_problem(rows, width, 1).hidden.float() * torch.linspace(-2, 2, width)
     logits.copy_(values)
     call = HeadCall(values, torch.zeros(width, width), torch.tensor([0, 139, 5]))
-    running = triton_statistics.RunningStatistics.start(call)
-    triton_statistics.update_statistics(call, running, logits, slice(0, rows), 0)
+    running = triton_logits.RunningStatistics.start(call)
+    triton_logits.update_statistics(call, running, logits, slice(0, rows), 0)
     assert torch.equal(running.raw_target, values.gather(1, call.targets[:, None]).squeeze(1))
     statistics, _ = torch_head.forward(replace(call, weight=torch.eye(width)))
-    triton_grad_logits.grad_logits(call, statistics, torch.ones(rows), values, 0, logits)
+    triton_logits.grad_logits(call, statistics, torch.ones(rows), values, 0, logits)
     expected = torch.nn.functional.one_hot(call.targets, width) - values.softmax(-1)
     torch.testing.assert_close(logits.clone(), expected, rtol=1e-5, atol=1e-6)
 

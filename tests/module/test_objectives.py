@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from gvpo_lightning import ObjectiveSettings, SourceSettings
 from gvpo_lightning.callbacks import OptimalityMeter
 from gvpo_lightning.cli import main
-from gvpo_lightning.objectives.make import make_objective
+from gvpo_lightning.objectives import make_objective
 from gvpo_lightning.policy.head import Scoring, completion_logprobs
 from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
 from gvpo_lightning.sources.settings import DemonstrationSettings, ReplaySettings

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from gvpo_lightning.data.batch import CompletionBatch
-from gvpo_lightning.objectives.make import make_objective
+from gvpo_lightning.objectives import make_objective
 from gvpo_lightning.objectives.settings import ObjectiveSettings
 from gvpo_lightning.policy.head import completion_logprobs
 from gvpo_lightning.policy.prepare import load_policy

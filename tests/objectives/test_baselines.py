@@ -14,9 +14,8 @@ import torch
 
 from gvpo_lightning.data.batch import CompletionBatch
 from gvpo_lightning.objectives import gvpo as objectives
-from gvpo_lightning.objectives.grpo import grpo_loss
-from gvpo_lightning.objectives.make import make_objective
-from gvpo_lightning.objectives.policy_gradient import policy_gradient_loss
+from gvpo_lightning.objectives import make_objective
+from gvpo_lightning.objectives.baselines import grpo_loss, policy_gradient_loss
 from gvpo_lightning.objectives.settings import ObjectiveSettings
 from tests.objectives.builders import assert_same
 

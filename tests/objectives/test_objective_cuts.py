@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from gvpo_kernels.reference import sum_completion_tokens
 from gvpo_lightning.data.batch import CompletionBatch
-from gvpo_lightning.objectives.make import make_objective
+from gvpo_lightning.objectives import make_objective
 from gvpo_lightning.objectives.settings import ObjectiveSettings
 from gvpo_lightning.rollout.plan import GroupShape, Limits, plan_updates
 from gvpo_lightning.updates.loss import coefficients_of

@@ -35,7 +35,7 @@ from gvpo_lightning import (
     SourceSettings,
 )
 from gvpo_lightning.distributed import sharding
-from gvpo_lightning.distributed.gather import local_tensor
+from gvpo_lightning.distributed.sharding import local_tensor
 from gvpo_lightning.policy.prepare import load_tokenizer
 from gvpo_lightning.rollout.collect import Collector
 

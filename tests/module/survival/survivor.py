@@ -137,8 +137,8 @@ def train(
         SourceSettings,
     )
     from gvpo_lightning.callbacks import RunCheckpoint
-    from gvpo_lightning.distributed.gather import local_tensor
-    from gvpo_lightning.distributed.ranks import DataRanks
+    from gvpo_lightning.distributed.placement import DataRanks
+    from gvpo_lightning.distributed.sharding import local_tensor
 
     torch.set_num_threads(1)
     num_rewards = 0
