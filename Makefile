@@ -27,7 +27,7 @@ gpu-test:
 	$(SOURCE) 470 $(PYTHON) -m pytest tests/kernels tests/policy -m gpu
 
 gpu-strategies:
-	$(SOURCE) 570 $(PYTHON) -m pytest tests/strategies tests/module -m gpu
+	$(SOURCE) 570 $(PYTHON) -m pytest tests/distributed tests/updates -m gpu
 
 gpu-bench:
 	$(SOURCE) 470 $(PYTHON) -m benchmarks.loss --sweep tokens vocabulary groups head

@@ -29,7 +29,7 @@ def test_config_runs_fast_dev_run(root, name, request, monkeypatch, tmp_path, ca
 
 @pytest.mark.parametrize(
     "overlay", sorted(OVERLAYS - {"arithmetic_offline.yaml"})
-)  # that one: tests/cli/test_offline.py
+)  # that one: tests/commands/test_offline.py
 def test_arithmetic_overlay_trains_across_a_pass(root, overlay, monkeypatch, tmp_path):
     monkeypatch.chdir(root)
     short = ["--trainer.max_epochs=2", "--data.train_split=train[:32]", "--data.validation_split=validation[:4]"]

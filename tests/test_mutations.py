@@ -14,9 +14,9 @@ from tests.objectives import (
     test_group_over_ranks,
     test_gvpo_loss,
     test_optimum,
-    test_plan,
     test_views,
 )
+from tests.rollout import test_plan
 
 
 def wrap_prepare(monkeypatch, change):

@@ -69,7 +69,7 @@ Versions: {{ versions }}.
 
 ```bibtex
 @inproceedings{zhang2025gvpo,
-  title     = {{ '{{' }}GVPO}: Group Variance Policy Optimization for Large Language Model Post-UpdateRules},
+  title     = {{ '{{' }}GVPO}: Group Variance Policy Optimization for Large Language Model Post-Training},
   author    = {Zhang, Kaichen and Hong, Yuzhong and Bao, Junwei and Jiang, Hongfei and Song, Yang and Hong, Dingqian and
                Xiong, Hui},
   booktitle = {Advances in Neural Information Processing Systems},

@@ -10,7 +10,7 @@ from gvpo_lightning.callbacks import BenchmarkReport
 from gvpo_lightning.datamodule import PromptDataModule
 from gvpo_lightning.evaluation.benchmarks import Benchmark
 from gvpo_lightning.rewards import ExactAnswer
-from tests.strategies.train_script import make_module, make_trainer
+from tests.distributed.train_script import make_module, make_trainer
 
 SUMS = [{"prompt": f"{n}+{n % 7}=", "problem": f"{n}+{n % 7}=", "answer": str(n % 2)} for n in range(5)]
 

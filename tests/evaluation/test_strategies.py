@@ -5,9 +5,9 @@ import json
 import pytest
 
 from gvpo_lightning.evaluation.scores import read_records
+from tests.distributed.train_script import STRATEGIES
 from tests.evaluation.strategies_script import SUMS, main
 from tests.forked import run_ranks
-from tests.strategies.train_script import STRATEGIES
 
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "fsdp2", "tp")]
 

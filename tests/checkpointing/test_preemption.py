@@ -12,7 +12,7 @@ from gvpo_lightning.callbacks import SettingsWin, Whereabouts
 from gvpo_lightning.checkpointing import preemption
 from gvpo_lightning.rollout.loader import RolloutLoader
 from gvpo_lightning.rollout.settings import RolloutSettings
-from tests.module.survival.survivor import assert_the_same_as
+from tests.checkpointing.survivor import assert_the_same_as
 
 CASES = {
     "single, rolling out": ("single", "rollout", (0,)),

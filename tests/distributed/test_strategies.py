@@ -14,9 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from gvpo_lightning.data.batch import CompletionBatch
 from gvpo_lightning.policy.prepare import load_tokenizer
+from tests.distributed.train_script import CLIP, LR, STRATEGIES, UPDATES, gpu_strategies, main, make_policy
 from tests.error_budget import assert_within, logprob_budget, sum_budget, weights_budget
 from tests.forked import run_ranks
-from tests.strategies.train_script import CLIP, LR, STRATEGIES, UPDATES, gpu_strategies, main, make_policy
 
 SHARDED = ("fsdp1", "fsdp2", "tp", "fsdp2_tp")
 MORE_VARIANTS = ("qwen3", "llama", "mistral", "checkpointing", "ema", "other", "bf16", "compiled")

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from gvpo_lightning.cli import main
 from gvpo_lightning.rewards import RewardError, RewardSettings
 from tests.forked import run_ranks
-from tests.module import hanging_script
+from tests.rewards import hanging_script
 from tests.rewards.rewards_for_tests import process_id
 
 

@@ -18,9 +18,9 @@ from gvpo_lightning.callbacks import RunCheckpoint
 from gvpo_lightning.checkpointing.save import CheckpointError
 from gvpo_lightning.reference.settings import ReferenceSettings
 from gvpo_lightning.rollout.settings import RolloutSettings
+from tests.checkpointing.checkpoint_runs import fit as fit_network
+from tests.checkpointing.checkpoint_runs import network
 from tests.forked import FORK
-from tests.module.survival.checkpoint_runs import fit as fit_network
-from tests.module.survival.checkpoint_runs import network
 from tests.ports import reserved_port
 
 

@@ -8,8 +8,8 @@ import pytest
 from torch.utils.data import DataLoader
 
 from gvpo_lightning.rewards.protocol import RewardContractError
+from tests.distributed.train_script import ROWS, make_module, make_trainer
 from tests.forked import run_ranks
-from tests.strategies.train_script import ROWS, make_module, make_trainer
 
 
 def validate(model: str) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.module.survival.survivor import assert_the_same_as
+from tests.checkpointing.survivor import assert_the_same_as
 from tests.ports import reserved_port
 
 pytestmark = pytest.mark.slow
@@ -24,8 +24,8 @@ def launch(arithmetic, tmp_path):
     def start(updates: int) -> tuple[subprocess.Popen, int | None]:
         run = tmp_path / "run"
         run.mkdir(exist_ok=True)
-        command = [sys.executable, "-m", "tests.module.survival.survivor", str(run), str(arithmetic / "model"), "ddp"]
-        root = Path(__file__).parents[3]
+        command = [sys.executable, "-m", "tests.checkpointing.survivor", str(run), str(arithmetic / "model"), "ddp"]
+        root = Path(__file__).parents[2]
         environment = os.environ | {"MASTER_PORT": str(reservations.enter_context(reserved_port()))}
         with open(run / "output", "w") as output:
             process = subprocess.Popen(

@@ -13,7 +13,7 @@ def network(folder: Path, strategy: str = "single", steps: int = 4, callback=Non
     import torch
 
     from gvpo_lightning.callbacks import RunCheckpoint
-    from tests.module.survival.survivor import make_strategy
+    from tests.checkpointing.survivor import make_strategy
 
     class Network(L.LightningModule):
         def configure_model(self):

@@ -8,7 +8,7 @@ import signal
 
 import pytest
 
-from tests.module.survival.survivor import PHASES, assert_the_same_as
+from tests.checkpointing.survivor import PHASES, assert_the_same_as
 
 SECONDS = {"rollout": 0.04, "reward": 0.02, "training": 0.05, "checkpoint": 0.03}  # that a phase takes, about
 

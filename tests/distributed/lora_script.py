@@ -11,7 +11,7 @@ import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 
 from gvpo_lightning import GenerationSettings, GVPOModule, LoadingSettings, RolloutLoader, RolloutSettings
-from tests.strategies.train_script import ROWS, make_trainer, reward, whole_weights
+from tests.distributed.train_script import ROWS, make_trainer, reward, whole_weights
 
 LORA = {"r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "o_proj", "down_proj"]}
 

@@ -12,8 +12,8 @@ from gvpo_lightning.policy.head import completion_logprobs
 from gvpo_lightning.policy.prepare import load_policy
 from tests.error_budget import assert_within
 from tests.forked import run_ranks
-from tests.module.two_ranks_script import LR, RUNS, main
 from tests.update_budget import sgd_update
+from tests.updates.two_ranks_script import LR, RUNS, main
 
 
 @pytest.fixture(scope="module")

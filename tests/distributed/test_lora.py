@@ -5,9 +5,9 @@ import torch
 from safetensors.torch import load_file
 
 from gvpo_lightning.policy.loading import LoadingSettings
+from tests.distributed.lora_script import main
+from tests.distributed.train_script import STRATEGIES
 from tests.forked import run_ranks
-from tests.strategies.lora_script import main
-from tests.strategies.train_script import STRATEGIES
 
 pytest.importorskip("peft")
 

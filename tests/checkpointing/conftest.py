@@ -1,6 +1,6 @@
 import pytest
 
-from tests.module.survival.survivor import Crew
+from tests.checkpointing.survivor import Crew
 
 
 @pytest.fixture(scope="session")

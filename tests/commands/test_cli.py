@@ -154,7 +154,7 @@ def test_resume_from_last_finds_the_runs_own_checkpoint_or_starts(config, tmp_pa
 
 
 def test_sigterm_saves_and_ends_with_143_without_the_long_evaluation(config, tmp_path):
-    path = config(model__reward="tests.cli.test_cli.terminates_at_the_second_rollout")
+    path = config(model__reward="tests.commands.test_cli.terminates_at_the_second_rollout")
     with pytest.raises(SystemExit) as stopped:
         main(quiet("fit", "--config", path))
     assert stopped.value.code == 143
@@ -183,7 +183,7 @@ def test_sizes_of_a_strategy_that_are_not_the_devices_are_one_line(config, root,
 
 def test_a_checkpoint_that_does_not_fit_is_one_line_by_rlimit_fsize(config, tmp_path, capsys):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    path = config(model__reward="tests.cli.test_cli.limits_files_at_the_second_rollout")
+    path = config(model__reward="tests.commands.test_cli.limits_files_at_the_second_rollout")
     try:
         with pytest.raises(SystemExit) as stopped:
             main(quiet("fit", "--config", path))
@@ -228,7 +228,7 @@ def test_later_commands_keep_what_fit_left(config, tmp_path):
 
 
 def test_an_error_after_training_began_keeps_its_traceback(config):
-    path = config(model__reward="tests.cli.test_cli.gives_text_at_the_second_rollout")
+    path = config(model__reward="tests.commands.test_cli.gives_text_at_the_second_rollout")
     with pytest.raises(RuntimeError, match=r"fit failed at step 2: The reward .* must return numbers") as failed:
         main(quiet("fit", "--config", path))
     assert isinstance(failed.value.__cause__, ValueError)
