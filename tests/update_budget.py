@@ -15,10 +15,15 @@ from tests.error_budget import logprob_budget, sum_budget, weights_budget
 LossOf = Callable[[Tensor, CompletionBatch], Tensor]
 
 
+@torch.no_grad()
+def own_logits(policy: PreTrainedModel, batch: CompletionBatch) -> Tensor:
+    """What the model itself gives for padded rows."""
+    return policy(**padded_inputs(batch)[0]).logits
+
+
 def scores_budget(policy: PreTrainedModel, batch: CompletionBatch, dtype: torch.dtype = torch.float32) -> float:
     """The largest rounding error of the log-prob of any of a batch's completion tokens, at temperature 1."""
-    with torch.no_grad():
-        return logprob_budget(policy(**padded_inputs(batch)[0]).logits, dtype)
+    return logprob_budget(own_logits(policy, batch), dtype)
 
 
 @dataclass(frozen=True)
@@ -37,13 +42,13 @@ class LossSizes:
     coefficient_sizes: Tensor
 
 
-def loss_sizes(loss_of: LossOf, logprobs: Tensor, batch: CompletionBatch, logprob_size: float) -> LossSizes:
+def loss_sizes(loss_of: LossOf, logprobs: Tensor, batch: CompletionBatch, logits: Tensor) -> LossSizes:
     """Both are rounded by as much as they move where what they are made of is: rewards, and log-probs of both models.
 
     How far that is, is seen from moving one completion's after another's, in float64.
     """
     batch = replace(batch, rewards=batch.rewards.double(), reference_logprobs=batch.reference_logprobs.double())
-    logprobs = logprobs.detach().double()
+    logprobs, logprob_size = logprobs.detach().double(), 1 + float(logits.abs().max())
 
     def evaluate(values: Tensor, batch: CompletionBatch) -> tuple[Tensor, Tensor]:
         leaf = values.clone().requires_grad_()
@@ -94,9 +99,7 @@ def sgd_update(policy: PreTrainedModel, batch: CompletionBatch, loss_of: LossOf,
     exact = copy.deepcopy(policy).double()
     names, parameters = zip(*((n, p) for n, p in exact.named_parameters() if p.requires_grad), strict=True)
     logprobs, _ = completion_logprobs(exact, batch, Scoring(implementation="reference"))
-    with torch.no_grad():
-        logprob_size = 1 + float(exact(**padded_inputs(batch)[0]).logits.abs().max())
-    sizes = loss_sizes(loss_of, logprobs, batch, logprob_size)
+    sizes = loss_sizes(loss_of, logprobs, batch, own_logits(exact, batch))
     gradients = torch.autograd.grad((sizes.coefficients * logprobs).sum(), parameters, retain_graph=True)
     step = lr * gradient_size(logprobs, sizes.coefficient_sizes, parameters)
     return Update(

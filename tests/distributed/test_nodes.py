@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -32,20 +34,28 @@ def port():
 
 
 def run_together(root: Path, folder: Path, port: int, commands: list[tuple[list[str], dict[str, str]]]) -> None:
-    """Start all, wait for all, and show what the first to fail has said."""
-    processes = []
-    for number, (command, environment) in enumerate(commands):
+    """Start all, wait for all, and show what the first to fail has said; one that hangs says where its ranks are."""
+    processes, codes = [], []
+    settings = {"OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "MASTER_PORT": str(port)}
+    for number, (command, own) in enumerate(commands):
         with (folder / f"{number}.log").open("w") as log:
-            environment = os.environ | {"OMP_NUM_THREADS": "1", "MASTER_PORT": str(port)} | environment
-            processes.append(subprocess.Popen(command, cwd=root, env=environment, stdout=log, stderr=log))
+            streams = {"stdout": log, "stderr": log}
+            environment = os.environ | settings | own
+            processes.append(subprocess.Popen(command, cwd=root, env=environment, start_new_session=True, **streams))
     try:
-        codes = [process.wait(timeout=400) for process in processes]
+        for process in processes:
+            try:
+                codes.append(process.wait(timeout=400))
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGABRT)
+                codes.append(process.wait())
     finally:
         for process in processes:
-            process.kill()
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # with the ranks that it has launched
             process.wait()
     for number, code in enumerate(codes):
-        assert code == 0, (folder / f"{number}.log").read_text()[-3000:]
+        assert code == 0, (folder / f"{number}.log").read_text()[-6000:]
 
 
 def check_run(folder: Path) -> None:

@@ -100,7 +100,7 @@ def test_an_adapter_is_trained_alike_whole_and_cut(make_module, fit, tiny_policy
         trained.append(torch.cat([p.detach().flatten() for n, p in module.policy.named_parameters() if "lora_B" in n]))
     assert trained[0].abs().max() > 1e-3  # they start at 0
     assert trained[0].dtype == torch.float64
-    torch.testing.assert_close(trained[1], trained[0], atol=1e-10, rtol=1e-9)
+    torch.testing.assert_close(trained[1], trained[0], atol=1e-8, rtol=0)  # the norms are float32's
 
 
 def test_gvpo_by_any_name_is_the_same_run_to_the_bit(make_module, fit, weights):

@@ -10,7 +10,7 @@ from gvpo_lightning.policy.head_check import attention_of, check_logprob_head
 from gvpo_lightning.policy.prepare import prepare_policy
 from tests.error_budget import assert_within, sum_budget
 from tests.policy.conftest import FLOAT32_ALONE, FLOAT32_INSIDE, SIZES
-from tests.update_budget import gradient_size, loss_sizes, scores_budget
+from tests.update_budget import gradient_size, loss_sizes, own_logits, scores_budget
 
 PACKABLE = [
     "qwen2",
@@ -69,7 +69,7 @@ def test_it_equals_padded_rows(build_model, batch, name, attention, checkpointin
         assert_within(ours, theirs, budget)
     losses = [completion_loss(model, batch, 0.3, Scoring(padding_free=free)).loss for free in (False, True)]
     logprobs, _ = completion_logprobs(model, batch)
-    sizes = loss_sizes(loss_of, logprobs, batch, logprob_size=budget / float(sum_budget(1.0, rounded)))
+    sizes = loss_sizes(loss_of, logprobs, batch, own_logits(model, batch))
     assert_within(losses[1], losses[0], sum_budget(sizes.loss_size, rounded))
     theirs, ours = (gradients(model, loss) for loss in losses)
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]

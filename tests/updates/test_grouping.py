@@ -192,7 +192,7 @@ def test_cut_groups_train_as_whole_ones_do_and_say_so(make_module, fit, weights,
     assert float(trainer.callback_metrics["update/passes"]) == 2
     assert caplog.text.count("Groups are cut over micro-batches") == 1
     assert weights(cut).dtype == torch.float64
-    torch.testing.assert_close(weights(cut), weights(whole), atol=1e-10, rtol=1e-9)
+    torch.testing.assert_close(weights(cut), weights(whole), atol=1e-8, rtol=0)  # the norms are float32's
     assert math.isfinite(float(trainer.callback_metrics["entropy"]))
     assert math.isfinite(float(trainer.callback_metrics["loss"]))
 
