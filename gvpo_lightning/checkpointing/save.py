@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.distributed.checkpoint import CheckpointException
 
 from gvpo_lightning.atomic import delete, partial_path, put_in_place
-from gvpo_lightning.distributed.placement import DataRanks
+from gvpo_lightning.distributed.ranks import DataRanks
 
 NO_SPACE = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 

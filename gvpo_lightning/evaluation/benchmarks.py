@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from gvpo_lightning.data.rows import Row, cut_split, load_splits
-from gvpo_lightning.distributed.placement import DataRanks, rank_share
+from gvpo_lightning.distributed.ranks import DataRanks, rank_share
 
 
 @dataclass(frozen=True)

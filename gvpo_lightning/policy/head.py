@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from gvpo_kernels import FusedLoss, fused_gvpo_loss, linear_logprob
 from gvpo_lightning.data.batch import CompletionBatch, dropped_completion
-from gvpo_lightning.distributed.placement import rank_share
+from gvpo_lightning.distributed.ranks import rank_share
 
 
 @dataclass(frozen=True)

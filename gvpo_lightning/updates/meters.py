@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from gvpo_kernels import reward_statistics
-from gvpo_lightning.distributed.placement import DataRanks
+from gvpo_lightning.distributed.ranks import DataRanks
 from gvpo_lightning.objectives.base import ObjectiveLoss
 from gvpo_lightning.objectives.gvpo import gvpo_loss
 from gvpo_lightning.rollout.rollout import Rollout

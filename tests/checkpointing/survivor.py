@@ -137,7 +137,7 @@ def train(
         SourceSettings,
     )
     from gvpo_lightning.callbacks import RunCheckpoint
-    from gvpo_lightning.distributed.placement import DataRanks
+    from gvpo_lightning.distributed.ranks import DataRanks
     from gvpo_lightning.distributed.sharding import local_tensor
 
     torch.set_num_threads(1)

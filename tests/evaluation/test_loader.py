@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gvpo_lightning.data.rows import rows_of
-from gvpo_lightning.distributed.placement import DataRanks
+from gvpo_lightning.distributed.ranks import DataRanks
 from gvpo_lightning.evaluation.benchmarks import Benchmark, ProblemLoader, ProblemSet, check_shares
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from gvpo_lightning.data.batch import Completion
-from gvpo_lightning.distributed.placement import DataRanks
+from gvpo_lightning.distributed.ranks import DataRanks
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.rewards.protocol import RAISED, RewardError
 from gvpo_lightning.rewards.run import FailureTally

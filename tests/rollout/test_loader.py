@@ -7,7 +7,7 @@ from datasets import Dataset
 from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, IterableDataset, Sampler
 
 from gvpo_lightning.data.rows import rows_of
-from gvpo_lightning.distributed.placement import DataRanks
+from gvpo_lightning.distributed.ranks import DataRanks
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.rollout.loader import RolloutLoader
 from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings

@@ -62,8 +62,8 @@ def test_a_checkpoint_loses_nothing(tmp_path, capacity):
     torch.save(buffer.state_dict(), tmp_path / "buffer.pt")
     again = ReplayBuffer(buffer.settings)
     again.load_state_dict(torch.load(tmp_path / "buffer.pt", weights_only=True))
-    buffer.add([("b", [completion(8)])])
-    again.add([("b", [completion(8)])])
+    buffer.add([("b", [completion(8)])], 1)
+    again.add([("b", [completion(8)])], 1)
     for key in "abc":
         for mine, theirs in zip(buffer.draw(key, 10, 3), again.draw(key, 10, 3), strict=True):
             assert torch.equal(mine.token_ids, theirs.token_ids)

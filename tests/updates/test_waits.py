@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from gvpo_lightning.distributed.placement import DataRanks
+from gvpo_lightning.distributed.ranks import DataRanks
 from gvpo_lightning.updates.meters import UpdateMeter
 
 # what reads a device's memory, or must know how much there is of something
