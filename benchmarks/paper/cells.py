@@ -115,9 +115,11 @@ def run_cell(cell: Cell) -> Row:
         RuntimeError: the run failed by more than a policy that diverged; with the end of what it printed.
     """
     started = time.perf_counter()
-    for name in ("lightning.pytorch", "lightning.fabric"):  # whose handlers keep the stream that they began with
-        logging.getLogger(name).setLevel(logging.ERROR)
     with contextlib.ExitStack() as stack:
+        for name in ("lightning.pytorch", "lightning.fabric"):  # whose handlers keep the stream that they began with
+            logger = logging.getLogger(name)
+            stack.callback(logger.setLevel, logger.level)
+            logger.setLevel(logging.ERROR)
         folder = Path(cell.keep or stack.enter_context(tempfile.TemporaryDirectory()))
         folder.mkdir(parents=True, exist_ok=True)
         output, log = folder / "paper.json", folder / "output.log"
