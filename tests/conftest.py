@@ -33,14 +33,19 @@ settings.register_profile(
 )
 settings.load_profile("untimed")
 ROOT = Path(__file__).parent.parent
+# A Trainer that launches ranks leaves them in its process, where the next launcher would wait for ranks of others.
+RANK_VARIABLES = ("LOCAL_RANK", "NODE_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 DATA = Path(os.environ["GVPO_DATA"]).resolve() if os.environ.get("GVPO_DATA") else None  # tests have other folders
 
 
 @pytest.fixture(autouse=True)
 def in_empty_folder(tmp_path, monkeypatch):
-    """Nothing that a test writes lands in the repository; no seed leaks from one test to the next."""
+    """Nothing that a test writes lands in the repository; no seed and no rank leaks from one test to the next."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
+    yield
+    for name in RANK_VARIABLES:
+        os.environ.pop(name, None)
 
 
 @pytest.fixture(autouse=True)

@@ -1,7 +1,9 @@
-"""A reserved port is nobody else's, and free again afterwards."""
+"""A reserved port is nobody else's, and free again afterwards; so are ranks."""
 
+import os
 import socket
 
+import lightning as L
 import pytest
 
 from tests import ports
@@ -34,3 +36,13 @@ def test_no_port_is_one_that_the_kernel_gives_away():
 def test_an_error_while_a_port_is_reserved_is_the_callers():
     with pytest.raises(FileNotFoundError), reserved_port():
         raise FileNotFoundError
+
+
+@pytest.mark.parametrize("time", ["first", "again"])
+def test_a_launcher_leaves_no_rank_to_the_next_test(time):
+    """Else a run that this process starts later would take its ranks for launched, and wait for them."""
+    assert "LOCAL_RANK" not in os.environ
+    trainer = L.Trainer(accelerator="cpu", devices=1, strategy="ddp", logger=False, enable_checkpointing=False)
+    trainer.strategy._configure_launcher()
+    trainer.strategy.launcher.launch(lambda: None)
+    assert os.environ["LOCAL_RANK"] == "0"
