@@ -97,6 +97,7 @@ class PromptDataModule(L.LightningDataModule):
                 self._module.prompts.check(self._rows[role])
 
     def _load_benchmarks(self) -> None:
+        self.problem_sets = []  # or those of an earlier test would be measured again
         for name, benchmark in self.benchmarks.items():
             problems = load_problems(name, benchmark)
             make = self._prompt_maker("problem")

@@ -39,7 +39,7 @@ DATA = Path(os.environ["GVPO_DATA"]).resolve() if os.environ.get("GVPO_DATA") el
 
 
 @pytest.fixture(autouse=True)
-def in_empty_folder(tmp_path, monkeypatch):
+def isolated(tmp_path, monkeypatch):
     """Nothing that a test writes lands in the repository; no seed and no rank leaks from one test to the next."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("PL_GLOBAL_SEED", raising=False)
