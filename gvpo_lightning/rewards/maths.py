@@ -9,13 +9,30 @@ from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
-from gvpo_lightning.rewards.answer_text import has_letters, is_misread, is_runaway, items, plain, split_unit, tidy
+from gvpo_lightning.rewards.answer_text import (
+    has_letters,
+    is_misread,
+    is_runaway,
+    items,
+    matched,
+    plain,
+    split_unit,
+    tidy,
+)
+from gvpo_lightning.rewards.side_by_side import Unclear, spell_out
 
 MAX_ANSWER = 1000  # characters: nothing longer is an answer, and parsing it could take minutes
 TAIL = 1000  # characters at the end of a completion in which an answer without a box is looked for
 DIGITS = 6  # decimals that numbers written with a decimal point are compared to; digits where they are below 1
 
-_BRACES = re.compile(r"\\boxed\s*\{|\\boxed\s+(?P<bare>(?:[^\s${}\\.,]|[.,](?=\d))+)|\\.|[{}]", re.DOTALL)
+# a box without braces holds a number or word, or one command with its arguments
+_ARGUMENT = r"\s*(?:\{[^{}]*\}|\d)"
+_BARE = (
+    rf"-?\\(?:[dtc]?frac{_ARGUMENT}{_ARGUMENT}|(?:sqrt|text|textbf|mathrm|mathbf){_ARGUMENT}|pi(?![a-zA-Z]))"
+    r"|(?<=\s)(?:[^\s${}\\.,]|[.,](?=\d))+"
+)
+_BRACES = re.compile(rf"\\(?:boxed|fbox)(?:\s*\{{|\s*(?P<bare>{_BARE}))|\\.|[{{}}]", re.DOTALL)
+_EMPTY = re.compile(r"(?:\\[,;:! ]|\\boxed|\\fbox|[\s${}.])*")
 _APPROXIMATE = re.compile(r"\\approx(?![a-zA-Z])|\\sim(?:eq)?(?![a-zA-Z])|≈")
 _EQUALITY = re.compile(r"(?<![<>!:])=|" + _APPROXIMATE.pattern)
 _DECIMAL = re.compile(r"-?(\d+(?:\.(\d+))?)(?:\\(?:times|cdot)10\^\{?-?\d+\}?)?$")
@@ -96,12 +113,15 @@ def extract_answer(completion: str, *, require_box: bool = True) -> str | None:
         answer = tagged.strip() or None
     if answer is not None or require_box:
         return answer
-    found = _parse(completion[-TAIL:], drop_units=True, is_boxed=False)
+    found = _parse(completion[-TAIL:], is_boxed=False)
     return next((part for part in found if isinstance(part, str)), None)
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{…}` that is closed, without space around it; `\boxed 5` counts too."""
+    r"""The content of the last `\boxed{…}` or `\fbox{…}` that is closed and not empty, without space around it.
+
+    `\boxed 5` and `\boxed\frac12` count too.
+    """
     open_braces: list[re.Match[str]] = []
     last, content = -1, None
     for token in _BRACES.finditer(text):
@@ -111,8 +131,9 @@ def last_boxed(text: str) -> str | None:
             open_braces.append(token)
         elif token[0] == "}" and open_braces:
             opening = open_braces.pop()
-            if opening[0] != "{" and opening.start() > last:
-                last, content = opening.start(), text[opening.end() : token.start()].strip()
+            inside = text[opening.end() : token.start()].strip()
+            if opening[0] != "{" and opening.start() > last and not _EMPTY.fullmatch(inside):
+                last, content = opening.start(), inside
     return content
 
 
@@ -122,7 +143,7 @@ def same_answer(gold: str, answer: str) -> bool:
         return False
     if plain(gold) == plain(answer):
         return True
-    gold, answer = tidy(gold), tidy(answer)
+    gold, answer = matched(tidy(gold), tidy(answer))
     if is_runaway(answer) or is_misread(gold, answer):
         return False
     gold, unit = split_unit(gold)
@@ -136,13 +157,13 @@ def same_answer(gold: str, answer: str) -> bool:
         return False
     if ("%" in gold) != ("%" in stated) and _same_value(re.sub(r"\\?%", "", gold), re.sub(r"\\?%", "", stated)):
         return True  # 62.5% may be answered as 62.5 too
-    return _same_value(gold, stated, keep_letters=bool(unit))
+    return _same_value(gold, stated)
 
 
 def is_readable(answer: str) -> bool:
     """Whether math-verify can read it as mathematics; else it equals only what is written in the same way."""
     answer = tidy(answer)
-    return any(not isinstance(part, str) for part in _parse_answer(answer, not has_letters(answer)))
+    return any(not isinstance(part, str) for part in _parse_answer(answer))
 
 
 def _stated(answer: str, gold: str) -> str | None:
@@ -165,7 +186,7 @@ def _stated(answer: str, gold: str) -> str | None:
 def _is_rounded(exact: str, decimal: str) -> bool:
     """Whether a number written with decimals, maybe times a power of ten, is the other one rounded."""
     digits = _DECIMAL.match(decimal)
-    values = [part for text in (exact, decimal) for part in _parse_answer(text, True)[:1] if not isinstance(part, str)]
+    values = [part for text in (exact, decimal) for part in _parse_answer(text)[:1] if not isinstance(part, str)]
     if digits is None or len(values) < 2 or not float(digits[1]):
         return False
     try:
@@ -176,36 +197,45 @@ def _is_rounded(exact: str, decimal: str) -> bool:
         return False
 
 
-def _same_value(gold: str, answer: str, keep_letters: bool = False) -> bool:
+def _same_value(gold: str, answer: str) -> bool:
     from math_verify import verify
+    from sympy.core.random import seed
 
-    drop_units = not (keep_letters or has_letters(gold))  # or a variable such as c would be taken for a unit
-    right, given = _parse_answer(gold, drop_units), _parse_answer(answer, drop_units)
+    right, given = _parse_answer(gold), _parse_answer(answer)
     for left in right:
         for other in given:
             verdict = _same_number(left, other)
             verdict = _same_equation(left, other) if verdict is None else verdict
             if verdict is not None:
                 return verdict
+    seed(0)  # sympy tries random numbers; an answer must not depend on those that were graded before
     return bool(verify(list(right), list(given), float_rounding=DIGITS, timeout_seconds=None))
 
 
 def _same_number(gold: Any, answer: Any) -> bool | None:
-    """Whether two real numbers are equal, to `DIGITS` where one has a decimal point; None where not both are numbers.
+    """Whether two numbers are equal, to `DIGITS` where one has a decimal point; None where not both are numbers.
 
     math-verify takes numbers below 1e-6 for 0.
     """
-    from sympy import Float, N, Rational
+    from sympy import Expr, Float, Limit, N, Rational, nan, oo, simplify, zoo
+    from sympy.concrete.expr_with_limits import ExprWithLimits
 
-    if isinstance(gold, str) or isinstance(answer, str):
+    if not isinstance(gold, Expr) or not isinstance(answer, Expr):
         return None
     try:
-        if not (gold.is_number and answer.is_number and gold.is_real and answer.is_real):
-            return None
         left, right = gold.doit(), answer.doit()
+        if any(value.has(oo, -oo, zoo, nan) and not value.has(ExprWithLimits, Limit) for value in (gold, answer)):
+            # a difference of infinities is 0 to sympy or not, as its random numbers want
+            return bool(left == right and left in (oo, -oo))
+        if gold.is_Symbol != answer.is_Symbol and simplify(left - right) == 0:
+            return True  # math-verify takes products for the symbol's name alone
+        if not (gold.is_number and answer.is_number):
+            return None
         if isinstance(left, Rational) and isinstance(right, Rational) and not (gold.has(Float) or answer.has(Float)):
             return bool(left == right)
         left, right = N(left, 40), N(right, 40)
+        if not (left.is_finite and right.is_finite):
+            return bool(left == right and left in (oo, -oo))
         scale = max(abs(left), abs(right))
         if gold.has(Float) or answer.has(Float):
             tolerance = 0.5 * 10**-DIGITS * min(1, 10 * scale)
@@ -237,20 +267,24 @@ def _same_equation(gold: Any, answer: Any) -> bool | None:
 
 
 @lru_cache(maxsize=4096)
-def _parse_answer(answer: str, drop_units: bool) -> tuple[Any, ...]:
+def _parse_answer(answer: str) -> tuple[Any, ...]:
+    try:
+        answer = spell_out(answer)
+    except (Unclear, RecursionError):
+        return ()
     for pattern, replacement in _RENAMED:
         answer = pattern.sub(replacement, answer)
-    return tuple(_parse("\\boxed{" + answer + "}", drop_units=drop_units, is_boxed=True))
+    return tuple(_parse("\\boxed{" + answer + "}", is_boxed=True))
 
 
-def _parse(text: str, *, drop_units: bool, is_boxed: bool) -> list[Any]:
+def _parse(text: str, *, is_boxed: bool) -> list[Any]:
     """What math-verify makes of a text: an expression where it can, and the text that it found."""
     from latex2sympy2_extended.latex2sympy2 import NormalizationConfig
     from math_verify import ExprExtractionConfig, LatexExtractionConfig, parse
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off
     cleaning = NormalizationConfig(
-        basic_latex=True, units=drop_units, malformed_operators=True, nits=True, boxed="all", equations=False
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
     )
     targets: list[Any] = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=cleaning)]
     if not is_boxed:  # it would take a part of a formula for the whole

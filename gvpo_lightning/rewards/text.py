@@ -2,10 +2,14 @@
 
 import re
 from collections.abc import Sequence
+from decimal import Decimal
 from typing import Any, Literal
 
-# a minus sign after a digit is a subtraction; commas only where they separate thousands
-_NUMBER = re.compile(r"(?:(?<!\d)-)?(?:(?:\d{1,3}(?:,\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![.\w])\.\d+)")
+# A minus sign after a digit is a subtraction, or a dash. Commas, in LaTeX's braces or not, only separate thousands.
+_NUMBER = re.compile(
+    r"(?:(?<!\d)[-−–])?(?:(?:\d{1,3}(?:(?:,|\{,\}|,\\!)\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![.\w])\.\d+)"
+    r"(?:(?<![a-zA-Z])[eE][+-]?\d{1,4}(?!\w))?"
+)
 
 
 class ExactAnswer:
@@ -35,14 +39,20 @@ class ExactAnswer:
     def _matches(self, completion: str, answer: str) -> bool:
         if self.compare == "text":
             return completion.strip() == answer.strip()
-        found = last_number(completion)
-        return found is not None and found == last_number(answer)
+        found = _last_number(completion)
+        return found is not None and found == _last_number(answer)
 
 
 def last_number(text: str) -> float | None:
     """The value of the last number written in the text, thousands separators allowed; None if there is none."""
+    found = _last_number(text)
+    return None if found is None else float(found)
+
+
+def _last_number(text: str) -> Decimal | None:
+    """With all its digits, by which long numbers differ."""
     numbers = _NUMBER.findall(text)
-    return float(numbers[-1].replace(",", "")) if numbers else None
+    return Decimal(re.sub(r"[,{}\\!]", "", re.sub("[−–]", "-", numbers[-1]))) if numbers else None
 
 
 class Format:
