@@ -131,9 +131,10 @@ def decode_behind(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, ends: 
 def completion_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> str:
     """What people and rewards read of a completion: its text, as it stands behind its prompt.
 
-    Special tokens are text like any other, but for the `ends`, which end completions, and the padding token.
+    Special tokens are text like any other, but for the `ends`, which end completions, the padding token and the one
+    for what is unknown, which stand for no text.
     """
-    silent = {*ends, tokenizer.pad_token_id}
+    silent = {*ends, tokenizer.pad_token_id, tokenizer.unk_token_id}
     return decode_behind([token for token in ids if token not in silent], tokenizer, ends)
 
 

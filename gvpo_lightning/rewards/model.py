@@ -70,8 +70,9 @@ class RewardModel:
         self._load()
         ids = [self._token_ids(prompt, completion) for prompt, completion in zip(prompts, completions, strict=True)]
         limit = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
-        limitless = limit is None or limit < 0  # as XLNet says it
-        fits = [row for row, tokens in enumerate(ids) if limitless or len(tokens) <= limit]
+        if limit is not None and limit < 0:  # as XLNet says that there is none
+            limit = None
+        fits = [row for row, tokens in enumerate(ids) if limit is None or len(tokens) <= limit]
         rewards: list[float | Exception] = [
             ValueError(f"its {len(tokens)} tokens with the prompt exceed the reward model's context of {limit}")
             for tokens in ids

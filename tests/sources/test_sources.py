@@ -233,7 +233,7 @@ def test_a_file_of_other_prompts_is_refused_and_a_partial_one_is_warned_of(make_
         fit(module, rows=[*prompts, {"prompt": "99+9=", "answer": "108"}], max_steps=6)
 
 
-def test_recorded_completions_that_are_too_long_are_cut_and_count_as_truncated(make_module, fit, recorded, tokenizer):
+def test_recorded_completions_that_are_too_long_are_cut_and_count_as_truncated(make_module, fit, recorded):
     rollout = RolloutSettings(prompts_per_rollout=8, prompts_per_update=8, max_completion_tokens=2, truncated="drop")
     module = make_module(sources=SourceSettings(policy=0, file=FileSettings(recorded())), rollout=rollout)
     rollouts = rollouts_of(module)
@@ -242,7 +242,7 @@ def test_recorded_completions_that_are_too_long_are_cut_and_count_as_truncated(m
     cut = batch.truncated.tolist()
     (reward,) = module.rewards.functions.values()
     texts = [text for text, is_cut in zip(rollouts[0].completions, cut, strict=True) if is_cut]
-    assert all(len(tokenizer(text)["input_ids"]) <= 2 for text in texts)  # what is left of them is what is rewarded
+    assert all(len(text) <= 2 for text in texts)  # what is left of them is what is rewarded
     assert batch.rewards[batch.truncated].tolist() == pytest.approx(reward(None, texts))
     assert int(batch.completion_ids.shape[1]) == 2
     assert batch.truncated.any()
