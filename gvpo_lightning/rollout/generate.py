@@ -34,9 +34,6 @@ def generate_completions(
     Returns:
         a batch of as many rows in all on the model's device; group ids count the prompts.
         The same seed, weights and settings give the same completions; the caller's random state is kept.
-
-    Raises:
-        ValueError: the model's `generate` has ended a completion that neither a stop nor the settings have ended.
     """
     device = model.device
     stops = stop_token_ids(model, tokenizer)
@@ -141,17 +138,16 @@ class StopStrings(StoppingCriteria):
 def check_end(
     model: PreTrainedModel, sampled: Sequence[int], length: int, truncated: bool, max_new_tokens: int, pad_token_id: int
 ) -> None:
-    """Raise ValueError where a completion, the first `length` of the tokens, has an end that nothing explains.
+    """Assert that something explains where a completion ends, which is the first `length` of the tokens.
 
-    Padding would be trained as if it had been drawn.
+    Else padding would be trained as if it had been drawn.
     """
-    if length < max_new_tokens if truncated else any(token != pad_token_id for token in sampled[length:]):
-        raise ValueError(
-            f"{type(model).__name__}.generate must go on to a stop token, a stop string or "
-            f"generation.max_new_tokens={max_new_tokens}, and then pad, but a completion has ended otherwise, with the "
-            f"tokens {list(sampled)[max(length - 4, 0) : length + 4]} around its end: take a model with transformers' "
-            "own generate."
-        )
+    is_explained = length == max_new_tokens if truncated else all(token == pad_token_id for token in sampled[length:])
+    assert is_explained, (
+        f"{type(model).__name__}.generate must go on to a stop token, a stop string or generation.max_new_tokens="
+        f"{max_new_tokens}, and then pad, but a completion has ended otherwise, with "
+        f"{list(sampled)[max(length - 4, 0) : length + 4]} around its end: take one with transformers' own generate."
+    )
 
 
 def padding_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> int:

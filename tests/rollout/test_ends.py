@@ -104,7 +104,7 @@ class EndsEarly(Qwen2ForCausalLM):
     """As a model that brings its own `generate` along may do."""
 
     def generate(self, **options):
-        return super().generate(**(options | {"max_new_tokens": 3}))
+        return super().generate(**(options | {"max_new_tokens": min(options["max_new_tokens"], 3)}))
 
 
 class PadsWithText(Qwen2ForCausalLM):
@@ -115,11 +115,11 @@ class PadsWithText(Qwen2ForCausalLM):
 
 
 @pytest.mark.parametrize("kind", [EndsEarly, PadsWithText])
-def test_an_end_that_nothing_explains_is_refused(tiny_policy, tokenizer, kind):
+def test_an_end_that_nothing_explains_is_noticed(tiny_policy, tokenizer, kind):
     model = policy_for(tiny_policy, tokenizer)
     own = kind(model.config)
     prepare_policy(own)
-    with pytest.raises(ValueError, match=rf"{kind.__name__}\.generate must go on to a stop token.*with the tokens \["):
+    with pytest.raises(AssertionError, match=rf"{kind.__name__}\.generate must go on to a stop token.*with \["):
         sampled(own, tokenizer, "3+4=", max_new_tokens=6)
     assert sampled(own, tokenizer, "3+4=", count=1, max_new_tokens=1)
 
