@@ -178,7 +178,7 @@ LIBRARIES_OWN = {
     *("scheduler._last_lr", "part.base_lrs", "setattr(part, key, new[key])", "setattr(holder, name, 0.0)"),
     *("generation_config.do_sample", "config.dtype", "config.architectures", "config.revision"),
     *("config.base_model_name_or_path", "model.peft_config['default'].revision", "head.head_request"),
-    *("model.config.pad_token_id", "self._tokenizer.pad_token", "policy.frozen_fingerprint", "head.logit_map"),
+    *("model.config.pad_token_id", "policy.frozen_fingerprint", "head.logit_map"),
     *("adapter.inference_mode", "config.inference_mode", "reward.advance"),
 }
 

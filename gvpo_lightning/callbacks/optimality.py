@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_lightning.data.batch import collate_completions
-from gvpo_lightning.data.rows import Row, encode_prompt, rows_of
+from gvpo_lightning.data.rows import Row, encode_behind, encode_prompt, rows_of
 from gvpo_lightning.datamodule import PromptDataModule
 from gvpo_lightning.distributed.placement import Placement
 from gvpo_lightning.module import GVPOModule
@@ -121,7 +121,7 @@ def answer_probabilities(
     """(num_prompts,) exact probabilities, float64, of completing each prompt with its answer and an end token."""
     stops = stop_token_ids(model, tokenizer)
     prompt_ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
-    answer_ids = [tokenizer(answer, add_special_tokens=False)["input_ids"] for answer in answers]
+    answer_ids = [encode_behind(prompt, answer, tokenizer) for prompt, answer in zip(prompts, answers, strict=True)]
     total = torch.zeros(len(prompts), dtype=torch.float64)
     for stop in stops:
         completions = [[*ids, stop] for ids in answer_ids]

@@ -13,7 +13,8 @@ class Completion:
 
     Attributes:
         token_ids: (T,) int64 on the CPU, the end token included where there is one.
-        text: what people and rewards read, without special tokens.
+        text: what people and rewards read, as it stands behind the prompt: with its special tokens, but for those
+            that end completions, the padding token and the one for what is unknown.
         source: where it comes from, such as "policy" or "replay".
         truncated: it has no end token.
         reward: None = still to be asked for; NaN = asked for, and there is none.

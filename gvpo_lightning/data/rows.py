@@ -1,6 +1,10 @@
-"""Datasets and their splits; prompts as rows, dicts with a `prompt`, whose other columns reach the reward."""
+"""Datasets and their splits; prompts as rows, dicts with a `prompt`, whose other columns reach the reward.
 
-from collections.abc import Mapping
+Prompts and completions become tokens here, and tokens the text that rewards read.
+"""
+
+import itertools
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -44,34 +48,94 @@ def rows_of(batch: Any) -> list[Row]:
     return rows
 
 
-def encode_prompt(prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Token ids of a plain prompt, or of a conversation through the tokenizer's chat template.
+def prompt_text(prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> str:
+    """A plain prompt as it is, or a conversation through the tokenizer's chat template.
 
     Raises:
-        ValueError: neither a string nor a list of messages; no tokens; no chat template to use, or one that
-            refuses the messages.
+        ValueError: neither a string nor a list of messages; no chat template to use, or one that refuses the messages.
     """
     if isinstance(prompt, str):
-        ids = tokenizer(prompt)["input_ids"]
-    elif isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt):
-        if tokenizer.chat_template is None:
-            raise ValueError(
-                "The prompts are conversations, but the tokenizer has no chat template: "
-                "set tokenizer.chat_template, or give the prompts as text."
-            )
-        try:
-            text = tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        except TemplateError as error:
-            raise ValueError(f"The tokenizer's chat template refuses {str(prompt)[:80]!r}: {error}") from error
-        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    else:
+        return prompt
+    if not (isinstance(prompt, list) and prompt and all(isinstance(m, dict) and "role" in m for m in prompt)):
         raise ValueError(
             f"A prompt must be a string or a list of {{'role', 'content'}} messages, got {type(prompt).__name__}: "
             f"{str(prompt)[:80]!r}."
         )
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            "The prompts are conversations, but the tokenizer has no chat template: "
+            "set tokenizer.chat_template, or give the prompts as text."
+        )
+    try:
+        return str(tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True))
+    except TemplateError as error:
+        raise ValueError(f"The tokenizer's chat template refuses {str(prompt)[:80]!r}: {error}") from error
+
+
+def encode_prompt(prompt: str | list[dict[str, Any]], tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a plain prompt, or of a conversation through the tokenizer's chat template.
+
+    A plain prompt gets the special tokens that the tokenizer puts in front, unless it begins with them itself, and
+    no end token, which the model would have to go on after.
+
+    Raises:
+        ValueError: no tokens; and as in `prompt_text`.
+    """
+    text, is_plain = prompt_text(prompt, tokenizer), isinstance(prompt, str)
+    encoded = tokenizer(text, add_special_tokens=is_plain, return_special_tokens_mask=True)
+    ids: list[int] = encoded["input_ids"]
+    if is_plain:
+        added: list[int] = encoded["special_tokens_mask"]  # 1 = by the tokenizer, not in the text
+        while ids and added[len(ids) - 1] and ids[-1] == tokenizer.eos_token_id:
+            ids = ids[:-1]
+        head = [token for token, _ in itertools.takewhile(lambda pair: pair[1], zip(ids, added, strict=False))]
+        if head and ids[len(head) : 2 * len(head)] == head:
+            ids = ids[len(head) :]
     if not ids:
         raise ValueError(f"A prompt must have at least one token, got none from {prompt!r}.")
     return ids
+
+
+def encode_behind(prompt: str | list[dict[str, Any]], text: str, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Token ids of a text as it stands behind its prompt; without special tokens other than its own.
+
+    Tokenizers of the Llama 2 kind take a text of its own for the beginning of a sentence, and put a space there. Where
+    the text's first token and the prompt's last would be one, the prompt keeps its tokens, since completions are
+    sampled from those, and the text is tokenized behind something else.
+
+    Raises:
+        ValueError: as in `prompt_text`.
+    """
+
+    def plain(part: str) -> list[int]:
+        return tokenizer(part, add_special_tokens=False)["input_ids"]
+
+    for before in (prompt_text(prompt, tokenizer), "\n", "=", "a"):
+        head, both = plain(before), plain(before + text)
+        if head and both[: len(head)] == head:
+            return both[len(head) :]
+    return plain(text)
+
+
+def decode_behind(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> str:
+    """The text of a completion's ids, special tokens and all, as it stands behind its prompt.
+
+    On its own it would lose its first space with tokenizers of the Llama 2 kind. So it is decoded behind one of the
+    `ends`, the tokens that end a completion.
+    """
+    front = str(tokenizer.decode(list(ends[:1]), clean_up_tokenization_spaces=False))
+    text = str(tokenizer.decode([*ends[:1], *ids], clean_up_tokenization_spaces=False))
+    return text.removeprefix(front)
+
+
+def completion_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, ends: Sequence[int]) -> str:
+    """What people and rewards read of a completion: its text, as it stands behind its prompt.
+
+    Special tokens are text like any other, but for the `ends`, which end completions, the padding token and the one
+    for what is unknown, which stand for no text.
+    """
+    silent = {*ends, tokenizer.pad_token_id, tokenizer.unk_token_id}
+    return decode_behind([token for token in ids if token not in silent], tokenizer, ends)
 
 
 def load_splits(path: str, name: str | None = None, key: str = "data.path", revision: str | None = None) -> DatasetDict:

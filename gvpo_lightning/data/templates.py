@@ -16,7 +16,10 @@ def qwen_math(problem: str) -> str:
 
 
 def r1(problem: str) -> str:
-    """DeepSeek-R1-Zero's conversation; completions end at </answer>, so set generation.stop_strings to that."""
+    """DeepSeek-R1-Zero's conversation; completions begin within <think>, which the prompt has opened already.
+
+    They end at </answer>, so set generation.stop_strings to that.
+    """
     return (
         "A conversation between User and Assistant. The User asks a question, and the Assistant solves it. The "
         "Assistant first thinks about the reasoning process in the mind and then provides the User with the answer. "

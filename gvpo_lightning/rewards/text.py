@@ -60,7 +60,8 @@ class Format:
 
     Args:
         pattern: as in Python's `re`; begin it with `(?s)` for a dot that matches line ends too, as in
-            `(?s)<think>.*</think>.*\\boxed\{.*\}.*`.
+            `(?s).*</think>.*\\boxed\{.*\}.*`. A completion does not repeat what its prompt ends with, such as the
+            `<think>` of the prompt template `r1`.
         full_match: it must match the whole completion; otherwise somewhere in it.
         name: in metrics.
 

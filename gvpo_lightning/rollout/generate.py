@@ -1,14 +1,20 @@
 """Prompts in, sampled completions out, with transformers' own `generate`."""
 
-import bisect
 import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
 
 from gvpo_lightning.data.batch import CompletionBatch, collate_completions
+from gvpo_lightning.data.rows import decode_behind
 from gvpo_lightning.policy.head import evaluating
 from gvpo_lightning.policy.prepare import stop_token_ids
 from gvpo_lightning.rollout.settings import GenerationSettings
@@ -31,7 +37,7 @@ def generate_completions(
     """
     device = model.device
     stops = stop_token_ids(model, tokenizer)
-    pad_token_id = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else stops[0]
+    pad_token_id = padding_id(model, tokenizer, stops)
     counts = [num_completions] * len(prompts) if isinstance(num_completions, int) else num_completions
     group_ids = [group for group, count in enumerate(counts) for _ in range(count)]
     repeated = [list(prompts[group]) for group in group_ids]
@@ -44,22 +50,23 @@ def generate_completions(
         for start in range(0, len(repeated), settings.batch_size):
             part = repeated[start : start + settings.batch_size]
             padded = collate_completions(part, part, [False] * len(part), [0] * len(part), pad_token_id).to(device)
+            stop_strings = StopStrings(settings.stop_strings, tokenizer, stops, len(part))
             sequences = model.generate(  # type: ignore[operator]
                 input_ids=padded.prompt_ids,
                 attention_mask=padded.prompt_mask.to(torch.int64),
                 max_new_tokens=settings.max_new_tokens,
                 **sampling_arguments(settings),
-                **stop_arguments(settings, tokenizer),
+                stopping_criteria=StoppingCriteriaList([stop_strings] if settings.stop_strings else []),
                 eos_token_id=list(stops),
                 pad_token_id=pad_token_id,
                 synced_gpus=False,  # a sharded model has been gathered, and other ranks may have other numbers
             )
             new_tokens = sequences[:, padded.prompt_ids.shape[1] :].tolist()
-            for sampled in new_tokens:
-                ids = cut_after_stop(sampled, stops)
-                end = end_of_stop_string(ids, settings.stop_strings, tokenizer)
-                completions.append(ids[:end])
+            for sampled, end in zip(new_tokens, stop_strings.ends, strict=True):
+                ids = cut_after_stop(sampled, stops) if end is None else sampled[:end]
+                completions.append(ids)
                 truncated.append(end is None and (not ids or ids[-1] not in stops))
+                check_end(model, sampled, len(ids), truncated[-1], settings.max_new_tokens, pad_token_id)
     return collate_completions(repeated, completions, truncated, group_ids, pad_token_id).to(device)
 
 
@@ -82,23 +89,71 @@ def cut_after_stop(ids: list[int], stops: Sequence[int]) -> list[int]:
     return ids[: end + 1]
 
 
-def stop_arguments(settings: GenerationSettings, tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """What `generate` needs to end at a stop string."""
-    return {"stop_strings": list(settings.stop_strings), "tokenizer": tokenizer} if settings.stop_strings else {}
+class StopStrings(StoppingCriteria):
+    """Ends a row with the token that completes a stop string in the text of its own completion.
+
+    transformers' own criterion takes prompt and completion together, and so ends what the prompt alone has begun.
+
+    Attributes:
+        ends: for each row, after how many tokens a stop string has ended it; None where none has.
+    """
+
+    def __init__(
+        self, stop_strings: Sequence[str], tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], num_rows: int
+    ) -> None:
+        self.ends: list[int | None] = [None] * num_rows
+        self._stop_strings, self._tokenizer, self._stops = stop_strings, tokenizer, stops
+        self._longest = max(map(len, stop_strings), default=0)
+        self._num_tokens = 0
+        self._tails: dict[int, list[int]] = {row: [] for row in range(num_rows)}  # of the rows that go on
+
+    def __call__(self, input_ids: Any, scores: Any, **options: Any) -> Any:
+        """(num_rows,) bool: the rows that have ended; `input_ids` (num_rows, L) end with the newest tokens."""
+        self._num_tokens += 1
+        newest = input_ids[:, -1].tolist()
+        for row, tail in list(self._tails.items()):
+            tail.append(newest[row])
+            text = decode_behind(tail, self._tokenizer, self._stops)
+            if any(stop in text for stop in self._stop_strings):
+                self.ends[row] = self._num_tokens
+            elif newest[row] not in self._stops:
+                self._shorten(tail, text)
+                continue
+            del self._tails[row]  # what follows is padding
+        return torch.tensor([end is not None for end in self.ends], device=input_ids.device)
+
+    def _shorten(self, tail: list[int], text: str) -> None:
+        """Forget the tokens that are too far back for a stop string that is still to come.
+
+        What is kept must say by itself what it says with the others in front: so not from the middle of a character
+        on, whose bytes may be spread over several tokens.
+        """
+        if len(tail) < 2 * self._longest:
+            return
+        kept = decode_behind(tail[-self._longest :], self._tokenizer, self._stops)
+        if len(kept) >= self._longest and "\N{REPLACEMENT CHARACTER}" not in kept and text.endswith(kept):
+            del tail[: -self._longest]
 
 
-def end_of_stop_string(
-    ids: Sequence[int], stop_strings: Sequence[str], tokenizer: PreTrainedTokenizerBase
-) -> int | None:
-    """How many of the ids it takes until their text has a stop string in it; None where it has none."""
+def check_end(
+    model: PreTrainedModel, sampled: Sequence[int], length: int, truncated: bool, max_new_tokens: int, pad_token_id: int
+) -> None:
+    """Assert that something explains where a completion ends, which is the first `length` of the tokens.
 
-    def has_stopped(length: int) -> bool:
-        text = str(tokenizer.decode(list(ids[:length]), clean_up_tokenization_spaces=False))
-        return any(stop in text for stop in stop_strings)
+    Else padding would be trained as if it had been drawn.
+    """
+    is_explained = length == max_new_tokens if truncated else all(token == pad_token_id for token in sampled[length:])
+    assert is_explained, (
+        f"{type(model).__name__}.generate must go on to a stop token, a stop string or generation.max_new_tokens="
+        f"{max_new_tokens}, and then pad, but a completion has ended otherwise, with "
+        f"{list(sampled)[max(length - 4, 0) : length + 4]} around its end: take one with transformers' own generate."
+    )
 
-    if not stop_strings or not has_stopped(len(ids)):
-        return None
-    return bisect.bisect_left(range(len(ids) + 1), True, key=has_stopped)
+
+def padding_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int]) -> int:
+    """The tokenizer's padding, or where the model has no such token another one, since padding is masked."""
+    vocab_size = model.config.get_text_config().vocab_size
+    return next(i for i in (tokenizer.pad_token_id, *stops, 0) if i is not None and i < vocab_size)
 
 
 @contextlib.contextmanager

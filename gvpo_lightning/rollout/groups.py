@@ -10,9 +10,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_kernels import reward_statistics
 from gvpo_lightning.data.batch import Completion, collate_completions
-from gvpo_lightning.data.rows import Row, encode_prompt
+from gvpo_lightning.data.rows import Row, completion_text, encode_prompt
 from gvpo_lightning.distributed.placement import Placement
 from gvpo_lightning.guard import Guard
+from gvpo_lightning.policy.prepare import stop_token_ids
 from gvpo_lightning.policy.source import PolicySource
 from gvpo_lightning.rewards import reward_columns
 from gvpo_lightning.rewards.protocol import REASONS
@@ -62,9 +63,10 @@ def sample_groups(
     """Fresh completions for each prompt (token ids)."""
     batch = generate_completions(model, tokenizer, prompt_ids, num_completions, settings, seed).to("cpu")
     groups: list[list[Completion]] = [[] for _ in prompt_ids]
+    stops = stop_token_ids(model, tokenizer)
     for row, group in enumerate(batch.group_ids.tolist()):
         token_ids = batch.completion_ids[row][batch.completion_mask[row]]
-        text = str(tokenizer.decode(token_ids, skip_special_tokens=True))
+        text = completion_text(token_ids.tolist(), tokenizer, stops)
         groups[group].append(Completion(token_ids, text, "policy", bool(batch.truncated[row])))
     return groups
 

@@ -72,7 +72,8 @@ class GenerationSettings:
         top_k, top_p, min_p: 0, 1.0 and 0.0 sample from the whole distribution. Anything else takes support
             away, as temperature 0 does, and with it GVPO's unique optimum.
         batch_size: completions generated at once; bounds the key-value cache's memory.
-        stop_strings: texts that end a completion as an EOS does, such as "</answer>"; they stay in it.
+        stop_strings: texts that end a completion as an EOS does, such as "</answer>"; they stay in it. What the prompt
+            has of them does not count.
     """
 
     max_new_tokens: int = 512

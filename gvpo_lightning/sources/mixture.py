@@ -10,7 +10,7 @@ from lightning.pytorch.utilities import rank_zero_info, rank_zero_warn
 from transformers import PreTrainedTokenizerBase
 
 from gvpo_lightning.data.batch import Completion
-from gvpo_lightning.data.rows import Row, encode_prompt
+from gvpo_lightning.data.rows import Row, completion_text, encode_prompt
 from gvpo_lightning.seeding import derive_seed, seeded_permutation
 from gvpo_lightning.sources.offline import OfflineFile, encode_completion, prompt_key
 from gvpo_lightning.sources.replay import ReplayBuffer
@@ -124,8 +124,7 @@ class SourceMixture:
         recorded = [] if self.file is None else self.file.completions(row["prompt"], stops)
         lengths = [len(completion.token_ids) for completion in recorded]
         if self.settings.demonstrations is not None:
-            texts = [text for text, _ in self._demonstration_texts(row)]
-            lengths += [len(encode_completion(text, self.tokenizer, stops)) for text in texts]
+            lengths += [len(shown.token_ids) for shown in self._demonstrations(row, stops)]
         longest = min(max(lengths, default=0), self.max_tokens or math.inf)
         prompt = len(encode_prompt(row["prompt"], self.tokenizer))
         if context is not None and prompt + longest > context:
@@ -175,10 +174,7 @@ class SourceMixture:
                 logprobs = stored.reference_logprobs if is_current else None
                 group.append(_copy(stored, "replay", logprobs))
         if self.settings.demonstrations is not None:
-            shown = [
-                Completion(encode_completion(text, self.tokenizer, self.stops), text, "demonstrations", False, reward)
-                for text, reward in self._demonstration_texts(row)
-            ]
+            shown = self._demonstrations(row, self.stops)
             group += [self._cut(c) for c in self._some(shown, self.counts["demonstrations"], seed, "demonstrations")]
         if self.file is not None:
             recorded = self.file.completions(row["prompt"], self.stops)
@@ -201,12 +197,25 @@ class SourceMixture:
         ids, logprobs = completion.token_ids[:limit], completion.reference_logprobs
         return Completion(
             token_ids=ids,
-            text=str(self.tokenizer.decode(ids, skip_special_tokens=True)),
+            text=completion_text(ids.tolist(), self.tokenizer, self.stops),
             source=completion.source,
             truncated=True,
             reward=None if self.has_reward else completion.reward,
             reference_logprobs=None if logprobs is None else logprobs[:limit],
         )
+
+    def _demonstrations(self, row: Row, stops: Sequence[int]) -> list[Completion]:
+        """The row's demonstrations, tokenized behind its prompt."""
+        return [
+            Completion(
+                token_ids=encode_completion(text, self.tokenizer, stops, prompt=row["prompt"]),
+                text=text,
+                source="demonstrations",
+                truncated=False,
+                reward=reward,
+            )
+            for text, reward in self._demonstration_texts(row)
+        ]
 
     def _demonstration_texts(self, row: Row) -> list[tuple[str, float | None]]:
         """The row's demonstrations and their rewards; none where the column is empty."""

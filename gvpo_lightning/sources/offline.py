@@ -5,7 +5,7 @@ One row a prompt, as JSON lines or parquet; lists have one entry a completion, a
 | column               | what                                                             | without it              |
 |----------------------|------------------------------------------------------------------|-------------------------|
 | `prompt`             | text, or a list of {"role", "content"} messages                  | an error                |
-| `completions`        | texts                                                            | an error                |
+| `completions`        | texts, as they stand behind the prompt                           | an error                |
 | `rewards`            | numbers; null: this one has none and leaves its group            | the reward is asked     |
 | `token_ids`          | lists of token ids, with the end token unless truncated          | the texts are tokenized |
 | `truncated`          | true: without an end token                                       | what the token ids say  |
@@ -25,6 +25,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from gvpo_lightning.data.batch import Completion
+from gvpo_lightning.data.rows import cut_split, encode_behind, load_splits
 
 
 def prompt_key(prompt: Any) -> str:
@@ -36,10 +37,10 @@ def prompt_key(prompt: Any) -> str:
 
 
 def encode_completion(
-    text: str, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], *, truncated: bool = False
+    text: str, tokenizer: PreTrainedTokenizerBase, stops: Sequence[int], *, prompt: Any = "", truncated: bool = False
 ) -> torch.Tensor:
-    """(T,) token ids of a completion's text and, unless it is truncated, of the end."""
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    """(T,) token ids of a completion's text behind its prompt and, unless it is truncated, of the end."""
+    ids = encode_behind(prompt, text, tokenizer)
     end = next((position for position, token in enumerate(ids) if token in stops), None)
     if end is not None:
         ids = ids[: end + 1]
@@ -62,8 +63,6 @@ class OfflineFile:
         tokenizer: PreTrainedTokenizerBase,
         vocab_size: int,
     ) -> None:
-        from gvpo_lightning.data.rows import cut_split, load_splits
-
         self.path, self.tokenizer = path, tokenizer
         self.rows = cut_split(load_splits(path, key="sources.file.path"), split)
         if not len(self.rows):
@@ -93,8 +92,13 @@ class OfflineFile:
             )
 
     def _decodes_otherwise(self, row: Mapping[str, Any]) -> bool:
+        """Compared without special tokens, as the texts of files of earlier versions have none."""
+
+        def read(ids: list[int]) -> str:
+            return str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip()
+
         return any(
-            str(self.tokenizer.decode(ids, skip_special_tokens=True)).strip() != text.strip()
+            read(ids) not in (text.strip(), read(self.tokenizer(text, add_special_tokens=False)["input_ids"]))
             for ids, text in zip(row["token_ids"], row["completions"], strict=True)
         )
 
@@ -107,7 +111,7 @@ class OfflineFile:
 
     def completions(self, prompt: Any, stops: Sequence[int]) -> list[Completion]:
         """All that are recorded for a prompt, from all of its rows; `stops` end what must be tokenized."""
-        rows = (self.rows[number] for number in self._numbers.get(prompt_key(prompt), ()))
+        rows = ({**self.rows[number], "prompt": prompt} for number in self._numbers.get(prompt_key(prompt), ()))
         return [completion for row in rows for completion in row_completions(row, self.tokenizer, stops)]
 
 
@@ -124,7 +128,7 @@ def row_completions(
         yield Completion(
             token_ids=torch.tensor(ids, dtype=torch.int64)
             if ids is not None
-            else encode_completion(text, tokenizer, stops, truncated=truncated),
+            else encode_completion(text, tokenizer, stops, prompt=row["prompt"], truncated=truncated),
             text=text,
             source=source_name(columns["sources"][i]),
             truncated=truncated or bool(ids and ids[-1] not in stops),

@@ -1,11 +1,23 @@
 """Format, LengthPenalty and RewardModel, and rewards together."""
 
+import copy
 import math
+import re
 
 import pytest
 import torch
-from transformers import AutoTokenizer, Qwen2Config, Qwen2ForSequenceClassification
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    GPT2Config,
+    LlamaConfig,
+    Qwen2Config,
+    Qwen2ForSequenceClassification,
+    XLNetConfig,
+)
 
+from gvpo_lightning.data.templates import r1
 from gvpo_lightning.rewards import ExactAnswer, Format, LengthPenalty, RewardModel, Rewards, RewardSettings
 from tests.error_budget import assert_within, logprob_budget
 
@@ -26,6 +38,18 @@ CHAT = "{% for m in messages %}{{ '+' if m.role == 'user' else '=' }}{{ m.conten
 )
 def test_format(pattern, full_match, completion, expected):
     assert Format(pattern, full_match)(["p"], [completion], other=[1]) == [expected]
+
+
+def test_the_documented_pattern_fits_what_follows_the_r1_template(root):
+    """Whose prompts have opened <think> already; and completions that open it themselves."""
+    (documented,) = re.findall(r"as in\s+`(.*)`\.", Format.__doc__)
+    assert documented in (root / "docs" / "rewards.md").read_text()
+    reward, prompt = Format(documented), r1("3+4=?")
+    completion = prompt.rpartition("Assistant: ")[2] + "7 it is,\nsurely.</think> <answer>\\boxed{7}</answer>"
+    assert completion.startswith("<think>")
+    right = [completion.removeprefix("<think>"), completion]
+    wrong = ["7", right[0].replace("</think>", ""), right[0].replace("boxed", ""), "\\boxed{7}</think>"]
+    assert reward([prompt] * 6, right + wrong) == [1, 1, 0, 0, 0, 0]
 
 
 def test_a_pattern_that_is_none_is_refused():
@@ -157,6 +181,75 @@ def test_a_reward_model_gives_its_own_output_alone(reward_model, chat):
             alone = model(ids).logits[0, 0]  # no padding, no batch
         assert_within(rewarded.total, alone, logprob_budget(alone))
     assert len({rewarded.total for rewarded in found}) == 3
+
+
+def classifier(kind, vocab_size):
+    """A random one with one output: causal or not, pooled at the last token, at the first one or over all."""
+    layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64, "pad_token_id": None}
+    sizes = {"vocab_size": vocab_size, "hidden_size": 32, "intermediate_size": 64, "num_labels": 1}
+    short = {"vocab_size": vocab_size, "n_layer": 2, "n_head": 4, "num_labels": 1}
+    config = {
+        "llama": lambda: LlamaConfig(**layers, **sizes),
+        "llama, its end as padding": lambda: LlamaConfig(**(layers | {"pad_token_id": 1}), **sizes),
+        "gpt2": lambda: GPT2Config(**short, n_embd=32, n_positions=64),
+        "bert": lambda: BertConfig(**(layers | {"pad_token_id": 0}), **sizes),
+        "xlnet": lambda: XLNetConfig(**short, d_model=32, d_inner=64),
+    }[kind]()
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(config)
+    for parameter in model.parameters():
+        if parameter.dim() == 2 and len(parameter) == 1:  # the head's
+            torch.nn.init.normal_(parameter, std=1.0)
+    return model
+
+
+@pytest.mark.parametrize("pad_token", ["<pad>", "<eos>", None])
+@pytest.mark.parametrize("kind", ["llama", "llama, its end as padding", "gpt2", "bert", "xlnet"])
+def test_no_padding_and_no_neighbour_changes_a_reward_models_output(tmp_path, tokenizer, kind, pad_token):
+    """Texts of all lengths, some with the end's or the padding's token last, and together with every token there is."""
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.pad_token = pad_token
+    if pad_token is None:
+        tokenizer.eos_token = None  # then there is nothing to pad with
+    tokenizer.save_pretrained(tmp_path)
+    classifier(kind, len(tokenizer)).save_pretrained(tmp_path)
+    completions = [
+        "7",
+        "1",
+        "12<eos>",
+        "12",
+        "3<eos><eos>",
+        "45+67",
+        "8<pad>",
+        "9<pad><eos>",
+        "<eos>",
+        "0123456789+=<unk>x",
+    ]
+    reward = RewardModel(str(tmp_path), batch_size=4)
+    found = reward(["3+4="] * len(completions), completions)
+    dtype = torch.float32 if kind == "xlnet" else torch.float64  # XLNet can't be told
+    alone = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=dtype).eval()
+    alone.config.pad_token_id = None  # the last token is the last
+    for completion, output in zip(completions, found, strict=True):
+        ids = tokenizer("3+4=" + completion, return_tensors="pt").input_ids
+        with torch.no_grad():
+            expected = alone(ids).logits[0, 0]
+        assert_within(output, expected, logprob_budget(expected))
+        (by_itself,) = reward(["3+4="], [completion])
+        assert_within(by_itself, expected, logprob_budget(expected))
+    assert len({round(output, 5) for output in found}) == len(found)
+
+
+def test_a_batch_of_a_reward_model_is_of_all_lengths_where_padding_changes_nothing(tmp_path, tokenizer):
+    done = {}
+    for kind in ("llama", "bert"):
+        tokenizer.save_pretrained(tmp_path / kind)
+        classifier(kind, len(tokenizer)).save_pretrained(tmp_path / kind)
+        reward = RewardModel(str(tmp_path / kind), batch_size=4)
+        done[kind] = []
+        reward.track(done[kind].append)
+        reward(["1+1="] * 6, ["2", "22", "3", "333", "44", "4"])
+    assert done == {"llama": [4, 2], "bert": [3, 2, 1]}
 
 
 def test_what_is_too_long_for_the_reward_model_is_a_failure(reward_model):

@@ -1,5 +1,6 @@
 """The offline format: what is written is what is read, and what is not in the format is named by its row."""
 
+import copy
 import json
 import math
 
@@ -7,7 +8,9 @@ import pytest
 import torch
 from datasets import Dataset
 
+from gvpo_lightning.data.rows import completion_text, encode_behind, encode_prompt
 from gvpo_lightning.sources.offline import OfflineFile, encode_completion, prompt_key
+from tests.small_tokenizers import KINDS
 
 TALK = [{"role": "user", "content": "3+4="}]
 ROWS = [
@@ -137,3 +140,38 @@ def test_token_ids_of_another_tokenizer_are_noticed(tmp_path, tokenizer):
     rows = [{"prompt": "3+4=", "completions": ["77"], "token_ids": [[4, 5, 6, 1]]}] * 3
     with pytest.raises(ValueError, match="made by another one"):
         opened(write(tmp_path / "rows.jsonl", rows), tokenizer)
+
+
+@pytest.mark.parametrize("texts", [["<think>5</think>9", "12"], ["59", "12"]])
+def test_texts_with_special_tokens_and_those_of_earlier_versions_without_are_accepted(tmp_path, tokenizer, texts):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_special_tokens({"extra_special_tokens": ["<think>", "</think>"]})
+    ids = [[*tokenizer(text)["input_ids"], 1] for text in ("<think>5</think>9", "12")]
+    file = opened(write(tmp_path / "rows.jsonl", [{"prompt": "1+", "completions": texts, "token_ids": ids}]), tokenizer)
+    assert [completion.text for completion in file.completions("1+", [1])] == texts
+    assert [completion.token_ids.tolist() for completion in file.completions("1+", [1])] == ids
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_written_without_token_ids_is_read_as_the_same_tokens(tmp_path, kind):
+    """Texts are tokenized in their place behind the prompt, whatever the tokenizer makes of a text's beginning."""
+    tokenizer = KINDS[kind]()
+    tokenizer.chat_template = (
+        "{% for m in messages %}a{{ m['content'] }}={% endfor %}{% if add_generation_prompt %}:{% endif %}"
+    )
+    talk = [{"role": "user", "content": "7"}]
+    rows, sampled = [], {}
+    for number, prompt in enumerate(("7=", "a:", talk)):
+        sampled[number] = [[*encode_behind(prompt, text, tokenizer), 2] for text in (" ab", "ab", "7 a", "\n=")]
+        texts = [completion_text(ids, tokenizer, [2]) for ids in sampled[number]]
+        assert texts == [" ab", "ab", "7 a", "\n="]
+        rows.append({"prompt": prompt, "completions": texts, "truncated": [False] * 4})
+    for number, row in enumerate(rows):
+        file = opened(write(tmp_path / f"{number}.parquet", [row]), tokenizer)
+        read = file.completions(row["prompt"], [2])
+        assert [completion.token_ids.tolist() for completion in read] == sampled[number]
+        assert [completion.text for completion in read] == row["completions"]
+        front = encode_prompt(row["prompt"], tokenizer)
+        for completion in read:
+            said = tokenizer.decode(front + completion.token_ids[:-1].tolist())
+            assert said == tokenizer.decode(front) + completion.text

@@ -16,6 +16,7 @@ from gvpo_lightning.sources.settings import (
     ReplaySettings,
     SourceSettings,
 )
+from tests.small_tokenizers import llama2
 from tests.watching import rollouts_of
 
 SHOWN = DemonstrationSettings("answer")
@@ -231,6 +232,32 @@ def test_a_file_of_other_prompts_is_refused_and_a_partial_one_is_warned_of(make_
         fit(module, rows=[{"prompt": "99+9=", "answer": "108"}])
     with pytest.warns(UserWarning, match="1 of the 25 prompts have no row"):
         fit(module, rows=[*prompts, {"prompt": "99+9=", "answer": "108"}], max_steps=6)
+
+
+def test_demonstrations_and_recorded_texts_stand_behind_their_prompts(make_module, tiny_policy, fit, tmp_path):
+    """With a tokenizer that would begin each of them with a space; what is cut is read in its place too."""
+    tokenizer = llama2(pad_token="<unk>")
+    rows = [{"prompt": prompt, "shown": "7 ab", "worth": 1.0} for prompt in ("7=", "ab:", "a =", "7:")]
+    lines = [{"prompt": row["prompt"], "completions": ["ab:", " ab7="]} for row in rows]
+    (tmp_path / "recorded.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    sources = SourceSettings(
+        demonstrations=DemonstrationSettings("shown"), file=FileSettings(str(tmp_path / "recorded.jsonl"), count=2)
+    )
+    rollout = RolloutSettings(group_size=4, prompts_per_rollout=4, prompts_per_update=4, max_completion_tokens=4)
+    policy = tiny_policy(vocab_size=len(tokenizer), eos_token_id=2)
+    module = make_module(policy=policy, tokenizer=tokenizer, sources=sources, rollout=rollout)
+    rollouts = rollouts_of(module)
+    fit(module, rows=rows, max_steps=1)
+    (found,) = rollouts
+    for row, (source, text) in enumerate(zip(found.sources, found.completions, strict=True)):
+        if source == "policy":
+            continue
+        ids = found.batch.completion_ids[row][found.batch.completion_mask[row]].tolist()
+        prompt = found.batch.prompt_ids[row][found.batch.prompt_mask[row]].tolist()
+        joint = tokenizer.decode([*prompt, *ids], skip_special_tokens=True)
+        assert joint == found.prompts[int(found.batch.group_ids[row])] + text
+        assert text in {"demonstrations": ("7 ab",), "file": ("ab:", " ab7=", " ab7")}[source]
+    assert set(found.sources) == {"policy", "demonstrations", "file"}
 
 
 def test_recorded_completions_that_are_too_long_are_cut_and_count_as_truncated(make_module, fit, recorded):
