@@ -4,12 +4,13 @@ import ast
 import contextlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
 from gvpo_lightning.rewards.answer_text import has_letters, is_misread, is_runaway, items, plain, split_unit, tidy
+from gvpo_lightning.rewards.values import is_missing
 
 MAX_ANSWER = 1000  # characters: nothing longer is an answer, and parsing it could take minutes
 TAIL = 1000  # characters at the end of a completion in which an answer without a box is looked for
@@ -44,11 +45,21 @@ class BoxedMath:
         ValueError: when called with a row that has no right answer.
     """
 
+    takes_text = True
+
     def __init__(self, answer_column: str = "answer", require_box: bool = True) -> None:
         self.answer_column = answer_column
         self.require_box = require_box
         self.extract_answer = extract_answer if require_box else None  # for maj@k; math-verify's search could hang
         self.required_columns = [answer_column]
+
+    def check_row(self, row: Mapping[str, Any]) -> None:
+        """Raise ValueError for a row that has no right answer."""
+        gold = row[self.answer_column]
+        try:
+            gold_answers(None if is_missing(gold) else gold)
+        except ValueError as error:
+            raise ValueError(f"BoxedMath, {self.answer_column!r}: {error} Leave the row out.") from error
 
     def warm_up(self) -> None:
         """Import what is needed: seconds that are no completion's."""

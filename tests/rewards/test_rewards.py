@@ -41,7 +41,7 @@ class ByAnswer:
         (lambda p, c, answer, level: [0, 1], [0, 1], "<lambda>"),
         (ByAnswer(0.5), [1.5, 3.5], "ByAnswer"),
         (ByAnswer(0.5).__call__, [1.5, 3.5], "__call__"),
-        (functools.partial(by_level, scale=3.0), [0, 3], "partial"),
+        (functools.partial(by_level, scale=3.0), [0, 3], "by_level"),
         (ExactAnswer(), [0, 0], "ExactAnswer"),
     ],
 )
@@ -96,8 +96,8 @@ def test_what_is_missing_or_not_finite_becomes_nan(value):
         (["good", 1.0], "must return numbers or None, got 'good' for the completion 'one'"),
         ([1.0, [1.0]], r"must return numbers or None, got \[1.0\] for the completion 'three'"),
         (np.array(["a", "b"]), "must return numbers or None"),
-        (torch.ones(2, 1), "must return numbers or None"),
-        ("ab", "must return numbers or None"),
+        (torch.ones(2, 1), r"got torch.Size\(\[2, 1\]\): a list of numbers"),
+        ("ab", "one entry a completion, 2, got str: a list of numbers"),
     ],
 )
 def test_answers_that_are_no_rewards(values, message):
