@@ -61,7 +61,7 @@ class PromptCheck:
         sources.check(rows, context)
 
     def _tell_of_other_answers(self, rows: Sequence[Row]) -> None:
-        columns = [] if self.rewards is None else self.rewards.needed_columns(rows[0])
+        columns = self.rewards.needed_columns(rows[0]) if self.rewards is not None and len(rows) else []
         answers: dict[str, list[str]] = {}
         for row in rows if columns else ():
             answers.setdefault(prompt_key(row["prompt"]), []).append(json.dumps([as_json(row[c]) for c in columns]))

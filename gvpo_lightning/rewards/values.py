@@ -18,8 +18,10 @@ def is_missing(value: Any) -> bool:
 def as_written(value: Any) -> Any:
     """A number as the dataset's author wrote it: 72.0 is 72, as a column with a 0.5 in it turns every 72 into 72.0.
 
-    All else comes back as it is, and so do numbers that Python would write with an exponent.
+    So are those in a list. All else comes back as it is, and so do numbers that Python would write with an exponent.
     """
+    if isinstance(value, list):
+        return [as_written(entry) for entry in value]
     is_float = isinstance(value, (Real, Decimal)) and not isinstance(value, (int, bool)) and math.isfinite(value)
     return int(value) if is_float and abs(value) < 1e16 and value == int(value) else value
 
