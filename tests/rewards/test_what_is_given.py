@@ -1,13 +1,16 @@
 """What rewards are given, wherever they run: copies, messages where that is asked for, and seeded random numbers."""
 
 import copy
+import json
 import random
+import shutil
 
 import lightning as L
 import numpy
 import pytest
 from datasets import Dataset
 
+from gvpo_lightning.cli import main
 from gvpo_lightning.rewards import BoxedMath, ExactAnswer, Format, LengthPenalty, Rewards, RewardSettings
 from gvpo_lightning.rollout.settings import RolloutSettings
 from tests.rewards.rewards_for_tests import (
@@ -102,6 +105,32 @@ def test_completions_are_messages_by_one_setting_where_prompts_are_and_shipped_r
     kind = make([is_text], num_workers, conversational=True)
     assert [r.total for r in kind([TALK, TEXT], ["7", "8"], {})[0]] == [0.0, 1.0]
     assert [r.total for r in make([is_text], num_workers)([TALK, TEXT], ["7", "8"], {})[0]] == [1.0, 1.0]
+
+
+def test_the_setting_works_from_a_file(arithmetic, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(arithmetic / "model", model)
+    (model / "chat_template.jinja").write_text("{% for m in messages %}{{ m['content'] }}{% endfor %}")
+    (tmp_path / "run.yaml").write_text(
+        f"""
+model:
+  policy: {model}
+  reward:
+    - tests.rewards.rewards_for_tests.sees_messages
+    - class_path: gvpo_lightning.rewards.ExactAnswer
+  reward_settings: {{conversational: true, max_failed_fraction: 0.0}}
+  generation: {{max_new_tokens: 4}}
+data: {{path: {arithmetic / "sums"}, test_split: "validation[:8]", conversational: true}}
+trainer: {{default_root_dir: {tmp_path}, accelerator: cpu, enable_progress_bar: false, logger: false}}
+"""
+    )
+    main(["predict", "--config", str(tmp_path / "run.yaml")])
+    rows = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    for row in rows:
+        assert row["prompt"][0]["role"] == "user"
+        assert row["reward/ExactAnswer"] == [float(text == row["answer"]) for text in row["completions"]]
+        assert row["reward/sees_messages"] == [float(text == "7") for text in row["completions"]]
+    assert 1.0 in [value for row in rows for value in row["reward/ExactAnswer"]]
 
 
 def test_a_failure_on_messages_shows_the_text(make):
