@@ -32,7 +32,15 @@ def load_with_text(*where: Any, **options: Any) -> Dataset | DatasetDict:
     has_dates = any(
         part.info.builder_name == "json" and _undated(s := part.features.arrow_schema) != s for part in parts
     )
-    return _load_as_text(*where, **options) if has_dates else loaded
+    if not has_dates:
+        return loaded
+    try:
+        return _load_as_text(*where, **options)
+    except Exception as error:  # as where the hub can't be reached, and the cache is of before
+        raise ValueError(
+            "it has text that looks like a date, and must be read once more, to keep it text, where its files can be "
+            "reached"
+        ) from error
 
 
 def _load_as_text(*where: Any, **options: Any) -> Any:
