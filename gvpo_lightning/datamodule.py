@@ -14,6 +14,7 @@ from gvpo_lightning.data.rows import Row, cut_split, encode_prompt, load_splits
 from gvpo_lightning.data.templates import TEMPLATES
 from gvpo_lightning.distributed.placement import data_ranks
 from gvpo_lightning.evaluation.benchmarks import Benchmark, ProblemLoader, ProblemSet, check_shares, load_problems
+from gvpo_lightning.rewards.values import as_written, is_missing
 from gvpo_lightning.rollout.loader import RolloutLoader
 
 
@@ -29,7 +30,8 @@ class PromptDataModule(L.LightningDataModule):
             text of the prompt column; literal braces are doubled. Or the name of a template around that text:
             "qwen_math" or "r1" (`gvpo_lightning.data.templates`), which no chat template goes around.
         conversational: turn text prompts into one user message, for the tokenizer's chat template.
-        system_prompt: a system message in front of it (implies `conversational`).
+        system_prompt: a system message in front of it (implies `conversational`), and of prompts that are messages
+            already; those that have a system message of their own are refused.
         train_split, validation_split, test_split: split expressions in the datasets library's notation, such
             as "train[:7473]"; None = no such split. `predict` runs on the test split, or else on validation's.
         batch_size: prompts in one batch of validation, test and predict.
@@ -43,7 +45,7 @@ class PromptDataModule(L.LightningDataModule):
     Raises:
         ValueError: a `prompt_template` without a column, or a named one within a conversation; at setup, before
             anything is trained: no such data, split or column, an empty split, a row whose prompt is missing or
-            unusable, or a prompt longer than the model's context allows.
+            unusable, or needs a value that is null, or a prompt longer than the model's context allows.
     """
 
     def __init__(
@@ -101,9 +103,9 @@ class PromptDataModule(L.LightningDataModule):
         for name, benchmark in self.benchmarks.items():
             problems = load_problems(name, benchmark)
             make = self._prompt_maker("problem")
-            for number, row in enumerate(problems):
-                row |= make(row, number)
             try:
+                for number, row in enumerate(problems):
+                    row |= make(row, number)
                 self._module.prompts.check(problems)
             except ValueError as error:
                 raise ValueError(f"data.benchmarks.{name}: {error}") from error
@@ -215,15 +217,22 @@ def with_prompt(
     """The row's `prompt`, made from its column or from the template.
 
     Raises:
-        ValueError: an empty prompt, or a template that names a column which the row lacks.
+        ValueError: an empty prompt, a template that names a column which the row lacks or has a null in, or a system
+            prompt beside messages that have one.
     """
     around = TEMPLATES.get(template or "")
+    is_format = template is not None and around is None
     try:
-        prompt: Any = row[column] if template is None or around is not None else template.format(**row)
+        prompt: Any = ColumnFormatter().format(template or "", **row) if is_format else row[column]
     except (KeyError, IndexError, AttributeError) as error:
         raise ValueError(
             f"prompt_template={template!r} asks for {error}, the rows have {sorted(row)}. Braces that are meant "
             r"literally are doubled: \boxed{{}}."
+        ) from error
+    except NullColumn as error:
+        raise ValueError(
+            f"row {number}: prompt_template={template!r} asks for {error}, which is null: leave the row out, or give "
+            "it a value."
         ) from error
     if not prompt:
         raise ValueError(f"row {number} has an empty prompt.")
@@ -232,6 +241,32 @@ def with_prompt(
             raise ValueError(f"row {number}: prompt_template={template!r} goes around text, got {str(prompt)[:80]!r}.")
         prompt = around(prompt)
     if conversational and isinstance(prompt, str):
-        system = [{"role": "system", "content": system_prompt}] if system_prompt else []
-        prompt = [*system, {"role": "user", "content": prompt}]
+        prompt = [{"role": "user", "content": prompt}]
+    # What is neither text nor messages is refused where prompts are checked.
+    if system_prompt and isinstance(prompt, list) and all(isinstance(message, dict) for message in prompt):
+        if any(message.get("role") == "system" for message in prompt):
+            raise ValueError(
+                f"row {number} has a system message already, beside which data.system_prompt={system_prompt[:80]!r} "
+                "would be a second one: set system_prompt: null, or take the message out of the data."
+            )
+        prompt = [{"role": "system", "content": system_prompt}, *prompt]
     return {"prompt": prompt}
+
+
+class NullColumn(Exception):
+    """A template asks for a value that is null; the message names the column."""
+
+
+class ColumnFormatter(Formatter):
+    """`str.format`, but a number stands in the text as in the data, and nothing reads None.
+
+    Raises:
+        NullColumn: a value is null.
+    """
+
+    def get_field(self, field_name: str, args: Any, kwargs: Any) -> Any:
+        """The value that a field names."""
+        value, key = super().get_field(field_name, args, kwargs)
+        if is_missing(value):
+            raise NullColumn(repr(field_name))
+        return as_written(value), key

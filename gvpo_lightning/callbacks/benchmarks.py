@@ -97,11 +97,11 @@ class BenchmarkReport(L.Callback):
             return
         assert isinstance(pl_module, GVPOModule)
         records = completion_records(batch, outputs["rollout"], self._extract)
+        if pl_module.placement.ranks.is_first_of_model:  # the others have the same
+            append_records(self._path(batch.name), records)  # first: whatever fails later, they are there
         self._records[batch.name] += records
         for samples in by_problem(records).values():
             self._scores[batch.name].update(samples)
-        if pl_module.placement.ranks.is_first_of_model:  # the others have the same
-            append_records(self._path(batch.name), records)
 
     def on_test_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Put the ranks' completions together and write the report."""

@@ -1,6 +1,5 @@
 """Completions for people to read, while training and from `predict`."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from gvpo_lightning.module import GVPOModule
+from gvpo_lightning.rewards.values import json_line
 from gvpo_lightning.rollout.rollout import Rollout
 
 COLUMNS = ("group", "prompt", "completion", "source", "reward")
@@ -56,7 +56,7 @@ class CompletionsTable(L.Callback):
         title = f"completions at step {step}"
         Console().print(render_table(rows, title))
         with self._file.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps({"step": step} | row, ensure_ascii=False) + "\n" for row in rows)
+            file.writelines(json_line({"step": step} | row) for row in rows)
         for logger in trainer.loggers:
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("completions", markdown_table(rows), step)
@@ -108,7 +108,8 @@ class PredictionWriter(BasePredictionWriter):
     """Writes what `predict` samples as JSON lines in the offline format (`gvpo_lightning.sources.offline`).
 
     The file is `predictions.jsonl` in the run's folder, one more per rank from the second rank on; it is
-    written batch by batch, so what was sampled before a failure is kept.
+    written batch by batch, so what was sampled before a failure is kept. What JSON does not have, such as dates, bytes
+    and decimals, is written as text.
     """
 
     def __init__(self) -> None:
@@ -129,7 +130,7 @@ class PredictionWriter(BasePredictionWriter):
         if not pl_module.placement.ranks.is_first_of_model:  # which has the same
             return
         with self._path.open("a", encoding="utf-8") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in prediction)
+            file.writelines(map(json_line, prediction))
 
     def on_predict_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Say where they are."""

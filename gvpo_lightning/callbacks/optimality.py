@@ -18,6 +18,7 @@ from gvpo_lightning.distributed.placement import Placement
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.policy.head import Scoring, score
 from gvpo_lightning.policy.prepare import stop_token_ids
+from gvpo_lightning.rewards.values import as_text
 
 
 class OptimalityMeter(L.Callback):
@@ -52,7 +53,7 @@ class OptimalityMeter(L.Callback):
             return
         self._answers = RightAnswers(
             [row["prompt"] for row in rows],
-            [str(row[self.answer_column]) for row in rows],
+            [as_text(row[self.answer_column]) for row in rows],
             pl_module.tokenizer,
             pl_module.temperature,
             pl_module.generation.batch_size,

@@ -1,17 +1,21 @@
 """What must hold of prompts before anything is trained."""
 
+import json
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from gvpo_lightning.data.rows import Row, encode_prompt
+from gvpo_lightning.guard import Guard
 from gvpo_lightning.policy.loading import load_config
 from gvpo_lightning.policy.source import PolicySource, context_length
 from gvpo_lightning.rewards import reward_columns
 from gvpo_lightning.rewards.run import Rewards
+from gvpo_lightning.rewards.values import as_json
 from gvpo_lightning.rollout.settings import GenerationSettings
 from gvpo_lightning.sources.mixture import SourceMixture
+from gvpo_lightning.sources.offline import prompt_key
 
 
 @dataclass
@@ -27,16 +31,22 @@ class PromptCheck:
     sources: SourceMixture
     reference_model: str | None
     longest: int = 0
+    guard: Guard = field(default_factory=Guard)
 
-    def check(self, rows: Iterable[Row]) -> None:
-        """Raise ValueError, naming the row, for prompts that completions can't be sampled for."""
+    def check(self, rows: Sequence[Row]) -> None:
+        """Raise ValueError, naming the row, for prompts that completions can't be sampled for.
+
+        Prompts that are there again with another answer are told of, once.
+        """
         self._check(rows, self.source.config(), self.generation.max_new_tokens)
+        self._tell_of_other_answers(rows)
 
     def check_training(self, rows: Sequence[Row]) -> None:
         """Raise ValueError for prompts that can't be trained on, or can't be given completions."""
         source, sources = self.source, self.sources
         least_room = self.generation.max_new_tokens if sources.settings.generates else 1
         self.longest = self._check(rows, source.config(), least_room)
+        self._tell_of_other_answers(rows)
         sources.open(source.tokenizer, source.vocab_size())
         context = context_length(source.config())
         if self.reference_model is not None:
@@ -49,6 +59,20 @@ class PromptCheck:
                 except ValueError as error:
                     raise ValueError(f"reference.model={self.reference_model!r}: {error}") from error
         sources.check(rows, context)
+
+    def _tell_of_other_answers(self, rows: Sequence[Row]) -> None:
+        columns = self.rewards.needed_columns(rows[0]) if self.rewards is not None and len(rows) else []
+        answers: dict[str, list[str]] = {}
+        for row in rows if columns else ():
+            answers.setdefault(prompt_key(row["prompt"]), []).append(json.dumps([as_json(row[c]) for c in columns]))
+        several = {key: different for key, different in answers.items() if len(set(different)) > 1}
+        if several:
+            message = (
+                f"{len(several)} prompts, on {sum(map(len, several.values()))} of the {len(rows)} rows, are there "
+                f"several times with different values in {columns}, such as {next(iter(several))[-200:]!r}: what one "
+                "row rewards another does not, and the policy can't tell them apart. Keep one row of each prompt."
+            )
+            self.guard.say(message, message)
 
     def _check(self, rows: Iterable[Row], config: PretrainedConfig, max_new_tokens: int) -> int:
         return check_prompts(rows, self.source.tokenizer, config, self.rewards, max_new_tokens)
@@ -64,7 +88,7 @@ def check_prompts(
     """Raise ValueError, naming the row, for prompts that a policy with this config can't be given.
 
     That is: no `prompt`, a prompt that is neither text nor messages, no room for max_new_tokens in the
-    model's context, or rows without the columns that the rewards need.
+    model's context, rows without the columns that the rewards need, or without a value that one can't do without.
 
     Returns:
         the longest prompt's tokens.
@@ -84,6 +108,8 @@ def check_prompts(
             raise ValueError(f"Row {number} has the columns {sorted(row)}, but row 0 has {sorted(columns)}.")
         try:
             length = len(encode_prompt(row["prompt"], tokenizer))
+            if rewards is not None:
+                rewards.check_row(row)
         except ValueError as error:
             raise ValueError(f"Row {number}: {error}") from error
         if context is not None and length + max_new_tokens > context:

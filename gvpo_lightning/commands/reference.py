@@ -20,6 +20,7 @@ from gvpo_lightning.policy.loading import check_attention
 from gvpo_lightning.policy.prepare import load_policy, prepare_policy, stop_token_ids
 from gvpo_lightning.policy.source import PolicySource
 from gvpo_lightning.reference.kinds import cache_identity
+from gvpo_lightning.rewards.values import as_text, json_line
 from gvpo_lightning.sources.offline import OfflineFile, row_completions
 from gvpo_lightning.sources.settings import FileSettings
 
@@ -109,7 +110,7 @@ def _scored(
 def row_hash(row: Mapping[str, Any]) -> str:
     """Changes with what a row's log-probs depend on."""
     parts = [row["prompt"], row["completions"], row.get("token_ids"), row.get("truncated")]
-    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(parts, default=as_text).encode()).hexdigest()[:16]
 
 
 def finished_rows(partial: Path, identity: Mapping[str, Any], rows: Iterable[Any]) -> int:
@@ -133,7 +134,7 @@ def _join(rows: Any, partial: Path, finished: Path, suffix: str) -> None:
         with partial.open(encoding="utf-8") as lines, finished.open("w", encoding="utf-8") as file:
             for row, line in zip(rows, lines, strict=True):
                 columns = {name: value for name, value in json.loads(line).items() if name != "of"}
-                file.write(json.dumps(dict(row) | columns, ensure_ascii=False, default=str) + "\n")
+                file.write(json_line(dict(row) | columns))
         return
     from datasets import Dataset, concatenate_datasets
 

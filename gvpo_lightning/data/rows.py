@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from datasets import Dataset, DatasetDict, ReadInstruction, load_dataset, load_from_disk
+from datasets import Dataset, DatasetDict, ReadInstruction, load_from_disk
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
+
+from gvpo_lightning.data.json_text import load_with_text
 
 Row = dict[str, Any]
 
@@ -139,7 +141,7 @@ def completion_text(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, ends
 
 
 def load_splits(path: str, name: str | None = None, key: str = "data.path", revision: str | None = None) -> DatasetDict:
-    """Every split of a dataset: hub name, `save_to_disk` folder, JSON lines or parquet file.
+    """Every split of a dataset: hub name, `save_to_disk` folder, JSON lines or parquet file; text in JSON stays text.
 
     Raises:
         ValueError: nothing readable is there.
@@ -149,9 +151,9 @@ def load_splits(path: str, name: str | None = None, key: str = "data.path", revi
         if (location / "dataset_dict.json").exists() or (location / "state.json").exists():
             loaded = load_from_disk(path)
         elif location.suffix in builders:
-            loaded = load_dataset(builders[location.suffix], data_files=path)
+            loaded = load_with_text(builders[location.suffix], data_files=path)
         else:
-            loaded = load_dataset(path, name, revision=revision)
+            loaded = load_with_text(path, name, revision=revision)
     except Exception as error:  # the libraries beneath raise dozens of types; the user needs one line
         if location.is_file() and not location.stat().st_size:
             raise ValueError(f"{key}={path!r} is an empty file.") from error

@@ -8,6 +8,7 @@ from typing import Any
 
 from gvpo_lightning.data.rows import Row, cut_split, load_splits
 from gvpo_lightning.distributed.ranks import DataRanks, rank_share
+from gvpo_lightning.rewards.values import is_missing
 
 
 @dataclass(frozen=True)
@@ -86,7 +87,7 @@ def load_problems(name: str, benchmark: Benchmark) -> list[Row]:
 
 
 def _answer(answer: Any, mark: str | None, where: str) -> Any:
-    if answer is None or answer == "" or answer == []:
+    if is_missing(answer) or answer == "" or answer == []:
         raise ValueError(f"{where} has no answer.")
     if mark is None:
         return answer

@@ -18,6 +18,7 @@ from gvpo_lightning.evaluation.benchmarks import ProblemBatch
 from gvpo_lightning.evaluation.metrics import AverageAtK, MajorityAtK, MeanOverProblems, PassAtK
 from gvpo_lightning.rewards import Reward, Rewards
 from gvpo_lightning.rewards.maths import plain
+from gvpo_lightning.rewards.values import json_line
 from gvpo_lightning.rollout.rollout import Rollout
 
 Extractor = Callable[[str], str | None]  # the answer that a completion gives, None where it gives none
@@ -90,18 +91,14 @@ def completion_records(batch: ProblemBatch, rollout: Rollout, extract: Extractor
 def append_records(path: Path, records: Iterable[Record]) -> None:
     """Add lines to a file, and see that they reach the disk."""
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(_line(record) for record in records)
+        file.writelines(map(json_line, records))
         file.flush()
         os.fsync(file.fileno())
 
 
-def _line(record: Record) -> str:
-    return json.dumps(record, ensure_ascii=False) + "\n"
-
-
 def write_records(path: Path, records: Iterable[Record]) -> None:
     """A whole file, in the order of the problems."""
-    write_whole(path, "".join(map(_line, sorted(records, key=lambda record: (record["number"], record["sample"])))))
+    write_whole(path, "".join(map(json_line, sorted(records, key=lambda record: (record["number"], record["sample"])))))
 
 
 def read_records(folder: Path) -> dict[str, list[Record]]:

@@ -4,7 +4,7 @@ import ast
 import contextlib
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -20,6 +20,7 @@ from gvpo_lightning.rewards.answer_text import (
     tidy,
 )
 from gvpo_lightning.rewards.side_by_side import Unclear, spell_out
+from gvpo_lightning.rewards.values import as_text, is_missing
 
 MAX_ANSWER = 1000  # characters: nothing longer is an answer, and parsing it could take minutes
 TAIL = 1000  # characters at the end of a completion in which an answer without a box is looked for
@@ -61,11 +62,20 @@ class BoxedMath:
         ValueError: when called with a row that has no right answer.
     """
 
+    takes_text = True
+
     def __init__(self, answer_column: str = "answer", require_box: bool = True) -> None:
         self.answer_column = answer_column
         self.require_box = require_box
         self.extract_answer = extract_answer if require_box else None  # for maj@k; math-verify's search could hang
         self.required_columns = [answer_column]
+
+    def check_row(self, row: Mapping[str, Any]) -> None:
+        """Raise ValueError for a row that has no right answer."""
+        try:
+            gold_answers(row[self.answer_column])
+        except ValueError as error:
+            raise ValueError(f"BoxedMath, {self.answer_column!r}: {error} Leave the row out.") from error
 
     def warm_up(self) -> None:
         """Import what is needed: seconds that are no completion's."""
@@ -94,9 +104,7 @@ def gold_answers(gold: Any) -> list[str]:
         with contextlib.suppress(SyntaxError, ValueError):  # mathematics that begins like a Python list
             gold = ast.literal_eval(gold.strip())
     values = list(gold) if isinstance(gold, (list, tuple)) else [gold]
-    if isinstance(gold, float) and gold.is_integer():
-        values = [int(gold)]
-    texts = [str(value).strip() for value in values if value is not None]
+    texts = [as_text(value).strip() for value in values if not is_missing(value)]
     if not any(texts):
         raise ValueError(f"a right answer is needed, got {gold!r}.")
     return [text for text in texts if text]

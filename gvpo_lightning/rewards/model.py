@@ -26,6 +26,7 @@ class RewardModel:
     """
 
     in_process = True  # batches, on the policy's device
+    takes_text = True
 
     def __init__(self, path: str, batch_size: int = 16, dtype: str = "auto", name: str = "RewardModel") -> None:
         from transformers import AutoConfig

@@ -3,13 +3,18 @@
 Reward workers import this: it must not import torch.
 """
 
+import copy
+import functools
 import inspect
 import math
 import numbers
+import random
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+
+import numpy
 
 Reward = Callable[..., Any]  # (prompts, completions, **columns) -> list of float or None, or a coroutine of one
 
@@ -18,6 +23,7 @@ REASONS = (RAISED, TIMEOUT, DIED, NOT_FINITE)
 COMPONENT = "reward/"  # begins the columns that `predict` writes of each reward
 # of the offline format, what a row says of its completions; the other columns are the prompt's
 COMPLETION_COLUMNS = ("completions", "rewards", "token_ids", "truncated", "sources", "reference_logprobs", "reference")
+NAMED = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
 TOKEN_IDS = "completion_ids"  # the column that only rewards that name it are given
 
 
@@ -45,7 +51,12 @@ Value = float | None | Failure  # of one reward for one completion
 
 
 def call_reward(reward: Reward, prompts: Sequence[Any], completions: Sequence[str], columns: dict[str, Any]) -> Any:
-    """What the reward returns: asked by name where it names its `completions`, in whatever order; else by position."""
+    """What the reward returns: asked by name where it names its `completions`, in whatever order; else by position.
+
+    It is given copies, of each entry one: what it changes in them changes nothing for anybody else.
+    """
+    prompts, completions = _copies(prompts), _copies(completions)
+    columns = {name: _copies(values) for name, values in columns.items()}
     parameters = inspect.signature(reward).parameters
     if "completions" not in parameters:
         return reward(prompts, completions, **columns)
@@ -55,16 +66,39 @@ def call_reward(reward: Reward, prompts: Sequence[Any], completions: Sequence[st
     return reward(completions=completions, **columns)
 
 
+def seed_globals(seed: int) -> None:
+    """Have Python's and numpy's global random numbers start from `seed`."""
+    random.seed(seed)
+    numpy.random.seed(seed % 2**32)
+
+
+def _copies(values: Sequence[Any]) -> list[Any]:
+    """A list of its own, whose entries share nothing that can be changed."""
+    return [value if isinstance(value, (str, bytes, int, float)) else _copy(value) for value in values]
+
+
+def _copy(value: Any) -> Any:
+    if type(value) is list:  # such as token ids, which this copies several times faster
+        return _copies(value)
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # such as an open file
+        return value
+
+
 def checked_values(name: str, values: Any, completions: Sequence[str]) -> list[Value]:
     """A reward's answer, one entry a completion; an exception in it is a failure on that completion.
 
     Raises:
-        RewardContractError: not one entry a completion, or one that is neither a number nor None.
+        RewardContractError: no list, tuple or array with one entry a completion, or an entry that is neither a number
+            nor None.
     """
-    if not hasattr(values, "__len__") or len(values) != len(completions):
-        got = len(values) if hasattr(values, "__len__") else type(values).__name__
+    is_array = getattr(values, "ndim", None) == 1 and not isinstance(values, memoryview)
+    is_list = isinstance(values, Sequence) and not isinstance(values, (str, bytes, bytearray, memoryview))
+    if not (is_list or is_array) or len(values) != len(completions):
+        got = len(values) if is_list or is_array else getattr(values, "shape", None) or type(values).__name__
         raise RewardContractError(
-            f"The reward {name} must return one entry a completion, {len(completions)}, got {got}."
+            f"The reward {name} must return one entry a completion, {len(completions)}, got {got}: a list of numbers."
         )
     return [_checked(name, value, completion) for value, completion in zip(values, completions, strict=True)]
 
@@ -74,13 +108,13 @@ def _checked(name: str, value: Any, completion: str) -> Value:
         return None
     if isinstance(value, Exception):
         return Failure(RAISED, f"{type(value).__name__}: {value}")
-    is_number = isinstance(value, numbers.Real) or getattr(value, "ndim", None) == 0
-    if not is_number or isinstance(value, str):  # numpy's strings have 0 dimensions
+    number = value.item() if getattr(value, "ndim", None) == 0 else value  # numpy's texts and dates have 0 dimensions
+    if not isinstance(number, numbers.Real):
         raise RewardContractError(
             f"The reward {name} must return numbers or None, got {value!r} for the completion {completion[:80]!r}."
         )
     try:
-        number = float(value)
+        number = float(number)
     except OverflowError:  # an int or a fraction
         return Failure(NOT_FINITE, "it returned a number beyond those that a float can hold")
     return number if math.isfinite(number) else Failure(NOT_FINITE, f"it returned {number}")
@@ -107,8 +141,10 @@ def reward_all_at_once(
 
 
 def reward_name(reward: Reward) -> str:
-    """Its `name`, or else the function's or the class's."""
+    """Its `name`, or else the function's or the class's; of a `functools.partial` that of what it calls."""
     named = getattr(reward, "name", None)
+    if isinstance(reward, functools.partial) and not isinstance(named, str):
+        return reward_name(reward.func)
     return named if isinstance(named, str) else getattr(reward, "__name__", type(reward).__name__)
 
 
@@ -124,12 +160,29 @@ def wants_token_ids(reward: Reward) -> bool:
 
 def reward_columns(row: Mapping[str, Any]) -> list[str]:
     """The columns that reach a reward: all but the prompt and what is recorded of completions."""
-    pass
-
     if "completions" not in row:
         return [name for name in row if name != "prompt"]
     hidden = {"prompt", *COMPLETION_COLUMNS}
     return [name for name in row if name not in hidden and not name.startswith(COMPONENT)]
+
+
+def _column_parameters(reward: Reward) -> list[inspect.Parameter]:
+    """A reward's parameters but for the prompts and completions."""
+    parameters = list(inspect.signature(reward).parameters.values())
+    if any(p.name == "completions" for p in parameters):
+        return [p for p in parameters if p.name not in ("prompts", "completions")]
+    # prompts and completions by position, be it into *args
+    named = [p for p in parameters if p.kind is not inspect.Parameter.VAR_POSITIONAL]
+    return named if len(named) < len(parameters) else parameters[2:]
+
+
+def needed_columns(reward: Reward) -> list[str]:
+    """The dataset's columns that a reward can't do without: its `required_columns`, or else what has no default."""
+    needed = getattr(reward, "required_columns", None)
+    if needed is None:
+        parameters = _column_parameters(reward)
+        needed = [p.name for p in parameters if p.kind in NAMED and p.default is inspect.Parameter.empty]
+    return [column for column in needed if column != TOKEN_IDS]
 
 
 def check_reward_columns(reward: Reward, columns: set[str]) -> None:
@@ -139,24 +192,15 @@ def check_reward_columns(reward: Reward, columns: set[str]) -> None:
             f"Rewards are given their prompts and completions by the names of the dataset's columns {sorted(taken)}: "
             "give these columns other names."
         )
-    needed = getattr(reward, "required_columns", None)
-    parameters = list(inspect.signature(reward).parameters.values())
-    plain = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    if any(p.name == "completions" for p in parameters):
-        parameters = [p for p in parameters if p.name not in ("prompts", "completions")]
-    else:  # prompts and completions by position, be it into *args
-        named = [p for p in parameters if p.kind is not inspect.Parameter.VAR_POSITIONAL]
-        parameters = named if len(named) < len(parameters) else parameters[2:]
-    if needed is None:
-        needed = [p.name for p in parameters if p.kind in plain and p.default is inspect.Parameter.empty]
+    parameters = _column_parameters(reward)
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters)
-    unexpected = columns - {p.name for p in parameters if p.kind in plain}
+    unexpected = columns - {p.name for p in parameters if p.kind in NAMED}
     if unexpected and not takes_any:
         raise ValueError(
             f"The reward {reward_name(reward)} gets every column of the dataset by name, also {sorted(unexpected)}: "
             "let it take **columns."
         )
-    missing = [column for column in needed if column not in columns and column != TOKEN_IDS]
+    missing = [column for column in needed_columns(reward) if column not in columns]
     if missing:
         raise ValueError(
             f"The reward {reward_name(reward)} needs the columns {missing}, but besides the prompt the dataset has "

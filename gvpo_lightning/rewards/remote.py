@@ -7,6 +7,8 @@ from typing import Any
 
 import aiohttp
 
+from gvpo_lightning.rewards.values import as_json
+
 BACKOFF = 0.5  # seconds before the first try again; doubled each time
 
 
@@ -14,7 +16,8 @@ class RemoteReward:
     """Asks a server for each completion's reward.
 
     It POSTs `{"prompts": [...], "completions": [...], "<column>": [...], ...}` as JSON, each list with one entry, and
-    expects `{"rewards": [...]}` with one number or null. Completions are sent concurrently, at most
+    expects `{"rewards": [...]}` with one number or null. What JSON does not have, such as dates, is sent as text, and a
+    null of the dataset as null. Completions are sent concurrently, at most
     `reward_settings.max_concurrency` of them a rank, over connections that are kept open for the rollout.
 
     A lost connection, a late answer and the statuses 408, 429 and 5xx are tried again; whatever is left fails
@@ -31,6 +34,8 @@ class RemoteReward:
     Raises:
         ValueError: a url that is not of HTTP, or an environment variable that is not set.
     """
+
+    takes_text = True
 
     def __init__(
         self,
@@ -86,7 +91,7 @@ class RemoteReward:
 
     async def _ask(self, body: dict[str, Any]) -> list[float | None]:
         assert self._session is not None, "an async reward is entered before it is called"
-        async with self._session.post(self.url, json=body) as response:
+        async with self._session.post(self.url, json=as_json(body)) as response:
             response.raise_for_status()
             answer = await response.json(content_type=None)
         rewards = answer.get("rewards") if isinstance(answer, dict) else None

@@ -2,11 +2,14 @@
 
 import math
 import os
+import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy
 from tqdm import tqdm
 
 from gvpo_lightning.guard import Guard
@@ -18,13 +21,17 @@ from gvpo_lightning.rewards.protocol import (
     Value,
     check_reward_columns,
     is_async,
+    needed_columns,
     reward_all_at_once,
+    reward_columns,
     reward_name,
+    seed_globals,
     wants_token_ids,
 )
 from gvpo_lightning.rewards.settings import RewardSettings
 from gvpo_lightning.rewards.workers.event_loop import reward_concurrently
 from gvpo_lightning.rewards.workers.pool import RewardPool, Task
+from gvpo_lightning.seeding import derive_seed
 
 
 @dataclass
@@ -58,7 +65,7 @@ class FailureTally:
         self.counts[name, failure.reason] += 1
         prompt = task.prompt if isinstance(task.prompt, str) else str(task.prompt)
         self.first.setdefault(
-            name, f"{failure.text.rstrip()}\non the prompt {prompt[-500:]!r}, completion {task.completion[:500]!r}"
+            name, f"{failure.text.rstrip()}\non the prompt {prompt[-500:]!r}, completion {str(task.completion)[:500]!r}"
         )
 
     def fraction(self, name: str) -> float:
@@ -110,7 +117,10 @@ class Rewards:
         if not functions:
             raise ValueError("model.reward is an empty list: name a reward, or leave it out.")
         if len(set(names)) < len(names):
-            raise ValueError(f"Rewards need different names, got {names}: give them a `name` (argument or attribute).")
+            raise ValueError(
+                f"Rewards need different names, got {names}: give them a `name` (argument or attribute), such as "
+                "reward.name = 'strict', which functions and functools.partial take too."
+            )
         weights = settings.weights if settings.weights is not None else [1.0] * len(names)
         if len(weights) != len(names) or not all(math.isfinite(weight) for weight in weights):
             raise ValueError(f"reward_settings.weights must be one number for each of {names}, got {weights}.")
@@ -163,14 +173,28 @@ class Rewards:
                 check_reward_columns(reward, columns)
             self._fitting.add(frozenset(columns))
 
+    def check_row(self, row: Mapping[str, Any]) -> None:
+        """ValueError where a reward that has a `check_row` says that the row lacks what it needs, such as an answer."""
+        for reward in self.functions.values():
+            if hasattr(reward, "check_row"):
+                reward.check_row(row)
+
+    def needed_columns(self, row: Mapping[str, Any]) -> list[str]:
+        """Those of the row's columns that a reward can't do without, and its `answer`."""
+        needed = {"answer"}.union(*map(needed_columns, self.functions.values()))
+        return [name for name in reward_columns(row) if name in needed]
+
     def __call__(
         self,
         prompts: Sequence[Any],
         completions: Sequence[str],
         columns: dict[str, list[Any]],
         token_ids: Sequence[list[int]] | None = None,
+        seed: int = 0,
     ) -> tuple[list[Rewarded], FailureTally]:
         """The completions' rewards, in their order; `columns` and `token_ids` have one entry a completion.
+
+        `seed`: what Python's and numpy's global random numbers are drawn from, for each completion and reward anew.
 
         Raises:
             ValueError: a column that a reward needs is missing.
@@ -179,7 +203,7 @@ class Rewards:
         self.check_columns(set(columns))
         with_ids = columns if token_ids is None else columns | {TOKEN_IDS: list(token_ids)}
         tasks = {
-            name: _tasks(name, prompts, completions, with_ids if name in self._wanting_ids else columns)
+            name: self._tasks(name, prompts, completions, with_ids if name in self._wanting_ids else columns, seed)
             for name in self.functions
         }
         values = self._values(tasks)
@@ -192,6 +216,18 @@ class Rewards:
                     tally.add(name, value, tasks[name][row])
             rewarded.append(self._joined(own))
         return rewarded, tally
+
+    def _tasks(
+        self, name: str, prompts: Sequence[Any], completions: Sequence[str], columns: dict[str, list[Any]], seed: int
+    ) -> list[Task]:
+        takes_text = not self.settings.conversational or getattr(self.functions[name], "takes_text", False)
+        tasks = []
+        for number, (prompt, text) in enumerate(zip(prompts, completions, strict=True)):
+            is_text = takes_text or isinstance(prompt, str)
+            completion = text if is_text else [{"role": "assistant", "content": text}]
+            row = {column: values[number] for column, values in columns.items()}
+            tasks.append(Task(name, prompt, completion, row, derive_seed(seed, "reward", name, number)))
+        return tasks
 
     def _values(self, tasks: dict[str, list[Task]]) -> dict[str, list[Value]]:
         """Those in workers first and all together, then one after the other."""
@@ -228,18 +264,26 @@ class Rewards:
         )
 
 
-def _tasks(name: str, prompts: Sequence[Any], completions: Sequence[str], columns: dict[str, list[Any]]) -> list[Task]:
-    rows = [{column: values[row] for column, values in columns.items()} for row in range(len(completions))]
-    return [Task(name, *row) for row in zip(prompts, completions, rows, strict=True)]
-
-
 def _in_process(name: str, reward: Any, tasks: list[Task], advance: Callable[[int], object]) -> list[Value]:
     if not tasks:
         return []
     if hasattr(reward, "track"):  # it tells of completions that are done
         reward.track(advance)
     columns = {column: [task.columns[column] for task in tasks] for column in tasks[0].columns}
-    return reward_all_at_once(name, reward, [t.prompt for t in tasks], [t.completion for t in tasks], columns)
+    with _drawing_from(tasks[0].seed):
+        return reward_all_at_once(name, reward, [t.prompt for t in tasks], [t.completion for t in tasks], columns)
+
+
+@contextmanager
+def _drawing_from(seed: int) -> Iterator[None]:
+    """Python's and numpy's global random numbers start from `seed` inside; after it the run's own go on."""
+    states = random.getstate(), numpy.random.get_state()
+    seed_globals(seed)
+    try:
+        yield
+    finally:
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
 
 
 def default_num_workers(ranks_here: int) -> int:

@@ -16,6 +16,9 @@ class RewardSettings:
         max_failed_fraction: the run stops where a reward has failed on more than this share of a rollout's
             completions, over all ranks, or of those of a whole validation, test or prediction.
         max_concurrency: completions that an async reward is asked for at once.
+        conversational: where a prompt is messages, give rewards the completion as messages too, as TRL does:
+            [{"role": "assistant", "content": text}]. Those with the attribute `takes_text = True`, as all that are
+            shipped, are given text nevertheless.
     """
 
     weights: list[float] | None = None
@@ -23,6 +26,7 @@ class RewardSettings:
     timeout: float = 30.0
     max_failed_fraction: float = 0.1
     max_concurrency: int = 64
+    conversational: bool = False
 
     def __post_init__(self) -> None:
         if self.num_workers is not None and self.num_workers < 0:

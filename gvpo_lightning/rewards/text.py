@@ -1,9 +1,11 @@
 """Rewards that look at the text alone: the right answer, the right form, a length near the limit."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from typing import Any, Literal
+
+from gvpo_lightning.rewards.values import as_text, is_missing
 
 # A minus sign after a digit is a subtraction, or a dash. Commas, in LaTeX's braces or not, only separate thousands.
 _NUMBER = re.compile(
@@ -20,9 +22,15 @@ class ExactAnswer:
         compare: "text", the whole completion without surrounding white space; or "last_number", the last
             number written in either text, by value (the rule commonly used on GSM8K, whose solutions end in
             "#### 1,234").
+
+    An answer that is a number reads as it was written: 72 also where the column has made 72.0 of it.
+
+    Raises:
+        ValueError: when called with a row whose answer is null.
     """
 
     in_process = True  # it can't hang
+    takes_text = True
 
     def __init__(self, answer_column: str = "answer", compare: Literal["text", "last_number"] = "text") -> None:
         if compare not in ("text", "last_number"):
@@ -34,7 +42,18 @@ class ExactAnswer:
     def __call__(self, prompts: Sequence[Any], completions: Sequence[str], **columns: Sequence[Any]) -> list[float]:
         """One reward a completion."""
         answers = columns[self.answer_column]
-        return [float(self._matches(c, str(a))) for c, a in zip(completions, answers, strict=True)]
+        return [float(self._matches(c, self._text_of(a))) for c, a in zip(completions, answers, strict=True)]
+
+    def check_row(self, row: Mapping[str, Any]) -> None:
+        """Raise ValueError for a row whose answer is null."""
+        self._text_of(row[self.answer_column])
+
+    def _text_of(self, answer: Any) -> str:
+        if is_missing(answer):
+            raise ValueError(
+                f"ExactAnswer needs a right answer, but {self.answer_column!r} is null: leave the row out."
+            )
+        return as_text(answer)
 
     def _matches(self, completion: str, answer: str) -> bool:
         if self.compare == "text":
@@ -69,6 +88,8 @@ class Format:
         ValueError: the pattern is no regular expression.
     """
 
+    takes_text = True
+
     def __init__(self, pattern: str, full_match: bool = True, name: str = "Format") -> None:
         try:
             self.pattern = re.compile(pattern)
@@ -98,6 +119,7 @@ class LengthPenalty:
     """
 
     in_process = True  # it can't hang
+    takes_text = True
 
     def __init__(self, max_tokens: int, buffer_tokens: int, name: str = "LengthPenalty") -> None:
         if not 1 <= buffer_tokens <= max_tokens:

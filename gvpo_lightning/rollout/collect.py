@@ -88,7 +88,7 @@ class Collector:
             num_fresh, names = self.sources.num_fresh(recorded), self.sources.names
             fresh = self.sample_share(policy, prompt_ids, num_fresh, index)
         with self.clock.timed("reward"):
-            groups, failures = self.reward_shares(rows, fresh, recorded)
+            groups, failures = self.reward_shares(rows, fresh, recorded, index)
         rollout = assemble_rollout(index, prompts, prompt_ids, groups, names, failures)
         flat_groups = drop_by_settings(rollout, self.settings)
         self.objective.check_rewards(rollout.batch)
@@ -125,8 +125,10 @@ class Collector:
         with sampling.placement.forward_context(), sampling.placement.gathered():
             return sample_groups(policy, sampling.source.tokenizer, prompt_ids, counts, sampling.generation, seed)
 
-    def reward_shares(self, rows: list[Row], fresh: Groups, recorded: Groups) -> tuple[Groups, FailureTally]:
-        """The groups of all ranks, and how often rewards have failed on them.
+    def reward_shares(
+        self, rows: list[Row], fresh: Groups, recorded: Groups, index: int = 0
+    ) -> tuple[Groups, FailureTally]:
+        """The groups of all ranks in rollout `index`, and how often rewards have failed on them.
 
         Each rank rewards what it has sampled, and a part of what is recorded.
         """
@@ -141,7 +143,8 @@ class Collector:
         if rewards is not None and ranks.is_first_of_model:
             own = [[*new, *old] for new, old in zip(fresh, share, strict=True)]
             try:
-                failures = reward_groups(own, [row["prompt"] for row in rows], rows, rewards)
+                seed = derive_seed(self.sampling.seed, "rewards", index, ranks.rank)
+                failures = reward_groups(own, [row["prompt"] for row in rows], rows, rewards, seed)
             except Exception as raised:
                 error = raised
         of_rows = hashed(rows) if ranks.size > 1 else ""

@@ -21,6 +21,7 @@ from gvpo_lightning.rewards.run import FailureTally, Rewards
 from gvpo_lightning.rollout.generate import generate_completions
 from gvpo_lightning.rollout.rollout import Rollout
 from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
+from gvpo_lightning.seeding import derive_seed
 
 
 @dataclass(frozen=True)
@@ -72,9 +73,12 @@ def sample_groups(
 
 
 def reward_groups(
-    groups: Sequence[Sequence[Completion]], prompts: Sequence[Any], rows: Sequence[Row], rewards: Rewards
+    groups: Sequence[Sequence[Completion]], prompts: Sequence[Any], rows: Sequence[Row], rewards: Rewards, seed: int = 0
 ) -> FailureTally:
-    """Ask the rewards for the completions that have none yet; NaN where there is none."""
+    """Ask the rewards for the completions that have none yet; NaN where there is none.
+
+    `seed`: what the rewards' random numbers start from.
+    """
     asked = [(completion, number) for number, group in enumerate(groups) for completion in group]
     asked = [(completion, number) for completion, number in asked if completion.reward is None]
     if not asked:
@@ -85,6 +89,7 @@ def reward_groups(
         [c.text for c, _ in asked],
         columns,
         [c.token_ids.tolist() for c, _ in asked],
+        seed,
     )
     for (completion, _), found in zip(asked, rewarded, strict=True):
         completion.set_reward(found.total, found.components, found.failure)
@@ -156,7 +161,7 @@ def sample_rollout(
         groups = sample_groups(model, tokenizer, prompt_ids, group_size, settings, seed)
         tally = FailureTally()
         if rewards is not None:
-            tally = reward_groups(groups, prompts, rows, rewards)
+            tally = reward_groups(groups, prompts, rows, rewards, derive_seed(seed, "rewards"))
         return assemble_rollout(index, prompts, prompt_ids, groups, ["policy"], tally)
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from gvpo_lightning.data.batch import CompletionBatch, dropped_completion
 from gvpo_lightning.rewards.protocol import COMPONENT
 from gvpo_lightning.rewards.run import FailureTally
+from gvpo_lightning.rewards.values import as_json
 from gvpo_lightning.rollout.plan import GroupShape
 
 
@@ -102,7 +103,7 @@ class Rollout:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, numbers, strings and lists alone, so that checkpoints load with weights_only."""
-        state = {**vars(self), "batch": self.batch.state_dict()}
+        state = {**vars(self), "batch": self.batch.state_dict(), "prompts": as_json(self.prompts)}
         del state["failures"]
         return state
 

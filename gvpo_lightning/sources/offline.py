@@ -26,6 +26,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gvpo_lightning.data.batch import Completion
 from gvpo_lightning.data.rows import cut_split, encode_behind, load_splits
+from gvpo_lightning.rewards.values import as_text
 
 
 def prompt_key(prompt: Any) -> str:
@@ -33,7 +34,7 @@ def prompt_key(prompt: Any) -> str:
     if isinstance(prompt, str):
         return prompt
     messages = [{k: v for k, v in message.items() if v is not None} for message in prompt]
-    return json.dumps(messages, sort_keys=True, ensure_ascii=False)
+    return json.dumps(messages, sort_keys=True, ensure_ascii=False, default=as_text)
 
 
 def encode_completion(

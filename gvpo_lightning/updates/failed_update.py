@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from gvpo_lightning.data.batch import CompletionBatch
 from gvpo_lightning.distributed.sharding import local_tensor
+from gvpo_lightning.rewards.values import as_json
 from gvpo_lightning.updates.loss import UpdateLoss
 
 FORMAT = "gvpo offending update 1"
@@ -82,7 +83,7 @@ def save_update_of(folder: Path, loss: UpdateLoss, token_logprobs: Sequence[Tens
         token_ratios.sum(dim=1),
         ~torch.isfinite(token_ratios) & batch.completion_mask,
         texts=[rollout.completions[row] for row in rows] or [""],
-        prompts=[rollout.prompts[groups[row]] for row in rows] or [""],
+        prompts=[as_json(rollout.prompts[groups[row]]) for row in rows] or [""],
         sources=[rollout.sources[row] for row in rows] or [""],
         settings={
             "beta": loss.objective.beta,

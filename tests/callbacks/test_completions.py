@@ -1,19 +1,24 @@
+import copy
 import io
 import json
 import math
+from datetime import date, datetime
+from decimal import Decimal
 
 import lightning as L
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
 from torch.utils.data import DataLoader
 
-from gvpo_lightning.callbacks import PredictionWriter
+from gvpo_lightning.callbacks import CompletionsTable, PredictionWriter
 from gvpo_lightning.callbacks.completions import COLUMNS, markdown_table, render_table, table_rows
 from gvpo_lightning.data.batch import collate_completions
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.rollout.rollout import Rollout
 from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
+from gvpo_lightning.sources.offline import OfflineFile
 
 TALK = [{"role": "system", "content": "short"}, {"role": "user", "content": "a question"}]
 AWKWARD = ["[red]not red[/red]", "two\nlines", "a | b", ":dog:", "[/]", "back\\", "[link=x]\\[b]", "", "é 数 \u2028"]
@@ -121,3 +126,65 @@ def test_predictions_are_valid_json_lines(tiny_policy, tokenizer, tmp_path):
             assert len(row["completions"]) == len(row["token_ids"]) == len(row["truncated"]) == 3
             assert row["sources"] == ["policy"] * 3
         assert "NaN" not in (folder / "predictions.jsonl").read_text()
+
+
+ODD = {
+    "at": datetime(2024, 1, 5, 10, 30),
+    "on": date(2024, 1, 5),
+    "raw": b"7\xff",
+    "price": Decimal("7.50"),
+    "share": float("nan"),
+    "nested": {"all": [datetime(2024, 1, 5), None, 0.1]},
+    "array": np.array([1.5, 2.0], dtype=np.float32),
+    "number": np.int64(3),
+    "half": "half a pair \ud800",
+}
+
+
+def test_what_json_does_not_have_is_written_as_text_and_can_be_read_again(make_module, tokenizer, tmp_path):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    talk = [{"role": "user", "content": "1+1=", "sent": datetime(2024, 1, 5, 10)}]
+    rows = [{"prompt": talk} | ODD, {"prompt": "2+1="} | ODD]
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+        callbacks=[PredictionWriter()],
+    )
+    (found,) = trainer.predict(make_module(tokenizer=tokenizer), DataLoader(rows, batch_size=2, collate_fn=list))
+    lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
+    written = {
+        "at": "2024-01-05 10:30:00",
+        "on": "2024-01-05",
+        "raw": "7\\xff",
+        "price": "7.50",
+        "share": None,
+        "nested": {"all": ["2024-01-05 00:00:00", None, 0.1]},
+        "array": [1.5, 2.0],
+        "number": 3,
+        "half": "half a pair ?",
+    }
+    assert {name: value for name, value in json.loads(lines[1]).items() if name in ODD} == written
+    for number, line in enumerate(lines):  # one by one: a column of the library's has one type
+        (tmp_path / f"{number}.jsonl").write_text(line + "\n")
+        file = OfflineFile(str(tmp_path / f"{number}.jsonl"), "train", tokenizer, len(tokenizer))
+        assert rows[number]["prompt"] in file
+        assert [c.text for c in file.completions(rows[number]["prompt"], [1])] == found[number]["completions"]
+        read = file.rows[0]
+        assert {name: value for name, value in read.items() if name in ODD} == written
+
+
+def test_a_run_on_messages_with_dates_can_be_saved_and_goes_on(make_module, tokenizer, fit, tmp_path):
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
+    talk = {"role": "user", "sent": datetime(2024, 1, 5, 10)}
+    rows = [{"prompt": [talk | {"content": f"{n}+1="}]} | ODD for n in range(8)]
+    trainer = fit(make_module(tokenizer=tokenizer), rows=rows, max_steps=1, callbacks=[CompletionsTable(1)])
+    trainer.save_checkpoint(tmp_path / "half.ckpt")  # with the rollout, of which there is one more update
+    module = make_module(tokenizer=tokenizer)
+    fit(module, rows=rows, max_steps=3, ckpt_path=tmp_path / "half.ckpt", callbacks=[CompletionsTable(1)])
+    assert module.run.num_updates == 3
+    assert len((tmp_path / "completions.jsonl").read_text().splitlines()) == 24

@@ -1,13 +1,17 @@
 import copy
+import gzip
 import json
+import warnings
 
 import datasets
 import lightning as L
 import pytest
 from datasets import Dataset, DatasetDict
 
+from gvpo_lightning.data.rows import load_splits
 from gvpo_lightning.datamodule import PromptDataModule
 from gvpo_lightning.module import GVPOModule
+from gvpo_lightning.rewards import BoxedMath, ExactAnswer, Format
 from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
 
 
@@ -72,10 +76,11 @@ def attach(tiny_policy, chat_tokenizer):
     def build(datamodule, stage="fit", **settings) -> PromptDataModule:
         arguments = {
             "tokenizer": chat_tokenizer,
+            "reward": reward,
             "rollout": RolloutSettings(2, prompts_per_rollout=4, prompts_per_update=4),
             "generation": GenerationSettings(max_new_tokens=4),
         }
-        module = GVPOModule(tiny_policy(max_position_embeddings=2048), reward, **(arguments | settings))
+        module = GVPOModule(tiny_policy(max_position_embeddings=2048), **(arguments | settings))
         trainer = L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, barebones=True)
         trainer.strategy.connect(module)
         module.trainer = datamodule.trainer = trainer
@@ -312,3 +317,120 @@ def test_gsm8k_keeps_training_and_test_rows_apart(attach, tmp_path, shared_data,
     assert not train & {row["prompt"] for row in test}
     assert [row["prompt"] for row in evaluation_rows(datamodule.val_dataloader())] == source["problem"][7473:7483]
     assert sorted(folder.rglob("*")) == files
+
+
+DATES = [
+    {"prompt": "1=", "answer": "2024-01-05", "more": {"at": "2024-01-05T10:00:00Z", "all": ["2024-01-05"]}},
+    {"prompt": "2=", "answer": "2024-01-06", "more": {"at": "2024-01-06 10:00", "all": []}},
+]
+
+
+def as_indented_json(rows, path):
+    (path / "rows.json").write_text("\n" + json.dumps(rows, indent=1))
+    return path / "rows.json"
+
+
+def as_folder_of_gzip(rows, path):
+    (path / "files").mkdir()
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (path / "files" / "train.jsonl.gz").write_bytes(gzip.compress(text.encode()))
+    return path / "files"
+
+
+@pytest.mark.parametrize(
+    "save", [as_jsonl, as_json, as_indented_json, as_folder_of_files, as_folder_of_gzip, as_parquet, as_disk_dict]
+)
+def test_text_that_looks_like_a_date_stays_text(tmp_path, save):
+    rows = [*DATES, DATES[0] | {"answer": None}]
+    path = str(save(rows, tmp_path))
+    assert load_splits(path)["train"].to_list() == rows
+    assert load_splits(path)["train"].to_list() == rows  # the second time from the cache of datasets
+
+
+def test_a_date_in_a_column_named_for_dates_stays_text_and_so_do_dates_before_other_text(tmp_path):
+    rows = [{"prompt": "1=", "created_at": "2024-01-05", "date": "2024-01-05", "answer": "007"}] * 2
+    assert load_splits(str(as_indented_json(rows, tmp_path)))["train"].to_list() == rows
+    (tmp_path / "files").mkdir()
+    (tmp_path / "files" / "train.jsonl").write_text(json.dumps(DATES[0]))
+    (tmp_path / "files" / "test.jsonl").write_text(json.dumps(DATES[0] | {"answer": "unknown"}))
+    splits = load_splits(str(tmp_path / "files"))
+    assert (splits["train"][0]["answer"], splits["test"][0]["answer"]) == ("2024-01-05", "unknown")
+    # the library reads 10 MB at once, and takes the columns' types from the first of these parts
+    line = json.dumps({"answer": "2024-01-05", "padding": "x" * 1000})
+    (tmp_path / "large.jsonl").write_text(f"{line}\n" * 11000 + json.dumps({"answer": "unknown", "padding": ""}))
+    large = load_splits(str(tmp_path / "large.jsonl"))["train"]
+    assert (large[0]["answer"], large[-1]["answer"], len(large)) == ("2024-01-05", "unknown", 11001)
+
+
+def test_where_no_text_looks_like_a_date_nothing_is_read_in_another_way(tmp_path):
+    rows = [{"prompt": "1=", "answer": "10:30", "year": 2024, "tags": [["2024"]], "mixed": 1}, {"prompt": "2="}]
+    rows[1]["mixed"] = "one"
+    found = load_splits(str(as_jsonl(rows, tmp_path)))["train"].to_list()
+    assert found == [rows[0], {"prompt": "2=", "answer": None, "year": None, "tags": None, "mixed": "one"}]
+
+
+def numbers(*answers):
+    return [{"prompt": f"{n}+1=", "answer": answer} for n, answer in enumerate(answers)]
+
+
+@pytest.mark.parametrize("save", [as_jsonl, as_parquet])
+def test_a_number_in_a_template_reads_as_it_was_written(attach, tmp_path, save):
+    path = str(save(numbers(72, 0.5, 1000000, -3), tmp_path))
+    template = "{answer}={answer:.1f}+{answer!s:>3}"
+    datamodule = attach(PromptDataModule(path, prompt_template=template, validation_split="train"))
+    prompts = [row["prompt"] for row in evaluation_rows(datamodule.val_dataloader())]
+    assert prompts == ["72=72.0+ 72", "0.5=0.5+0.5", "1000000=1000000.0+1000000", "-3=-3.0+ -3"]
+
+
+@pytest.mark.parametrize(
+    ("template", "column"),
+    [("{answer}=", "'answer'"), ("{more[at]}=", r"'more\[at\]'"), ("{prompt}{answer!s}", "'answer'")],
+)
+def test_a_null_in_a_template_is_refused_by_row_and_column(attach, tmp_path, template, column):
+    rows = [*DATES, {"prompt": "3=", "answer": None, "more": {"at": None, "all": []}}]
+    with pytest.raises(ValueError, match=rf"'train': row 2: prompt_template=.* asks for {column}.*null: leave the row"):
+        attach(PromptDataModule(str(as_jsonl(rows, tmp_path)), prompt_template=template))
+
+
+@pytest.mark.parametrize(
+    ("grader", "message"),
+    [
+        (ExactAnswer(), "Row 2: ExactAnswer needs a right answer, but 'answer' is null"),
+        (ExactAnswer(compare="last_number"), "Row 2: ExactAnswer needs a right answer"),
+        ([Format("1"), BoxedMath()], "Row 2: BoxedMath, 'answer': a right answer is needed, got None"),
+    ],
+)
+@pytest.mark.parametrize("save", [as_jsonl, as_parquet])
+@pytest.mark.parametrize("split", ["train_split", "validation_split"])
+def test_a_null_where_a_reward_needs_a_value_is_refused_before_training(attach, tmp_path, grader, message, save, split):
+    path = str(save(numbers(1, 2, None), tmp_path))
+    settings = {"train_split": "train[:2]"} | {split: "train"}
+    with pytest.raises(ValueError, match=message):
+        attach(PromptDataModule(path, **settings), reward=grader)
+    attach(PromptDataModule(path, **settings))  # a reward that has not said so may know what null means
+
+
+def test_prompts_with_different_answers_are_told_of_once(attach, tmp_path):
+    rows = [*sums(4), {"prompt": "1+1=", "answer": "3", "level": 1}, {"prompt": "1+1=", "answer": "2", "level": 1}]
+    rows += [{"prompt": "2+1=", "answer": "3", "level": 7}]  # what no reward needs may differ
+    path = str(as_jsonl(rows, tmp_path))
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        datamodule = attach(PromptDataModule(path, validation_split="train"), reward=ExactAnswer())
+        datamodule.setup("fit")
+    said = [str(w.message) for w in said if "different values" in str(w.message)]
+    assert len(said) == 1
+    assert said[0].startswith(
+        "1 prompts, on 3 of the 7 rows, are there several times with different values in ['answer'"
+    )
+
+
+def test_a_system_prompt_goes_in_front_of_messages_that_have_none(attach, tmp_path):
+    talk = [{"role": "user", "content": "1+"}, {"role": "assistant", "content": "2="}]
+    path = str(as_jsonl([{"talk": talk, "answer": "3"}] * 4, tmp_path))
+    datamodule = attach(PromptDataModule(path, prompt_column="talk", system_prompt="12"))
+    assert train_rows(datamodule)[0]["prompt"] == [{"role": "system", "content": "12"}, *talk]
+    rows = [{"talk": talk}, {"talk": [{"role": "system", "content": "1"}, *talk]}]
+    path = str(as_parquet(rows, tmp_path))
+    with pytest.raises(ValueError, match=r"'train': row 1 has a system message already.*system_prompt='12'.*: null"):
+        attach(PromptDataModule(path, prompt_column="talk", system_prompt="12"))

@@ -2,12 +2,14 @@
 
 import json
 import shutil
+from datetime import date, datetime
+from decimal import Decimal
 from pathlib import Path
 
 import pytest
 
 from gvpo_lightning.cli import main
-from gvpo_lightning.evaluation.scores import is_right, read_records, vote
+from gvpo_lightning.evaluation.scores import append_records, is_right, read_records, vote
 from tests.evaluation.test_suites import scores_of
 
 
@@ -144,3 +146,18 @@ def test_no_completions_to_grade_is_one_line(tmp_path, capsys):
         main(["regrade", str(tmp_path)])
     assert error.value.code == 2
     assert "gvpo: error: There are no completions in" in capsys.readouterr().err
+
+
+def test_right_answers_that_json_does_not_have_are_recorded_as_text_and_graded_again(tmp_path):
+    folder = tmp_path / "run" / "evaluation"
+    folder.mkdir(parents=True)
+    golds = [date(2024, 1, 5), b"7", Decimal("72.00"), 72.0, datetime(2024, 1, 5, 10)]
+    texts = ["2024-01-05", "7", "72", "72", "2024-01-05 10:00:00"]
+    facts = {"sample": 0, "prompt": "p", "num_tokens": 5, "truncated": False, "reward": None, "answer": None}
+    append_records(
+        folder / "own.jsonl",
+        [facts | {"number": n, "gold": g, "completion": t} for n, (g, t) in enumerate(zip(golds, texts, strict=True))],
+    )
+    main(["regrade", str(folder), "--reward=gvpo_lightning.rewards.ExactAnswer"])
+    assert scores_of(folder)["own"]["right"] == 5
+    assert [record["gold"] for record in read_records(folder)["own"]] == [*texts[:3], 72.0, texts[4]]

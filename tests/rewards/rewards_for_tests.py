@@ -5,6 +5,7 @@ import ctypes
 import math
 import multiprocessing
 import os
+import random
 import re
 import signal
 import subprocess
@@ -99,3 +100,55 @@ def forks(prompts, completions, **columns):
     if completions[0] == "raise":
         raise KeyError
     return [99.0]
+
+
+def rolls(prompts, completions, **columns):
+    """Drawn from the global random numbers of Python and, imported here, numpy."""
+    import numpy
+
+    if completions[0] == "die":
+        os._exit(3)
+    return [random.random() + numpy.random.random() for _ in completions]
+
+
+def spoils(prompts, completions, answer, **columns):
+    """Changes all that it is given, the messages in place; its value is what it has found."""
+    found = [
+        float(len(prompt)) + len(completion) + 10 * len(right)
+        for prompt, completion, right in zip(prompts, completions, answer, strict=True)
+    ]
+    for prompt, right in zip(prompts, answer, strict=True):
+        prompt[0]["content"] = "spoilt"
+        prompt.append({"role": "assistant", "content": "spoilt"})
+        right.clear()
+    for given in (prompts, completions, answer, *columns.values()):
+        given.clear()
+    if found[0] != found[-1]:
+        raise ValueError(found)
+    return found
+
+
+async def spoils_later(prompts, completions, **columns):
+    """The same, async."""
+    return spoils(prompts, completions, **columns)
+
+
+def sees_messages(completions, **columns):
+    """As reward functions for TRL's conversations are written."""
+    return [float(completion == [{"role": "assistant", "content": "7"}]) for completion in completions]
+
+
+async def sees_messages_later(completions, **columns):
+    """The same, async."""
+    return sees_messages(completions, **columns)
+
+
+def is_whole(prompts, completions, answer, **columns):
+    """Whether prompts and answers are those that the completions name."""
+    rows = zip(prompts, completions, answer, strict=True)
+    return [float(p == [{"role": "user", "content": f"{c}+"}] and right == [c]) for p, c, right in rows]
+
+
+def is_text(completions, **columns):
+    """Whether completions are text."""
+    return [float(isinstance(completion, str)) for completion in completions]

@@ -57,7 +57,7 @@ def test_each_failure_costs_its_completion_alone():
         *(None, "reward_raised", "reward_timeout", "reward_not_finite", None, None)
     ]
     assert [found[0].total, found[5].total] == [1.0, 0.0]
-    assert "KeyError: 'no such answer'" in tally.first["partial"]
+    assert "KeyError: 'no such answer'" in tally.first["patient"]
 
 
 def test_a_time_limit_of_the_rewards_own_is_an_error_of_its_own():

@@ -3,6 +3,8 @@
 import json
 import pickle
 import threading
+from datetime import date, datetime
+from decimal import Decimal
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
@@ -77,6 +79,15 @@ def test_what_is_sent_and_what_comes_back(server, monkeypatch):
     prompt = [{"role": "user", "content": "prompt 2"}]
     assert sent["bb"] == ({"prompts": [prompt], "completions": ["bb"], "answer": [2]}, "Bearer secret")
     assert b"secret" not in pickle.dumps(reward)
+
+
+def test_what_json_does_not_have_is_sent_as_text_and_null_as_null(server):
+    values = [datetime(2024, 1, 5), b"7", Decimal("7.50"), None, float("nan"), [date(2024, 1, 5)]]
+    rewards = Rewards(RemoteReward(server.url, columns=["value"]), RewardSettings())
+    _, tally = rewards(["p"] * len(values), list("abcdef"), {"value": values})
+    assert not tally.counts
+    sent = {body["completions"][0]: body["value"] for body, *_ in server.seen}
+    assert [sent[c] for c in "abcdef"] == [["2024-01-05 00:00:00"], ["7"], ["7.50"], [None], [None], [["2024-01-05"]]]
 
 
 def test_what_can_be_tried_again_is(server):

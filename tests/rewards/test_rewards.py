@@ -1,8 +1,12 @@
+import collections
 import functools
 import math
+from datetime import date
+from decimal import Decimal
 from fractions import Fraction
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -41,7 +45,7 @@ class ByAnswer:
         (lambda p, c, answer, level: [0, 1], [0, 1], "<lambda>"),
         (ByAnswer(0.5), [1.5, 3.5], "ByAnswer"),
         (ByAnswer(0.5).__call__, [1.5, 3.5], "__call__"),
-        (functools.partial(by_level, scale=3.0), [0, 3], "partial"),
+        (functools.partial(by_level, scale=3.0), [0, 3], "by_level"),
         (ExactAnswer(), [0, 0], "ExactAnswer"),
     ],
 )
@@ -62,6 +66,9 @@ def test_any_callable_is_a_reward(reward, expected, name):
         [np.float16(0.5), np.int64(-2)],
         [torch.tensor(0.5), np.array(-2.0)],
         [Fraction(1, 2), -2],
+        pd.Series([0.5, -2.0], index=[7, 3]),
+        np.array([0.5, -2], dtype=object),
+        collections.deque([0.5, -2]),
     ],
     ids=str,
 )
@@ -93,11 +100,28 @@ def test_what_is_missing_or_not_finite_becomes_nan(value):
         (1.0, "one entry a completion, 2, got float"),
         (None, "one entry a completion, 2, got NoneType"),
         ((value for value in (1.0, 2.0)), "one entry a completion, 2, got generator"),
+        ({0: 1.0, 1: 2.0}, "one entry a completion, 2, got dict: a list of numbers"),
+        ({0.25, 0.5}, "got set: a list of numbers"),
+        (frozenset({0.25, 0.5}), "got frozenset"),
+        (b"12", "got bytes: a list of numbers"),
+        (bytearray(b"12"), "got bytearray"),
+        (memoryview(b"12"), r"got \(2,\): a list of numbers"),
+        ({0: 1.0, 1: 2.0}.values(), "got dict_values"),
+        (np.array(1.0), r"got \w+: a list of numbers"),
+        (np.ones((2, 1)), r"got \(2, 1\): a list of numbers"),
+        (pd.DataFrame({"a": [1.0, 2.0]}), r"got \(2, 1\): a list of numbers"),
+        ([1.0, 1j], "must return numbers or None, got 1j for the completion 'three'"),
+        (np.array([1.0, 1j]), "must return numbers or None"),
+        ([np.bytes_(b"1"), 1.0], "must return numbers or None"),
+        ([np.array("1"), 1.0], "must return numbers or None"),
+        ([np.datetime64("2024-01-05"), 1.0], "must return numbers or None"),
+        ([{0: 1.0}, {0.25}], "must return numbers or None"),
+        ([b"1", 1.0], "must return numbers or None, got b'1'"),
         (["good", 1.0], "must return numbers or None, got 'good' for the completion 'one'"),
         ([1.0, [1.0]], r"must return numbers or None, got \[1.0\] for the completion 'three'"),
         (np.array(["a", "b"]), "must return numbers or None"),
-        (torch.ones(2, 1), "must return numbers or None"),
-        ("ab", "must return numbers or None"),
+        (torch.ones(2, 1), r"got torch.Size\(\[2, 1\]\): a list of numbers"),
+        ("ab", "one entry a completion, 2, got str: a list of numbers"),
     ],
 )
 def test_answers_that_are_no_rewards(values, message):
@@ -189,6 +213,19 @@ def test_last_number(text, expected):
         ("19.0", "19", 0),
         ("019", "19", 0),
         ("It is 19", "19", 0),
+        ("72", 72.0, 1),  # what a column with a 0.5 in it makes of 72
+        ("72.0", 72.0, 0),
+        ("-72", np.float32(-72), 1),
+        ("72", Decimal("72.00"), 1),
+        ("72", Fraction(144, 2), 1),
+        ("0.5", 0.5, 1),
+        ("0.50", Decimal("0.50"), 1),
+        ("1e+30", 1e30, 1),
+        ("True", True, 1),
+        ("1", True, 0),
+        ("72", b"72", 1),
+        ("2024-01-05", date(2024, 1, 5), 1),
+        ("inf", float("inf"), 1),
         ("", "19", 0),
     ],
 )
@@ -216,11 +253,22 @@ def test_exact_text(completion, answer, expected):
         ("no idea", "none", 0),  # nothing found on either side is no match
         ("", "72", 0),
         ("7", 7, 1),
+        ("so 72", 72.0, 1),
+        ("$1,000", Decimal("1000.00"), 1),
+        ("0.50", 0.5, 1),
+        ("1", 0.5, 0),
     ],
 )
 def test_exact_last_number(completion, answer, expected):
     found = ExactAnswer("a", compare="last_number")(["p"], [completion], a=[answer], other=[1])
     assert found == [expected]
+
+
+@pytest.mark.parametrize("compare", ["text", "last_number"])
+@pytest.mark.parametrize("answer", [None, math.nan, np.float32("nan")])
+def test_no_completion_is_the_right_answer_where_there_is_none(compare, answer):
+    with pytest.raises(ValueError, match="ExactAnswer needs a right answer, but 'answer' is null: leave the row out"):
+        ExactAnswer(compare=compare)(["p"], [str(answer)], answer=[answer])
 
 
 def test_an_unknown_comparison_is_refused():
@@ -240,6 +288,22 @@ def test_every_answer_of_gsm8k_is_read(shared_data):
     shifted = answers[1:] + answers[:1]
     assert sum(exact(answers, shifted, answer=answers)) < 0.05 * len(answers)
     assert exact(["30000 dollars"], ["30000 dollars"], answer=[next(a for a in answers if a == "30,000")]) == [1.0]
+
+
+def test_partial_rewards_have_the_names_of_what_they_call():
+    strict, lenient = functools.partial(by_level, scale=3.0), functools.partial(functools.partial(ByAnswer(0.5)))
+    found, _ = Rewards([strict, lenient, by_length])(PROMPTS, COMPLETIONS, COLUMNS)
+    assert found[1].components == {"by_level": 3.0, "ByAnswer": 3.5, "by_length": 5.0}
+    twice = [functools.partial(by_level, scale=scale) for scale in (1.0, 2.0)]
+    with pytest.raises(ValueError, match=r"different names, got \['by_level', 'by_level'\].* reward.name = 'strict'"):
+        Rewards(twice)
+    twice[0].name = "strict"
+    assert list(Rewards(twice).functions) == ["strict", "by_level"]
+    lambdas = [lambda p, c, **k: [0, 0], lambda p, c, **k: [1, 1]]
+    with pytest.raises(ValueError, match=r"such as reward.name = 'strict', which functions and functools.partial take"):
+        Rewards(lambdas)
+    lambdas[1].name = "one"
+    assert list(Rewards(lambdas).functions) == ["<lambda>", "one"]
 
 
 def test_arguments_are_passed_by_name_whatever_their_order():

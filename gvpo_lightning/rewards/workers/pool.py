@@ -58,12 +58,13 @@ LOADING = -1
 
 @dataclass(frozen=True)
 class Task:
-    """One completion for one reward, by name; `columns` are those of its row."""
+    """One completion, text or messages, for one reward, by name; `columns` are those of its row."""
 
     reward: str
     prompt: Any
-    completion: str
+    completion: Any
     columns: dict[str, Any]
+    seed: int = 0
 
 
 class Worker:
@@ -92,7 +93,7 @@ class Worker:
         try:
             if self.connection.poll():
                 return False
-            self.connection.send((self.asked + 1, task.reward, task.prompt, task.completion, task.columns))
+            self.connection.send((self.asked + 1, task.seed, task.reward, task.prompt, task.completion, task.columns))
         except OSError:
             return False
         self.asked += 1

@@ -26,7 +26,8 @@ def main(connection: Connection, trace: int, parent: int) -> None:
     try:
         path, rewards = pickle.loads(connection.recv_bytes())
         sys.path[:] = path
-        from gvpo_lightning.rewards.protocol import RAISED, Failure, RewardContractError, reward_all_at_once
+        from gvpo_lightning.rewards import protocol
+        from gvpo_lightning.rewards.protocol import RAISED, Failure, RewardContractError
 
         functions = {name: pickle.loads(reward) for name, reward in rewards.items()}
         for function in functions.values():
@@ -38,14 +39,15 @@ def main(connection: Connection, trace: int, parent: int) -> None:
     connection.send((0, None))
     while True:
         try:
-            number, name, prompt, completion, columns = connection.recv()
+            number, seed, name, prompt, completion, columns = connection.recv()
         except EOFError:
             return
         answer: object
         status: object = 1
         try:
             columns = {column: [value] for column, value in columns.items()}
-            answer = reward_all_at_once(name, functions[name], [prompt], [completion], columns)[0]
+            protocol.seed_globals(seed)  # or it would matter which worker answers, and what it has answered before
+            answer = protocol.reward_all_at_once(name, functions[name], [prompt], [completion], columns)[0]
         except RewardContractError as error:
             answer = error
         except BaseException as error:  # sys.exit, or Python's own way out of a generator
