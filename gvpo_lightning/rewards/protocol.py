@@ -95,10 +95,13 @@ def checked_values(name: str, values: Any, completions: Sequence[str]) -> list[V
     """
     is_array = getattr(values, "ndim", None) == 1 and not isinstance(values, memoryview)
     is_list = isinstance(values, Sequence) and not isinstance(values, (str, bytes, bytearray, memoryview))
-    if not (is_list or is_array) or len(values) != len(completions):
-        got = len(values) if is_list or is_array else getattr(values, "shape", None) or type(values).__name__
+    got: object = len(values) if is_list or is_array else None
+    if got != len(completions):
+        if got is None:
+            shape = f" of shape {tuple(values.shape)}" if hasattr(values, "shape") else ""
+            got = f"{type(values).__name__}{shape}: return a list, a tuple or a 1-d array"
         raise RewardContractError(
-            f"The reward {name} must return one entry a completion, {len(completions)}, got {got}: a list of numbers."
+            f"The reward {name} must return one entry a completion, {len(completions)}, got {got}."
         )
     return [_checked(name, value, completion) for value, completion in zip(values, completions, strict=True)]
 
