@@ -133,18 +133,14 @@ class GVPOModule(L.LightningModule):
         self.tokenizer, self.generation, self.group_size = self.source.tokenizer, generation, rollout.group_size
         self.rewards = None if reward is None else Rewards(reward, reward_settings)
         self.objective_settings = ObjectiveSettings.of(objective)
-        self.reference_settings = ReferenceSettings.of(reference)
+        against = self.reference_settings = ReferenceSettings.of(reference)
         self.rollout_settings = rollout
         self.objective = make_objective(self.objective_settings, beta, generation.max_new_tokens)
-        self.objective.check_reference(self.reference_settings.kind)
+        self.objective.check_reference(against.kind)
         self.scoring = Scoring(temperature, loss_implementation, padding_free)
-        cached, limit = self.reference_settings.kind == "cached", rollout.max_completion_tokens
-        self.sources = SourceMixture(
-            sources, rollout.group_size, cached=cached, has_reward=reward is not None, max_tokens=limit
-        )
-        self.reference = make_reference(
-            self.reference_settings, self.source, temperature, self.sources.recorded_references
-        )
+        recorded: dict[str, Any] = {"cached": against.kind == "cached", "max_tokens": rollout.max_completion_tokens}
+        self.sources = SourceMixture(sources, self.group_size, has_reward=reward is not None, **recorded)
+        self.reference = make_reference(against, self.source, temperature, self.sources.recorded_references)
         if self.objective.needs_sampler_logprobs:
             sources.check_policy_alone(self.objective_settings.kind)
         if not max_log_ratio > 0:
@@ -156,9 +152,8 @@ class GVPOModule(L.LightningModule):
 
         self.run, self.guard = RunState(), Guard()
         self.updates: list[Update] = []  # of the rollout at hand, all passes over it
-        self.prompts = PromptCheck(self.source, generation, self.rewards, self.sources, self.reference_settings.model)
+        self.prompts = PromptCheck(self.source, generation, self.rewards, self.sources, against.model)
         self._saved: SavedPolicy | None = None  # what checkpoints hold of the policy, once it is loaded
-        self._sampled: Any = None  # the evaluation's Rollout of the batch at hand
         self._is_configured = False
 
     # -- what scripts, loaders and callbacks read
@@ -360,15 +355,15 @@ class GVPOModule(L.LightningModule):
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sample and reward completions of each prompt: `group_size`, or what a benchmark says."""
-        self._sampled = self.evaluation.sample_batch(self.policy, batch, self._stage, batch_idx)
+        self.evaluation.sample_batch(self.policy, batch, self._stage, batch_idx)
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Count what was sampled, and give it to callbacks."""
-        return {"rollout": self.evaluation.count(self._sampled)}
+        return {"rollout": self.evaluation.count()}
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
         """One dict a prompt in the offline format, with the prompt's other columns."""
-        return self.evaluation.predictions(batch, self._sampled)
+        return self.evaluation.predictions(batch)
 
     def on_validation_epoch_end(self) -> None:
         """Shard the policy again, and log what was sampled."""
@@ -377,8 +372,13 @@ class GVPOModule(L.LightningModule):
             self.log_dict({f"{self._stage}/{name}": value for name, value in self.evaluation.metrics().items()})
         self.evaluation.report()
 
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
+        """Raise what a reward has raised, now that callbacks have saved what was sampled."""
+        self.evaluation.raise_error()
+
     on_test_epoch_start = on_predict_epoch_start = on_validation_epoch_start
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
+    on_test_batch_end = on_predict_batch_end = on_validation_batch_end
     test_step = validation_step
     on_test_epoch_end = on_predict_epoch_end = on_validation_epoch_end
 

@@ -96,9 +96,15 @@ class BenchmarkReport(L.Callback):
         if not isinstance(batch, ProblemBatch) or batch.name not in self._scores:
             return
         assert isinstance(pl_module, GVPOModule)
-        records = completion_records(batch, outputs["rollout"], self._extract)
-        if pl_module.placement.ranks.is_first_of_model:  # the others have the same
-            append_records(self._path(batch.name), records)  # first: whatever fails later, they are there
+        records = completion_records(batch, outputs["rollout"])
+        extract = self._extract
+        try:
+            if extract is not None:
+                for record in records:
+                    record["answer"] = extract(record["completion"])
+        finally:  # what was sampled is there, whatever fails
+            if pl_module.placement.ranks.is_first_of_model:  # the others have the same
+                append_records(self._path(batch.name), records)
         self._records[batch.name] += records
         for samples in by_problem(records).values():
             self._scores[batch.name].update(samples)

@@ -11,7 +11,7 @@ from gvpo_lightning.data.rows import rows_of
 from gvpo_lightning.evaluation.benchmarks import ProblemBatch
 from gvpo_lightning.rewards import reward_columns
 from gvpo_lightning.rewards.run import FailureTally
-from gvpo_lightning.rollout.groups import Sampling, sample_rollout
+from gvpo_lightning.rollout.groups import RewardsFailed, Sampling, sample_rollout
 from gvpo_lightning.rollout.rollout import Rollout, rollout_metrics
 from gvpo_lightning.rollout.settings import GenerationSettings
 from gvpo_lightning.seeding import derive_seed
@@ -39,6 +39,7 @@ class SampledEvaluation:
     def __init__(self, sampling: Sampling, group_size: int) -> None:
         self.sampling, self.group_size = sampling, group_size
         self.failures = FailureTally()
+        self.error: Exception | None = None  # what rewards have raised on the batch at hand
         self._gathering: ExitStack | None = None
 
     def begin(self, stage: str) -> None:
@@ -55,7 +56,7 @@ class SampledEvaluation:
         if self.sampling.rewards is None and stage != "predict":
             raise ValueError(f"{stage} measures the reward of sampled completions: set model.reward, or leave it out.")
         placement, ranks = self.sampling.placement, self.sampling.placement.ranks
-        self.failures = FailureTally()
+        self.failures, self.error = FailureTally(), None
         self._components: dict[str, list[float]] = {}  # of each reward, what it has given
         # torchmetrics would take ranks that hold one model for ranks with different completions
         synced = {"sync_on_compute": ranks.size > 1, "process_group": ranks.process_group}
@@ -69,12 +70,24 @@ class SampledEvaluation:
 
     def end(self) -> None:
         """Shard the policy again, and learn of the failures on other ranks."""
+        self._shard_again()
+        self.failures = sum(self.sampling.placement.ranks.gather(self.failures), FailureTally())
+
+    def _shard_again(self) -> None:
         if self._gathering is not None:
             self._gathering.close()
             self._gathering = None
-        self.failures = sum(self.sampling.placement.ranks.gather(self.failures), FailureTally())
 
-    def sample(
+    def sample(self, policy: Any, batch: Any, *purpose: int | str, **options: Any) -> Rollout:
+        """Completions and rewards for a batch of prompts; the same `purpose` draws the same samples.
+
+        What a reward raises ends all ranks that hold one model.
+        """
+        rollout = self._sample(policy, batch, *purpose, **options)
+        self.raise_error()
+        return rollout
+
+    def _sample(
         self,
         policy: Any,
         batch: Any,
@@ -82,10 +95,7 @@ class SampledEvaluation:
         generation: GenerationSettings | None = None,
         num_completions: int | None = None,
     ) -> Rollout:
-        """Completions and rewards for a batch of prompts; the same `purpose` draws the same samples.
-
-        What a reward raises ends all ranks that hold one model.
-        """
+        """The same, but what a reward raises is kept as `error`."""
         sampling, placement = self.sampling, self.sampling.placement
         ranks = placement.ranks
         rollout: Rollout | None = None
@@ -101,26 +111,42 @@ class SampledEvaluation:
                     sampling.rewards if ranks.is_first_of_model else None,
                     seed=derive_seed(sampling.seed, *purpose, ranks.rank),
                 )
+        except RewardsFailed as failed:
+            rollout, error = failed.rollout, failed.error
         except Exception as raised:
             error = raised
         rollout, message = ranks.agree((rollout, None if error is None else f"{type(error).__name__}: {error}"))
-        if error is not None:
-            raise error
-        if rollout is None:
+        if error is None and message is not None:
             # A peer has failed: without this error, this rank would hang in the next collective.
-            raise RuntimeError(f"Sampling or a reward failed on the first rank that holds this model: {message}")
+            error = RuntimeError(f"Sampling or a reward failed on the first rank that holds this model: {message}")
+        self.error = error
+        if rollout is None:
+            self.raise_error()
+        assert rollout is not None
         self.failures += rollout.failures
         return rollout
 
-    def sample_batch(self, policy: Any, batch: Any, stage: str, number: int) -> Rollout:
-        """Those for a loader's batch of this number; a benchmark says how many completions its problems get."""
-        if isinstance(batch, ProblemBatch):
-            return self.sample(policy, batch, stage, batch.name, batch.first, num_completions=batch.num_samples)
-        return self.sample(policy, batch, stage, number)
+    def sample_batch(self, policy: Any, batch: Any, stage: str, number: int) -> None:
+        """Those for a loader's batch of this number; a benchmark says how many completions its problems get.
 
-    def count(self, rollout: Rollout) -> Rollout:
-        """Add one batch, and give it back; what nothing was kept for adds nothing."""
-        batch, kept = rollout.batch, rollout.batch.kept
+        What a reward raises waits for `raise_error`, so that what was sampled can be saved before.
+        """
+        purpose: tuple[int | str, ...] = (stage, number)
+        num_completions = None
+        if isinstance(batch, ProblemBatch):
+            purpose, num_completions = (stage, batch.name, batch.first), batch.num_samples
+        self.rollout = self._sample(policy, batch, *purpose, num_completions=num_completions)
+
+    def raise_error(self) -> None:
+        """Raise what rewards have raised on the last batch, if they have; the evaluation ends with that."""
+        if self.error is not None:
+            self._shard_again()  # or it would happen whenever this is collected, within whatever runs then
+            raise self.error
+
+    def count(self) -> Rollout:
+        """Add the last batch, and give it back; what nothing was kept for adds nothing."""
+        rollout, batch = self.rollout, self.rollout.batch
+        kept = batch.kept
         for name, values in rollout.components_of(kept).items():
             self._components.setdefault(name, []).extend(values)
         for name, value in rollout_metrics(batch, kept, batch.lengths).items():
@@ -150,10 +176,10 @@ class SampledEvaluation:
         """RewardError where rewards have failed too often, else a warning."""
         self.sampling.report([self.failures])
 
-    def predictions(self, batch: Any, rollout: Rollout) -> list[dict[str, Any]]:
-        """One dict a prompt of the batch in the offline format, with the prompt's other columns."""
-        sampled = rollout.rows()
-        if self.sampling.rewards is None:
+    def predictions(self, batch: Any) -> list[dict[str, Any]]:
+        """One dict a prompt of the last batch in the offline format, with the prompt's other columns."""
+        sampled = self.rollout.rows()
+        if self.sampling.rewards is None or self.error is not None:
             for row in sampled:
                 del row["rewards"]  # not asked for, rather than none given
         return [

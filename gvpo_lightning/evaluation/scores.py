@@ -58,14 +58,13 @@ def _arguments(reward: Reward) -> dict[str, Any]:
     return {k: v for k, v in vars(reward).items() if isinstance(v, shown) and not k.startswith("_")}
 
 
-def completion_records(batch: ProblemBatch, rollout: Rollout, extract: Extractor | None) -> list[Record]:
+def completion_records(batch: ProblemBatch, rollout: Rollout) -> list[Record]:
     """One dict a completion: problem and sample number, prompt, problem, gold answer, completion, and its grade.
 
-    `reward` is without its weight, None where the reward gave none; `answer` is what `extract` finds.
+    `reward` is without its weight, None where the reward gave none; `answer` is None, to be found in the completion.
     """
     records = []
-    (component,) = rollout.components.values()
-    rewards = iter(component)
+    rewards = iter(next(iter(rollout.components.values()), [math.nan] * len(rollout.batch)))  # none where it has raised
     for number, (row, group) in enumerate(zip(batch.rows, rollout.rows(), strict=True), start=batch.first):
         columns = zip(group["completions"], group["token_ids"], group["truncated"], strict=True)
         for sample, (completion, token_ids, truncated) in enumerate(columns):
@@ -82,7 +81,7 @@ def completion_records(batch: ProblemBatch, rollout: Rollout, extract: Extractor
                     "num_tokens": len(token_ids),
                     "truncated": truncated,
                     "reward": None if math.isnan(reward) else reward,
-                    "answer": None if extract is None else extract(completion),
+                    "answer": None,
                 }
             )
     return records

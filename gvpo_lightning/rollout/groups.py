@@ -142,6 +142,14 @@ def assemble_rollout(
     return rollout
 
 
+class RewardsFailed(Exception):
+    """Rewards have raised `error`; `rollout` is what was sampled, without them."""
+
+    def __init__(self, rollout: Rollout, error: Exception) -> None:
+        super().__init__(str(error))
+        self.rollout, self.error = rollout, error
+
+
 def sample_rollout(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -153,16 +161,26 @@ def sample_rollout(
     seed: int,
     index: int = 0,
 ) -> Rollout:
-    """`group_size` fresh completions for the prompt of each row, with rewards where there are some to ask."""
+    """`group_size` fresh completions for the prompt of each row, with rewards where there are some to ask.
+
+    Raises:
+        RewardsFailed: rewards have raised.
+    """
     prompts = [row["prompt"] for row in rows]
     prompt_ids = [encode_prompt(prompt, tokenizer) for prompt in prompts]
     # evaluation's inference tensors must stay neither in the model's caches nor here: training would fail on them later
     with torch.inference_mode(False):
         groups = sample_groups(model, tokenizer, prompt_ids, group_size, settings, seed)
-        tally = FailureTally()
-        if rewards is not None:
-            tally = reward_groups(groups, prompts, rows, rewards, derive_seed(seed, "rewards"))
-        return assemble_rollout(index, prompts, prompt_ids, groups, ["policy"], tally)
+        tally, error = FailureTally(), None
+        try:
+            if rewards is not None:
+                tally = reward_groups(groups, prompts, rows, rewards, derive_seed(seed, "rewards"))
+        except Exception as raised:
+            error = raised
+        rollout = assemble_rollout(index, prompts, prompt_ids, groups, ["policy"], tally)
+        if error is not None:
+            raise RewardsFailed(rollout, error) from error
+        return rollout
 
 
 def drop_by_settings(rollout: Rollout, settings: RolloutSettings) -> tuple[int, int]:

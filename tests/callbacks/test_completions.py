@@ -16,6 +16,7 @@ from gvpo_lightning.callbacks import CompletionsTable, PredictionWriter
 from gvpo_lightning.callbacks.completions import COLUMNS, markdown_table, render_table, table_rows
 from gvpo_lightning.data.batch import collate_completions
 from gvpo_lightning.module import GVPOModule
+from gvpo_lightning.rewards.settings import RewardSettings
 from gvpo_lightning.rollout.rollout import Rollout
 from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
 from gvpo_lightning.sources.offline import OfflineFile
@@ -126,6 +127,30 @@ def test_predictions_are_valid_json_lines(tiny_policy, tokenizer, tmp_path):
             assert len(row["completions"]) == len(row["token_ids"]) == len(row["truncated"]) == 3
             assert row["sources"] == ["policy"] * 3
         assert "NaN" not in (folder / "predictions.jsonl").read_text()
+
+
+def no_list(prompts, completions, **columns):
+    """What is no answer of a reward's."""
+    return dict.fromkeys(range(len(completions)), 1.0)
+
+
+def test_what_was_sampled_is_written_before_a_rewards_mistake_ends_the_run(make_module, tmp_path):
+    module = make_module(reward=no_list, reward_settings=RewardSettings(num_workers=0))
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=tmp_path,
+        callbacks=[PredictionWriter()],
+    )
+    rows = [{"prompt": f"{n}+1="} for n in range(5)]
+    for call in (trainer.predict, trainer.validate):
+        with pytest.raises(ValueError, match=r"The reward no_list must return one entry a completion, .* got dict"):
+            call(module, DataLoader(rows, batch_size=2, collate_fn=list))
+    written = [json.loads(line) for line in (tmp_path / "predictions.jsonl").read_text().splitlines()]
+    assert [row["prompt"] for row in written] == ["0+1=", "1+1="]  # the batch at hand
+    assert all(row["completions"] and row["token_ids"] and "rewards" not in row for row in written)
 
 
 ODD = {

@@ -12,6 +12,7 @@ from gvpo_lightning.evaluation.benchmarks import Benchmark, load_problems
 from gvpo_lightning.evaluation.metrics import AverageAtK, MajorityAtK, PassAtK
 from gvpo_lightning.evaluation.report import REPORTED_RIGHT, REPORTED_TOTALS, markdown, reported_runs
 from gvpo_lightning.evaluation.scores import by_problem, is_right, read_records, vote
+from gvpo_lightning.rewards import BoxedMath
 from tests.forked import run_ranks
 
 COUNTS = {"aime24": 30, "amc": 83, "math500": 500, "minerva": 272, "olympiad_bench": 675, "gsm8k": 1319}
@@ -215,6 +216,36 @@ def test_a_part_of_the_problems_is_called_that(arguments, tmp_path):
     again = json.loads((tmp_path / "evaluation" / "evaluation.json").read_text())
     assert again["average"] is None
     assert again["benchmarks"]["aime24"]["all_problems"] == 4
+
+
+class LooksNowhere(BoxedMath):
+    """A reward whose own code is broken where answers are looked for, or that gives what is no list."""
+
+    def __init__(self, gives_no_list: bool) -> None:
+        super().__init__()
+        self.in_process, self.gives_no_list = True, gives_no_list
+        if not gives_no_list:
+            self.extract_answer = lambda completion: completion[1_000_000]
+
+    def __call__(self, prompts, completions, **columns):
+        return {0: 1.0} if self.gives_no_list else [1.0] * len(completions)
+
+
+@pytest.mark.parametrize(("gives_no_list", "error"), [(True, "must return one entry"), (False, "out of range")])
+def test_what_was_sampled_is_there_whatever_fails_after_it(arguments, tmp_path, gives_no_list, error):
+    reward = {
+        "class_path": "tests.evaluation.test_suites.LooksNowhere",
+        "init_args": {"gives_no_list": gives_no_list},
+    }
+    overlay = tmp_path / "broken.yaml"
+    overlay.write_text(yaml.safe_dump({"model": {"reward": reward}}))
+    with pytest.raises((SystemExit, IndexError, ValueError)) as raised:
+        main([*arguments, "--config", str(overlay)])
+    (records,) = read_records(tmp_path / "evaluation").values()
+    assert len(records) == 3 * 4  # the batch at hand
+    assert all(record["token_ids"] for record in records)
+    assert {record["reward"] for record in records} == ({None} if gives_no_list else {1.0})
+    assert error in str(raised.value) or isinstance(raised.value, SystemExit)
 
 
 def as_long_as_can_be(prompts, completions, completion_ids, **columns):
