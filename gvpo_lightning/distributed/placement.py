@@ -56,6 +56,21 @@ class Placement:
             with gathered_fsdp1(self.strategy.model) if self.is_fsdp1 else gathered_units(self._module):
                 yield
 
+    @contextmanager
+    def kept_gathered(self) -> Iterator[None]:
+        """The same of FSDP2's units, from one hook to another: between them torch's modes are as Lightning has them.
+
+        An error that ends the hooks between leaves this open, and modes that were set here would stay for good.
+        """
+        units = gathered_units(self._module)
+        with torch.inference_mode(False), torch.no_grad():
+            units.__enter__()
+        try:
+            yield
+        finally:
+            with torch.inference_mode(False), torch.no_grad():
+                units.__exit__(None, None, None)
+
     def callable(self) -> AbstractContextManager[None]:
         """Inside, the policy can be called where the strategy has not called a step: FSDP1's is gathered for it."""
         return self.gathered() if self.is_fsdp1 else nullcontext()

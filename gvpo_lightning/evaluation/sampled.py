@@ -60,13 +60,12 @@ class SampledEvaluation:
         self._components: dict[str, list[float]] = {}  # of each reward, what it has given
         # torchmetrics would take ranks that hold one model for ranks with different completions
         synced = {"sync_on_compute": ranks.size > 1, "process_group": ranks.process_group}
-        with torch.inference_mode(False):  # where they will be added to, once the policy is gathered
-            self._metrics = {name: kind(**synced).to(placement.device) for name, kind in JOINED.items()}
-            for metric in self._metrics.values():
-                metric.set_dtype(torch.float64).update(*NOTHING[type(metric)])
+        self._metrics = {name: kind(**synced).to(placement.device) for name, kind in JOINED.items()}
+        for metric in self._metrics.values():
+            metric.set_dtype(torch.float64).update(*NOTHING[type(metric)])
         if not placement.is_fsdp1:
             self._gathering = ExitStack()
-            self._gathering.enter_context(placement.gathered())
+            self._gathering.enter_context(placement.kept_gathered())
 
     def end(self) -> None:
         """Shard the policy again, and learn of the failures on other ranks."""
@@ -140,7 +139,7 @@ class SampledEvaluation:
     def raise_error(self) -> None:
         """Raise what rewards have raised on the last batch, if they have; the evaluation ends with that."""
         if self.error is not None:
-            self._shard_again()  # or it would happen whenever this is collected, within whatever runs then
+            self._shard_again()
             raise self.error
 
     def count(self) -> Rollout:

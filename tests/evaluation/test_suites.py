@@ -1,5 +1,6 @@
 """The maths suites from start to end: real problems, a small policy, what is written of it, and grading it again."""
 
+import gc
 import json
 from pathlib import Path
 
@@ -246,6 +247,10 @@ def test_what_was_sampled_is_there_whatever_fails_after_it(arguments, tmp_path, 
     assert all(record["token_ids"] for record in records)
     assert {record["reward"] for record in records} == ({None} if gives_no_list else {1.0})
     assert error in str(raised.value) or isinstance(raised.value, SystemExit)
+    del raised
+    gc.collect()  # what the run has left open changes no mode of torch's, whenever it is closed
+    assert torch.is_grad_enabled()
+    assert not torch.is_inference_mode_enabled()
 
 
 def as_long_as_can_be(prompts, completions, completion_ids, **columns):
