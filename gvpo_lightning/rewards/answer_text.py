@@ -58,7 +58,7 @@ _UNIT = re.compile(rf"{_UNIT_START}(?:\\mu\s*)?{_UNIT_WORD}{_UNIT_END}")
 _NO_UNIT = r"or|and|if|not|to|mod|plus|minus|times|squared|cubed|dozen|hundred|thousand|[mb]illion|trillion"
 _BARE_UNIT = re.compile(
     rf"{_UNIT_START}(?:\\(?:AA|Omega)(?![a-zA-Z])|\\mu(?![a-zA-Z])\s*[a-zA-Z]{{1,2}}|M_\{{?\\odot\}}?"
-    rf"|(?:(?<=[\d}}]\s)(?!(?:{_NO_UNIT})\b)(?:[a-zA-Z]{{3,}}|[mghslLKNJWV])"
+    rf"|(?:(?<=[\d}})ic]\s)(?!(?:{_NO_UNIT})\b)(?:[a-zA-Z]{{3,}}|[mghslLKNJWV])"
     rf"|(?<=[\d}}\s])(?:[kcdmnMG][mgslVWJKNALC]|eV|Hz|Pa))(?:/[a-zA-Z]+)?){_UNIT_END}"
 )
 
