@@ -28,10 +28,11 @@ _CURRENCIES = {"€": "euro", "£": "pound", "¥": "yen", "₹": "rupee", "₩":
 _TIDY = (
     (re.compile(r"(?<!\\)~"), " "),  # a space that doesn't break
     (re.compile(r"^\s*\*\*|\*\*[\s.]*$"), ""),  # Markdown's bold
+    (re.compile(r"(?<!\.)\.([\s$]*)$"), r"\1"),  # a sentence's end
     (re.compile(r"(?<![\w)}\]\s])(\s*)–(?=\s*[\d.\\(a-zA-Z])"), r"\1-"),  # behind a number it may mean "to"
     (re.compile(r"(?<=\d)(?:\{,\}|,\\!\s*)(?=\d{3}(?!\d))"), ","),
     (
-        re.compile(r"(?<![\w.,])(?<!\d\s)\d{1,3}(?:(?:\s|\\[, ])\d{3})+(?![\w,]|\.\d|(?:\s|\\[, ]|\s*/\s*)\.?\d)"),
+        re.compile(r"(?<![\w.,])(?<!\d\s)\d{1,3}(?:(?:\s|\\[, ])\d{3})+(?!\w|[.,]\d|(?:\s|\\[, ]|\s*/\s*)\.?\d)"),
         lambda number: re.sub(r"\D", "", number[0]),
     ),
     (re.compile(rf"(?<=[\d}}])\s*((?:(?![{_NUMERALS}]){_COUNTED})+)\s*$"), r"\\text{ \1}"),
@@ -41,6 +42,7 @@ _TIDY = (
     (_POWER_OF_TEN, r"\1 \\times 10^{\2}"),  # or its e would be a variable
     (re.compile(r"^([\s$]*)(?:=|≈|\\approx(?![a-zA-Z])|\\sim(?:eq)?(?![a-zA-Z]))"), r"\1"),  # of what stood before
     (re.compile(r"\\(?:mathrm|text|textrm|mathit)\s*\{\s*([ei])\s*\}"), r" \1"),  # a number, no unit
+    (re.compile(r"(?<=[a-zA-Z])('+)(?![a-zA-Z])"), lambda primes: "^{" + r"\prime" * len(primes[1]) + "}"),
     (re.compile(r"\\degree(?![a-zA-Z])"), r"^\\circ"),
     (re.compile(r"\\varnothing(?![a-zA-Z])"), r"\\emptyset"),
     (re.compile(r"√\s*(?:\{([^{}]*)\}|\(([^()]*)\)|(\d+|[a-zA-Z]))"), r"\\sqrt{\1\2\3}"),
@@ -48,6 +50,7 @@ _TIDY = (
     (re.compile(r"(?<![\s,])[\s,]*\\(?:text|mbox|textrm)\s*\{[\s,]*(?:and|or)\s*\}"), ", "),  # between items
 )
 _BETWEEN_NUMBERS = re.compile(r"(?<=\d)(?:\s|\\[,;: ])+(?=\.?\d)")  # to take it off would make one number of two
+_BETWEEN_ITEMS = re.compile(r"(?<=\d),(?:\s|\\[,;: ])+(?=\d{3}(?!\d))")  # or thousands would be made of them
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 
 # a unit: words after a number, as text or (only of what is compared with a plain number) without
@@ -56,16 +59,22 @@ _UNIT_END = rf"(?:{_UNIT_WORD}|\^\{{?-?\d\}}?|_\{{?\\odot\}}?|\\cdot(?![a-zA-Z])
 _UNIT_START = r"(?:\\[,;:! ]|[\s]|\^\{?\\circ\}?)*"
 _UNIT = re.compile(rf"{_UNIT_START}(?:\\mu\s*)?{_UNIT_WORD}{_UNIT_END}")
 _NO_UNIT = r"or|and|if|not|to|mod|plus|minus|times|squared|cubed|dozen|hundred|thousand|[mb]illion|trillion"
+# words that are units also where they stand right behind the number, as letters that are multiplied might
+_CLOSE_UNIT = (
+    r"[kcdmnMG][mgslVWJKNALC]|eV|Hz|Pa|ft|yd|lbs?|oz|hrs?|mph|miles?|feet|foot|inch(?:es)?|yards?|dollars?|cents?"
+    r"|degrees?|hours?|minutes?|seconds?|days?|years?|met(?:er|re)s?|lit(?:er|re)s?|grams?|units?"
+)
 _BARE_UNIT = re.compile(
     rf"{_UNIT_START}(?:\\(?:AA|Omega)(?![a-zA-Z])|\\mu(?![a-zA-Z])\s*[a-zA-Z]{{1,2}}|M_\{{?\\odot\}}?"
-    rf"|(?:(?<=[\d}})ic]\s)(?!(?:{_NO_UNIT})\b)(?:[a-zA-Z]{{3,}}|[mghslLKNJWV])"
-    rf"|(?<=[\d}}\s])(?:[kcdmnMG][mgslVWJKNALC]|eV|Hz|Pa))(?:/[a-zA-Z]+)?){_UNIT_END}"
+    rf"|(?:(?<=[\d}})ic]\s)(?!(?:{_NO_UNIT})\b)(?:(?:square|cubic|sq\.?|cu\.?)\s)?(?:[a-zA-Z]{{3,}}|[mghslLKNJWV]|{_CLOSE_UNIT})"
+    rf"|(?<=[\d}})\s])(?:{_CLOSE_UNIT}))(?:/[a-zA-Z]+)?){_UNIT_END}"
 )
 
 # words that say more than a unit, and signs that math-verify leaves out together with what follows
 _SCALED = re.compile(rf"[\d}}]\s*{_WORDS}\{{\s*(k|M|B|bn|mn|tn)\s*\}}")  # thousands to trillions
 _DECISIVE = re.compile(_WORDS + rf"\{{([^{{}}]*(?:\d|\b(?:{_NO_UNIT})\b)[^{{}}]*)\}}")
 _OVERLOOKED = re.compile(r"\d'|\\[bp]?mod(?![a-zA-Z])|\\equiv(?![a-zA-Z])|\\[lc]?dots(?![a-zA-Z])")
+_PRIME = re.compile(r"\\prime(?![a-zA-Z])")
 _BASED = re.compile(r"(\w+)_\{?(\d+)\}?")
 _BASE = re.compile(r"\d_\{?(\d+)")
 _ONLY_WORDS, _WORD = re.compile(r"[a-zA-Z]{2,}(?:[=<>,;]+[a-zA-Z]{2,})*"), re.compile(r"(?<![a-zA-Z\\])[a-zA-Z]{2,}")
@@ -89,7 +98,8 @@ def tidy(answer: str) -> str:
 
 def plain(answer: str) -> str:
     """The answer as text to be compared: without what only changes how it looks; space stays between numbers alone."""
-    text = _WRAPPED.sub(r"\1", _SPACING.sub("", _BETWEEN_NUMBERS.sub("␣", tidy(answer))).replace("␣", " "))
+    text = _BETWEEN_ITEMS.sub(";", _BETWEEN_NUMBERS.sub("␣", tidy(answer)))
+    text = _WRAPPED.sub(r"\1", _SPACING.sub("", text).replace("␣", " "))
     text = re.sub(r"\\[dtc]frac(?![a-zA-Z])", r"\\frac", text)
     text = re.sub(r"\^\{?\\circ\}?|°", "", text)
     text = re.sub(r"^\(([a-zA-Z])\)$", r"\1", text.rstrip("."))  # a choice
@@ -152,9 +162,11 @@ def is_misread(gold: str, answer: str) -> bool:
         return True
     if any(_TUPLE.fullmatch(one) and _SET.fullmatch(two) for one, two in ((right, given), (given, right))):
         return True
+    if len(_PRIME.findall(gold)) != len(_PRIME.findall(answer)):  # it leaves them out
+        return True
     lists = items(gold), items(answer)  # it takes them for sets
     repeated = any(len(set(found)) < len(found) for found in lists)
-    return repeated and min(map(len, lists)) > 1 and len(lists[0]) != len(lists[1])
+    return repeated and min(map(len, lists)) > 1 and sorted(lists[0]) != sorted(lists[1])
 
 
 def is_runaway(answer: str) -> bool:

@@ -37,6 +37,11 @@ _EMPTY = re.compile(r"(?:\\[,;:! ]|\\boxed|\\fbox|[\s${}.])*")
 _APPROXIMATE = re.compile(r"\\approx(?![a-zA-Z])|\\sim(?:eq)?(?![a-zA-Z])|≈")
 _EQUALITY = re.compile(r"(?<![<>!:])=|" + _APPROXIMATE.pattern)
 _DECIMAL = re.compile(r"-?(\d+(?:\.(\d+))?)(?:\\(?:times|cdot)10\^\{?-?\d+\}?)?$")
+# names, behind which letters stand once the space between has been taken off
+_NAME = re.compile(
+    r"\\(?:alpha|beta|gamma|delta|(?:var)?epsilon|zeta|eta|(?:var)?theta|iota|kappa|lambda|mu|nu|xi|rho|sigma|tau|upsilon"
+    r"|(?:var)?phi|chi|psi|omega|Gamma|Delta|Theta|Lambda|Xi|Sigma|Phi|Psi|Omega|ell|angle|triangle|overline|vec)"
+)
 # what math-verify reads as a function, as e, or not at all, by a name that it takes for a variable
 _RENAMED = (
     (re.compile(r"\\gamma(?![a-zA-Z])"), "g_{amma}"),
@@ -182,7 +187,7 @@ def _stated(answer: str, gold: str) -> str | None:
     stated = answer
     for item in items(answer):
         sides = _EQUALITY.split(item)
-        numbers = [side for side in sides if side and not has_letters(side)]
+        numbers = [side for side in sides if side and not has_letters(side) and not _NAME.search(side)]
         if not all(_same_value(one, two) or _is_rounded(one, two) for one, two in pairwise(numbers)):
             return None
         if len(items(answer)) == 1 and (len(numbers) > 1 or _APPROXIMATE.search(item)) and "=" not in gold:
@@ -294,8 +299,13 @@ def _parse(text: str, *, is_boxed: bool) -> list[Any]:
     cleaning = NormalizationConfig(
         basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
     )
-    targets: list[Any] = [LatexExtractionConfig(boxed_match_priority=0, normalization_config=cleaning)]
-    if not is_boxed:  # it would take a part of a formula for the whole
+    # within a box it would take a part of what it can't read for the whole
+    targets: list[Any] = [
+        LatexExtractionConfig(
+            try_extract_without_anchor=not is_boxed, boxed_match_priority=0, normalization_config=cleaning
+        )
+    ]
+    if not is_boxed:
         targets.append(ExprExtractionConfig())
     try:
         return parse(text, targets, parsing_timeout=None)
