@@ -54,11 +54,16 @@ _BETWEEN_ITEMS = re.compile(r"(?<=\d),(?:\s|\\[,;: ])+(?=\d{3}(?!\d))")  # or th
 _THOUSANDS = re.compile(r"[+-]?\d{1,3}(?:,\d{3})+(?:\.\d+)?")
 
 # a unit: words after a number, as text or (only of what is compared with a plain number) without
-_UNIT_WORD = _WORDS + r"\{[^{}\d]*[^\W\d_][^{}\d]*\}"
+_POWERED = r"(?:[^{}\d]|\^\{?-?\d\}?)*"
+_UNIT_WORD = _WORDS + rf"\{{{_POWERED}[^\W\d_]{_POWERED}\}}"
 _UNIT_END = rf"(?:{_UNIT_WORD}|\^\{{?-?\d\}}?|_\{{?\\odot\}}?|\\cdot(?![a-zA-Z])|\\[,;:! ]|[\s/.$])*$"
 _UNIT_START = r"(?:\\[,;:! ]|[\s]|\^\{?\\circ\}?)*"
 _UNIT = re.compile(rf"{_UNIT_START}(?:\\mu\s*)?{_UNIT_WORD}{_UNIT_END}")
-_NO_UNIT = r"or|and|if|not|to|mod|plus|minus|times|squared|cubed|dozen|hundred|thousand|[mb]illion|trillion"
+_NO_UNIT = (
+    r"or|and|if|not|to|mod|plus|minus|times|squared|cubed|factorial|choose|over|divided|negative|root|less|more|wrong"
+    r"|(?:dozen|hundred|thousand|[mb]illion|trillion|lakh|crore|tenth|hundredth|thousandth|third|quarter|pair)s?"
+    r"|half|halves|gross|score|mil"
+)
 # words that are units also where they stand right behind the number, as letters that are multiplied might
 _CLOSE_UNIT = (
     r"[kcdmnMG][mgslVWJKNALC]|eV|Hz|Pa|ft|yd|lbs?|oz|hrs?|mph|miles?|feet|foot|inch(?:es)?|yards?|dollars?|cents?"
@@ -143,7 +148,8 @@ def split_unit(answer: str, *, bare: bool = False) -> tuple[str, str]:
     """A number and its unit, "" where there is none; `bare` also takes units that are not written as text."""
     found = _UNIT.search(answer) or (_BARE_UNIT.search(answer) if bare else None)
     value = answer[: found.start()] if found else ""
-    if found is None or has_letters(value) or not re.search(r"\d|\\pi|\\infty", value):
+    number = re.split(r"(?<![<>!:])=|≈|\\approx(?![a-zA-Z])", value)[-1]
+    if found is None or has_letters(number) or not re.search(r"\d|\\pi|\\infty", number):
         return answer, ""
     return value + "$" * (value.count("$") % 2), re.sub(r"[{}.]|(?<=[a-z]{3})s$", "", plain(found[0]))
 
