@@ -66,7 +66,7 @@ _NO_UNIT = (
 )
 # words that are units also where they stand right behind the number, as letters that are multiplied might
 _CLOSE_UNIT = (
-    r"[kcdmnMG][mgslVWJKNALC]|eV|Hz|Pa|ft|yd|lbs?|oz|hrs?|mph|miles?|feet|foot|inch(?:es)?|yards?|dollars?|cents?"
+    r"[kcdmnMG][mgslVWJKNALC]|eV|Hz|Pa|ft|yd|lbs?|oz|hrs?|mph|miles?|feet|foot|inch(?:es)?|yards?|dollars?|cents?|yrs?|sec|min|pounds?"
     r"|degrees?|hours?|minutes?|seconds?|days?|years?|met(?:er|re)s?|lit(?:er|re)s?|grams?|units?"
 )
 _BARE_UNIT = re.compile(
