@@ -33,7 +33,7 @@ _BARE = (
     r"|(?<=\s)(?:[^\s${}\\.,]|[.,](?=\d))+"
 )
 _BRACES = re.compile(rf"\\(?:boxed|fbox)(?:\s*\{{|\s*(?P<bare>{_BARE}))|\\.|[{{}}]", re.DOTALL)
-_EMPTY = re.compile(r"(?:\\[,;:! ]|\\boxed|\\fbox|[\s${}.])*")
+_EMPTY = re.compile(r"(?:\\[,;:! ]|\\(?:boxed|fbox|q?quad|[lc]?dots)|[\s${}.~…]){,50}")
 _APPROXIMATE = re.compile(r"\\approx(?![a-zA-Z])|\\sim(?:eq)?(?![a-zA-Z])|≈")
 _EQUALITY = re.compile(r"(?<![<>!:])=|" + _APPROXIMATE.pattern)
 _DECIMAL = re.compile(r"-?(\d+(?:\.(\d+))?)(?:\\(?:times|cdot)10\^\{?-?\d+\}?)?$")
@@ -240,7 +240,8 @@ def _same_number(gold: Any, answer: Any) -> bool | None:
         if any(value.has(oo, -oo, zoo, nan) and not value.has(ExprWithLimits, Limit) for value in (gold, answer)):
             # a difference of infinities is 0 to sympy or not, as its random numbers want
             return bool(left == right and left in (oo, -oo))
-        if gold.is_Symbol != answer.is_Symbol and simplify(left - right) == 0:
+        is_one = gold.is_Symbol != answer.is_Symbol and left.free_symbols == right.free_symbols
+        if is_one and simplify(left - right) == 0:
             return True  # math-verify takes products for the symbol's name alone
         if not (gold.is_number and answer.is_number):
             return None

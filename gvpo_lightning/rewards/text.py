@@ -9,7 +9,7 @@ from gvpo_lightning.rewards.values import as_text, is_missing
 
 # A minus sign after a digit is a subtraction, or a dash. Commas, in LaTeX's braces or not, only separate thousands.
 _NUMBER = re.compile(
-    r"(?:(?<!\d)[-−–])?(?:(?:\d{1,3}(?:(?:,|\{,\}|,\\!)\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![.\w])\.\d+)"
+    r"(?:(?<!\d)[-−]|(?<![\w%)])–)?(?:(?:\d{1,3}(?:(?:,|\{,\}|,\\!)\d{3})+(?!\d)|\d+)(?:\.\d+)?|(?<![.\w])\.\d+)"
     r"(?:(?<![a-zA-Z])[eE][+-]?\d{1,4}(?!\w))?"
 )
 

@@ -30,6 +30,7 @@ from gvpo_lightning.rewards.maths import _parse_answer, extract_answer, gold_ans
         ("\\boxed{42}, checked: \\boxed{}", "42"),
         ("\\boxed{42} $\\boxed{\\,}$ \\fbox{ }", "42"),
         ("\\boxed{5} \\fbox{73}", "73"),
+        ("\\boxed{5} \\boxed{~\\quad}, \\boxed{\\ldots}", "5"),
         ("so \\boxed\\frac12.", "\\frac12"),
         ("\\boxed -\\dfrac{1}{2}$", "-\\dfrac{1}{2}"),
         ("$\\boxed\\sqrt{2}$", "\\sqrt{2}"),
@@ -185,6 +186,7 @@ EQUAL = [
     ("4.5e33", "L = 4.5\\times10^{33}\\ \\text{erg s}^{-1}"),
     ("15\\mbox{ cm}^2", "A = 15 \\text{ cm}^{2}"),
     ("7", "\\theta = 7"),
+    ("7", "f'(2) = 7"),
     ("30^\\circ", "\\angle A = 30^\\circ"),
     ("2500,7500", "2\\,500, 7\\,500"),
     ("16,3,1,1", "1,1,3,16"),
@@ -302,6 +304,8 @@ DIFFERENT = [
     ("7", "6 = \\theta = 7"),
     ("42", "42xy"),
     ("42", "42\\text{ thousands}"),
+    ("5", "answer 6 \\vee $5$"),
+    ("12", "12\\%\\%"),
     ("42", "42 hundredths"),
     ("42", "42\\text{ over six}"),
     ("4.5", "5 = 4.5\\text{ cm}"),
@@ -442,7 +446,7 @@ def test_last_boxed_of_a_long_text():
     text = "".join(rng.choice(["\\boxed{", "a", "}", "{"]) for _ in range(20_000)) + "\\boxed{5}"
     assert last_boxed(text) == "5"
     assert last_boxed("\\boxed{" * 3000) is None
-    assert last_boxed("\\boxed{" * 3000 + "}" * 3000) is None
+    assert last_boxed("\\boxed{ " * 12_000 + " }" * 12_000) is not None
     assert last_boxed("\\boxed{" * 3000 + "5" + "}" * 3000) == "5"
 
 

@@ -185,6 +185,7 @@ def test_columns_by_the_names_of_what_a_reward_is_given_are_refused(column):
         ("−5", -5),
         ("it is –5.", -5),
         ("3–5", 5),  # from 3 to 5
+        ("10%–20%", 20),
         ("5−3", 3),
         ("1e5", 100000),
         ("1.5E-3 m", 0.0015),
