@@ -214,6 +214,7 @@ def _same_value(gold: str, answer: str) -> bool:
     from math_verify import verify
     from sympy.core.random import seed
 
+    seed(0)  # sympy tries random numbers; an answer must not depend on those that were graded before
     right, given = _parse_answer(gold), _parse_answer(answer)
     for left in right:
         for other in given:
@@ -221,7 +222,6 @@ def _same_value(gold: str, answer: str) -> bool:
             verdict = _same_equation(left, other) if verdict is None else verdict
             if verdict is not None:
                 return verdict
-    seed(0)  # sympy tries random numbers; an answer must not depend on those that were graded before
     return bool(verify(list(right), list(given), float_rounding=DIGITS, timeout_seconds=None))
 
 

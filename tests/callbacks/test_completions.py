@@ -92,6 +92,18 @@ def test_markdown_has_a_line_a_row_and_a_cell_a_column(rollout):
     assert lines[4] == "| 0 | [bold]prompt | a \\| b | policy | -0.5 |"
 
 
+def predictor(folder) -> L.Trainer:
+    """A quiet Trainer that writes its predictions into the folder."""
+    return L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        default_root_dir=folder,
+        callbacks=[PredictionWriter()],
+    )
+
+
 def reward_by_position(prompts, completions, level, **columns):
     """Some completions have none."""
     return [None if number == 0 else number + 0.5 for number, value in zip(range(len(completions)), level, strict=True)]
@@ -107,14 +119,7 @@ def test_predictions_are_valid_json_lines(tiny_policy, tokenizer, tmp_path):
         generation=GenerationSettings(max_new_tokens=4),
     )
     folder = tmp_path / "run"
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        default_root_dir=folder,
-        callbacks=[PredictionWriter()],
-    )
+    trainer = predictor(folder)
     for _ in range(2):  # a second run starts its file anew, and draws the same
         predictions = trainer.predict(module, DataLoader(rows, batch_size=2, collate_fn=list))
         written = [json.loads(line) for line in (folder / "predictions.jsonl").read_text("utf-8").splitlines()]
@@ -136,14 +141,7 @@ def no_list(prompts, completions, **columns):
 
 def test_what_was_sampled_is_written_before_a_rewards_mistake_ends_the_run(make_module, tmp_path):
     module = make_module(reward=no_list, reward_settings=RewardSettings(num_workers=0))
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        default_root_dir=tmp_path,
-        callbacks=[PredictionWriter()],
-    )
+    trainer = predictor(tmp_path)
     rows = [{"prompt": f"{n}+1="} for n in range(5)]
     for call in (trainer.predict, trainer.validate):
         with pytest.raises(ValueError, match=r"The reward no_list must return one entry a completion, .* got dict"):
@@ -171,14 +169,7 @@ def test_what_json_does_not_have_is_written_as_text_and_can_be_read_again(make_m
     tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     talk = [{"role": "user", "content": "1+1=", "sent": datetime(2024, 1, 5, 10)}]
     rows = [{"prompt": talk} | ODD, {"prompt": "2+1="} | ODD]
-    trainer = L.Trainer(
-        accelerator="cpu",
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        default_root_dir=tmp_path,
-        callbacks=[PredictionWriter()],
-    )
+    trainer = predictor(tmp_path)
     (found,) = trainer.predict(make_module(tokenizer=tokenizer), DataLoader(rows, batch_size=2, collate_fn=list))
     lines = (tmp_path / "predictions.jsonl").read_text().splitlines()
     written = {
