@@ -30,12 +30,12 @@ _TIDY = (
     (re.compile(r"^\s*\*\*|\*\*[\s.]*$"), ""),  # Markdown's bold
     (re.compile(r"(?<!\.)\.([\s$]*)$"), r"\1"),  # a sentence's end
     (re.compile(r"(?<![\w)}\]\s])(\s*)–(?=\s*[\d.\\(a-zA-Z])"), r"\1-"),  # behind a number it may mean "to"
-    (re.compile(r"(?<=\d)(?:\{,\}|,\\!\s*)(?=\d{3}(?!\d))"), ","),
-    (
+    (re.compile(r"(?<=\d)(?:\{,\}|,\\!\s*)(?=\d{3}(?!\d))"), ","),  # LaTeX's commas between thousands
+    (  # spaces between thousands, unless more digits follow
         re.compile(r"(?<![\w.,])(?<!\d\s)\d{1,3}(?:(?:\s|\\[, ])\d{3})+(?!\w|[.,]\d|(?:\s|\\[, ]|\s*/\s*)\.?\d)"),
         lambda number: re.sub(r"\D", "", number[0]),
     ),
-    (re.compile(rf"(?<=[\d}}])\s*((?:(?![{_NUMERALS}]){_COUNTED})+)\s*$"), r"\\text{ \1}"),
+    (re.compile(rf"(?<=[\d}}])\s*((?:(?![{_NUMERALS}]){_COUNTED})+)\s*$"), r"\\text{ \1}"),  # a unit
     (re.compile(r"([€£¥₹₩])\s*([\d.,]*\d)"), lambda price: rf"{price[2]}\text{{ {_CURRENCIES[price[1]]}}}"),
     (re.compile(r"(?<=\d)\s*([€£¥₹₩])"), lambda price: rf"\text{{ {_CURRENCIES[price[1]]}}}"),
     (re.compile(rf"{_WORDS}\{{\s*{_PERCENT}\s*\}}|(?<![a-zA-Z\\]){_PERCENT}(?![a-zA-Z])"), r"\\%"),
@@ -66,8 +66,8 @@ _NO_UNIT = (
 )
 # words that are units also where they stand right behind the number, as letters that are multiplied might
 _CLOSE_UNIT = (
-    r"[kcdmnMG][mgslVWJKNALC]|eV|Hz|Pa|ft|yd|lbs?|oz|hrs?|mph|miles?|feet|foot|inch(?:es)?|yards?|dollars?|cents?|yrs?|sec|min|pounds?"
-    r"|degrees?|hours?|minutes?|seconds?|days?|years?|met(?:er|re)s?|lit(?:er|re)s?|grams?|units?"
+    r"[kcdmnMG][mgslVWJKNALC]|eV|Hz|Pa|ft|yd|lbs?|oz|hrs?|mph|miles?|feet|foot|inch(?:es)?|yards?|dollars?|cents?"
+    r"|yrs?|sec|min|pounds?|degrees?|hours?|minutes?|seconds?|days?|years?|met(?:er|re)s?|lit(?:er|re)s?|grams?|units?"
 )
 _BARE_UNIT = re.compile(
     rf"{_UNIT_START}(?:\\(?:AA|Omega)(?![a-zA-Z])|\\mu(?![a-zA-Z])\s*[a-zA-Z]{{1,2}}|M_\{{?\\odot\}}?"
