@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_lightning.checkpointing.preemption import Preemption
+from gvpo_lightning.checkpointing.resumed_epoch import begin_whole_epoch
 from gvpo_lightning.checkpointing.resumed_settings import SettingsWin
 from gvpo_lightning.checkpointing.state import Resumable, RunState, SavedPolicy
 from gvpo_lightning.checks import trainer as checks
@@ -150,20 +151,22 @@ class GVPOModule(L.LightningModule):
         self.max_skipped_updates, self.max_log_ratio = max_skipped_updates, max_log_ratio
         self.gradient_checkpointing, self.torch_compile = gradient_checkpointing, torch_compile
 
-        self.run, self.guard = RunState(), Guard()
+        self.run, self.guard, self.seed = RunState(), Guard(), run_seed()
         self.updates: list[Update] = []  # of the rollout at hand, all passes over it
         self.prompts = PromptCheck(self.source, generation, self.rewards, self.sources, against.model)
         self._saved: SavedPolicy | None = None  # what checkpoints hold of the policy, once it is loaded
-        self._is_configured = False
+        self._is_sharded = False
 
     # -- what scripts, loaders and callbacks read
 
     policy_source = property(lambda self: self.source.given, doc="What was given as the policy.")
     microstep = property(lambda self: self.run.microstep, doc="Micro-batches trained so far.")
+    epoch = property(lambda self: self.run.epoch, doc="Where the epoch at hand began.")
     rollout = property(lambda self: self.run.rollout, doc="The one at hand, or None.")
     seconds = property(lambda self: self.run.clock.seconds, doc="What the run has spent, by phase.")
     phase = property(lambda self: self.run.clock.phase, doc='"train", or a part of collecting a rollout.')
-    seed = property(lambda self: run_seed(), doc="The run's, as set by `lightning.seed_everything`.")
+
+    _fits = property(lambda self: self._trainer is not None and self.trainer.state.fn == "fit")
 
     @property
     def micro_batches_per_rollout(self) -> int:
@@ -206,20 +209,21 @@ class GVPOModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Check what can be checked without the model, and start the processes that rewards run in."""
         trainer: Any = self.trainer
-        placement = self.placement = Placement(self)
+        placement, self.seed = Placement(self), run_seed()
+        self.placement = placement
         checks.check_strategy(placement, self.source, compiles=self.torch_compile)
         sampling = Sampling(self.source, self.generation, self.rewards, placement, self.guard, self.seed)
         self.evaluation = SampledEvaluation(sampling, self.group_size)
         bar = trainer.is_global_zero and trainer.progress_bar_callback is not None
         sampling.start_rewards(ranks_here=trainer.num_devices, shows_progress=bar)
+        settings, accumulate = self.rollout_settings, trainer.accumulate_grad_batches
+        self.run.count_in(settings, accumulate, self.temperature, placement.ranks.size, self.seed)
         if stage != "fit":
             return
-        settings, accumulate = self.rollout_settings, trainer.accumulate_grad_batches
         # the earliest place that shows what `fit` was given; a property that says so comes only much later
         checks.check_fit(trainer.fit_loop._data_source.instance, trainer.overfit_batches, trainer.callbacks)
         longest = self.generation.max_new_tokens if self.sources.settings.generates else 0
         checks.check_batch_sizes(settings, self.sources.largest_group, longest, accumulate, placement.ranks.size)
-        self.run.count_in(settings, accumulate, self.temperature, placement.ranks.size)
         trained = (self.sources, self.reference, self.scoring, self.objective)
         self.collector = Collector(sampling, *trained, settings, self.run.clock)
         self.rules = UpdateRules(self.objective, self.scoring, placement, self.max_log_ratio, self.guard)
@@ -231,19 +235,28 @@ class GVPOModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Load the policy, take what the reference needs of it, and shard it if the strategy does not."""
-        if self._is_configured:
-            self.placement.check_again()
-        elif self._trainer is None:
-            self._load()
-        else:
-            with loading_in_turns(self.trainer.strategy, self.source.bytes):
+        if self._trainer is None:
+            return self._load()
+        placement, is_new = self.placement, self.policy is None
+        with loading_in_turns(self.trainer.strategy, self.source.bytes):
+            if self._is_sharded:
+                placement.check_again()
+            else:
                 self._load()
-                self._place(self.placement)
+            if self._fits:  # before sharding, after which no rank holds whole weights
+                self.reference.identify(self.policy, placement, lambda: self._original(is_new))
+            if not self._is_sharded:
+                options = {"checkpoints": self.gradient_checkpointing, "compiles": self.torch_compile}
+                place_policy(self.policy, placement, **options)
+        self._is_sharded = placement.is_sharded
+        if self._fits and not placement.is_fsdp1:  # which has yet to shard it
+            self.reference.prepare(self.policy, placement)
 
     def _load(self) -> None:
         """Load the policy and check that its completions can end."""
         if self.policy is None:
-            self.policy = self.source.load(derive_seed(self.seed, "lora"))
+            self._adapter_seed = derive_seed(self.seed, "lora")
+            self.policy = self.source.load(self._adapter_seed)
         else:
             prepare_policy(self.policy)
         if self._saved is None:
@@ -254,15 +267,11 @@ class GVPOModule(L.LightningModule):
                 self.register_state_dict_post_hook(functools.partial(leave_frozen_out, self._saved.trained))
         self.sources.end_with(stop_token_ids(self.policy, self.tokenizer))
 
-    def _place(self, placement: Placement) -> None:
-        fits = self.trainer.state.fn == "fit"
-        # Fingerprint before sharding, though a fit may only follow: afterwards no rank holds whole weights.
-        if fits or placement.is_sharded:
-            self.reference.identify(self.policy, placement)
-        place_policy(self.policy, placement, checkpoints=self.gradient_checkpointing, compiles=self.torch_compile)
-        self._is_configured = placement.is_sharded
-        if fits and not placement.is_fsdp1:  # which has yet to shard it
-            self.reference.prepare(self.policy, placement)
+    def _original(self, is_new: bool) -> Any:
+        """The policy as it lies where it comes from: it may have been trained, cast or loaded into since."""
+        if is_new or not self.source.can_be_reloaded:
+            return self.policy
+        return self.source.load(self._adapter_seed)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over all trainable parameters, and the scheduler, stepped every update."""
@@ -286,7 +295,10 @@ class GVPOModule(L.LightningModule):
         batches = 0 if trainer.fast_dev_run else trainer.num_training_batches
         accumulate = trainer.accumulate_grad_batches
         checks.check_training_batches(trainer.train_dataloader, batches, trainer.val_check_batch, accumulate)
-        self.run.start_fit(self.micro_batches_per_rollout, accumulate)
+        self.run.start_fit(self.micro_batches_per_rollout)
+        if self.epoch.is_cut(trainer.num_training_batches, trainer.train_dataloader.num_prompts):
+            begin_whole_epoch(trainer.fit_loop, is_over=self.epoch.is_over(self.microstep))
+        self.updates = []  # or those of another fit's rollout would be taken for those of the one at hand
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:
         """Roll out at the first micro-batch of a rollout."""
@@ -394,7 +406,10 @@ class GVPOModule(L.LightningModule):
         checkpoint.update(self._resumable.state_dict(self.policy, self.micro_batches_per_rollout))
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Take up what `on_save_checkpoint` left."""
+        """In `fit`, take up what `on_save_checkpoint` left; otherwise a checkpoint brings weights and no position."""
+        assert self._saved is not None, "configure_model comes first"
         for name in [name for name in checkpoint.get("state_dict", ()) if name.startswith("policy_source.")]:
             del checkpoint["state_dict"][name]  # earlier versions saved a policy that was given as an object twice
-        self._resumable.load(checkpoint, self.policy, fits=self.trainer.state.fn == "fit")
+        self._saved.check(self.policy, checkpoint)
+        if self._fits:
+            self._resumable.load_state_dict(checkpoint, self.policy)

@@ -6,14 +6,17 @@ Only tensors, numbers, strings, lists and dicts are saved, so that a checkpoint 
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from lightning.pytorch.utilities import rank_zero_warn
 
 from gvpo_lightning.objectives.base import Objective
 from gvpo_lightning.policy.lora import check_adapter, is_adapted, saves_adapter_alone, trained_names
 from gvpo_lightning.policy.weights import frozen_fingerprint
 from gvpo_lightning.reference.base import Reference
 from gvpo_lightning.rollout.collect import Clock
+from gvpo_lightning.rollout.epoch import Epoch
 from gvpo_lightning.rollout.rollout import Rollout
 from gvpo_lightning.rollout.settings import RolloutSettings
 from gvpo_lightning.sources.mixture import SourceMixture
@@ -93,7 +96,9 @@ class SavedPolicy:
         return cls(trained_names(policy), adapter_state(policy, frozen_fingerprint(policy)))
 
     def check(self, policy: Any, checkpoint: Mapping[str, Any]) -> None:
-        """Raise ValueError where an adapter, or the model beneath it, is not the one of the checkpoint."""
+        """Raise ValueError where the checkpoint is none, or an adapter or the model beneath it is not the one in it."""
+        if "gvpo" not in checkpoint:
+            raise ValueError("This checkpoint is not one of a GVPOModule: it has no 'gvpo' entry.")
         if self.trained is not None and "state_dict" in checkpoint:  # else of a folder, which its reader checks
             check_adapter(policy, self.trained, checkpoint["state_dict"])
         check_adapter_state(self.adapter, checkpoint.get("adapter"))
@@ -107,7 +112,8 @@ class RunState:
     """The run's position and counters, and the rollout that it is training.
 
     Attributes:
-        microstep: micro-batches trained so far: the run's only position.
+        microstep: micro-batches trained so far, by which everything else finds its place.
+        epoch: where the epoch at hand began, and the passes over the prompts.
         num_updates: finished optimizer updates, which references count in.
         num_completion_tokens: of all rollouts, over all ranks.
         skipped_updates, consecutive_skips: updates that were not usable, in all and without a usable one since.
@@ -115,9 +121,11 @@ class RunState:
         rollout: the one at hand.
         rollout_length: micro-batches from one rollout to the next, in the last fit.
         units: the settings that the position is measured in.
+        is_resumed: the fit at hand goes on from a checkpoint.
     """
 
     microstep: int = 0
+    epoch: Epoch = field(default_factory=Epoch)
     num_updates: int = 0
     num_completion_tokens: int = 0
     skipped_updates: int = 0
@@ -126,25 +134,31 @@ class RunState:
     rollout: Rollout | None = None
     rollout_length: int | None = None
     units: dict[str, int | float] = field(default_factory=dict)
+    is_resumed: bool = False
 
-    def count_in(self, settings: RolloutSettings, accumulate: int, temperature: float, num_ranks: int) -> None:
-        """Take up the settings that a position, counted in micro-batches, and kept log-probs are measured in."""
+    def count_in(
+        self, settings: RolloutSettings, accumulate: int, temperature: float, num_ranks: int, seed: int
+    ) -> None:
+        """Take up the settings that a fit's position, counted in micro-batches, and kept log-probs are measured in."""
+        self.is_resumed = False
         self.units = {
             "prompts_per_rollout": settings.prompts_per_rollout,
             "prompts_per_update": settings.prompts_per_update,
             "epochs_per_rollout": settings.epochs_per_rollout,
             "accumulate_grad_batches": accumulate,
             "temperature": temperature,
+            "seed_everything": seed,
             "num_ranks": num_ranks,
             "group_size": settings.group_size,
         }
 
-    def start_fit(self, rollout_length: int, accumulate: int) -> None:
-        """Count in these units from now on, and start at a whole update, since the last fit may have stopped in one."""
-        if self.rollout_length not in (None, rollout_length):  # another fit with other settings
-            self.microstep = math.ceil(self.microstep / self.rollout_length) * rollout_length
+    def start_fit(self, rollout_length: int) -> None:
+        """Go on where a checkpoint was saved; without one start with a rollout, and an epoch, of its own."""
+        if not self.is_resumed:
+            trained = math.ceil(self.microstep / (self.rollout_length or rollout_length))  # rollouts, or begun ones
+            self.microstep, self.rollout = trained * rollout_length, None
+            self.epoch = Epoch(start=self.microstep, first_rollout=trained)
         self.rollout_length = rollout_length
-        self.microstep -= self.microstep % accumulate
 
     def begin(self, rollout: Rollout) -> None:
         """Train this rollout from now on."""
@@ -185,25 +199,25 @@ class RunState:
             | sizes
             | {
                 "units": own,
+                "epoch": asdict(self.epoch),
                 "seconds": dict(self.clock.seconds),
                 "rollout": None if unfinished is None else unfinished.state_dict(),
             }
         )
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take up the counters."""
-        for name in COUNTERS:
-            setattr(self, name, state[name])
-        self.clock.seconds.update(state["seconds"])
-
-    def load_position(self, state: Mapping[str, Any], objective: Objective) -> None:
-        """Put the half-trained rollout back, if there was one.
+    def load_state_dict(self, state: Mapping[str, Any], objective: Objective) -> None:
+        """Go on from what `state_dict` left, with the half-trained rollout if there was one.
 
         Raises:
             ValueError: settings, an objective or a number of ranks with which the run can't go on from this position,
                 or rewards that the objective has no meaning for.
         """
         saved, units = state["units"], self.units
+        if "seed_everything" not in saved:
+            rank_zero_warn(
+                "This checkpoint does not say which seed its run had. The prompts go on in the order of this run's "
+                f"seed_everything={units['seed_everything']}: where it was another one, some come twice and some never."
+            )
         changed = [name for name in saved if units[name] != saved[name]]
         if changed:
             raise ValueError(
@@ -216,8 +230,11 @@ class RunState:
                 f"accumulate_grad_batches={units['accumulate_grad_batches']}: the update's first gradients are lost. "
                 "Resume from another one."
             )
-        if state["rollout"] is not None:
-            self.rollout = _half_trained(state, units, objective)
+        self.rollout = None if state["rollout"] is None else _half_trained(state, units, objective)
+        for name in COUNTERS:
+            setattr(self, name, state[name])
+        self.clock.seconds.update(state["seconds"])
+        self.epoch, self.is_resumed = Epoch.of(state.get("epoch")), True
 
 
 def _half_trained(state: Mapping[str, Any], units: Mapping[str, int | float], objective: Objective) -> Rollout:
@@ -266,26 +283,19 @@ class Resumable:
         adapter = None if self.saved is None else self.saved.adapter
         return {"gvpo": state} if adapter is None else {"gvpo": state, "adapter": adapter}
 
-    def load(self, checkpoint: Mapping[str, Any], policy: Any, *, fits: bool) -> None:
-        """Take up what `state_dict` left; outside of `fit` nothing is measured against the reference.
+    def load_state_dict(self, checkpoint: Mapping[str, Any], policy: Any) -> None:
+        """Take up what `state_dict` left, to go on with the run.
 
         Raises:
-            ValueError: another policy, reference, objective or number of ranks than the checkpoint's.
+            ValueError: another reference, objective or number of ranks than the checkpoint's.
         """
-        if "gvpo" not in checkpoint:
-            raise ValueError("This checkpoint is not one of a GVPOModule: it has no 'gvpo' entry.")
-        if self.saved is not None:
-            self.saved.check(policy, checkpoint)
         state = checkpoint["gvpo"]
-        self.run.load_state_dict(state)
-        self.sources.load_state_dict(state, self.precision)
-        if not fits:
-            return
         if self.reference_kind != state["reference_kind"]:
             raise ValueError(
                 f"This checkpoint was trained with reference: {state['reference_kind']}, the settings say "
                 f"{self.reference_kind}: set it back, or start a new run from the exported policy."
             )
+        self.sources.load_state_dict(state, self.precision)
         self.sources.check_cache(state)
         self.reference.load_state_dict(state["reference"], policy)
-        self.run.load_position(state, self.objective)
+        self.run.load_state_dict(state, self.objective)

@@ -43,8 +43,11 @@ def frozen_fingerprint(policy: Any) -> str:
 
 
 def check_fingerprint(found: str | None, expected: str | None) -> None:
-    """Raise ValueError where the reference at hand is not the one that a checkpoint was trained against."""
-    if found != expected:
+    """Raise ValueError where the reference at hand is not the one that a checkpoint was trained against.
+
+    `expected` is None where the checkpoint was saved before any training.
+    """
+    if expected is not None and found != expected:
         raise ValueError(
             "The reference is not the one that this checkpoint was trained against (fingerprint "
             f"{found}, expected {expected}): its files, its dtype or `reference` have changed."

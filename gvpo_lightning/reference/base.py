@@ -19,7 +19,7 @@ changes only at the start of a rollout, so all completions of a group are measur
 log-probs are computed once a completion, with the training forward, and kept with it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -37,8 +37,12 @@ class Reference:
     def __init__(self) -> None:
         self.version = 0
 
-    def identify(self, policy: Any, placement: Placement) -> None:
-        """Note which weights the whole policy, not yet sharded, starts from; called again, it does nothing."""
+    def identify(self, policy: Any, placement: Placement, original: Callable[[], Any]) -> None:
+        """Note which weights a fit starts from, before they are sharded; called again, it does nothing.
+
+        `original` gives the whole policy as it lies where it comes from, whatever was loaded into it since; of one that
+        was given as an object the policy itself.
+        """
 
     def prepare(self, policy: Any, placement: Placement) -> None:
         """Take what is needed of the policy, as it is sharded, before it is trained; called again, it does nothing."""

@@ -43,14 +43,14 @@ class CachedReference(Reference):
         self.model_name, self.source, self.temperature, self.recorded = model, source, temperature, recorded
         self._is_checked = False
 
-    def identify(self, policy: Any, placement: Placement) -> None:
+    def identify(self, policy: Any, placement: Placement, original: Callable[[], Any]) -> None:
         """Raise ValueError where the log-probs are not those of the reference that the settings name; once."""
         if self._is_checked:
             return
         found, path = self.recorded()
         source, name = self.source, self.model_name
-        if name is None:  # the policy, as it was loaded: a checkpoint's weights come later
-            name, model = source.shown, policy
+        if name is None:
+            name, model = source.shown, original()
         else:
             model = load_policy(name, source.loading_of(name)).cpu()
         expected = cache_identity(model, name, source, self.temperature, placement.precision)
@@ -126,7 +126,7 @@ class FixedReference(Reference):
 class AdapterOffReference(FixedReference):
     """A LoRA policy without its adapter."""
 
-    def identify(self, policy: Any, placement: Placement) -> None:
+    def identify(self, policy: Any, placement: Placement, original: Callable[[], Any]) -> None:
         """Check that there is an adapter to switch off, and take the fingerprint of what is beneath."""
         if not hasattr(policy, "disable_adapter") and not getattr(policy, "_hf_peft_config_loaded", False):
             raise ValueError(
@@ -161,21 +161,33 @@ class WeightsReference(Reference):
         self.weights: dict[str, Tensor] = {}
         self.last_refresh = 0  # in updates
         self.fingerprint: str | None = None  # of weights that never change
+        self._original: dict[str, Tensor] = {}  # whole, between `identify` and `prepare`
 
-    def identify(self, policy: Any, placement: Placement) -> None:
-        """Take the fingerprint of weights that never change."""
-        if self.is_fixed and self.fingerprint is None:
-            self.fingerprint = fingerprint(p for p in policy.parameters() if p.requires_grad)
+    def identify(self, policy: Any, placement: Placement, original: Callable[[], Any]) -> None:
+        """Take weights that never change from where they come from, and their fingerprint."""
+        if not self.is_fixed or self.fingerprint is not None:
+            return
+        model = original()
+        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        self.fingerprint = fingerprint(trained.values())
+        if model is not policy:
+            self._original = trained
 
     def prepare(self, policy: Any, placement: Placement) -> None:
         """Copy the weights that will be trained, of those on other ranks nothing."""
-        if self.weights:
-            return
+        self.weights = self.weights or self._taken_from(policy)
+        self._original = {}
+
+    def _taken_from(self, policy: Any) -> dict[str, Tensor]:
+        weights = {}
         for name, parameter in policy.named_parameters():
             if parameter.requires_grad:
-                self.weights[name] = local_tensor(parameter.detach()).to("cpu", copy=True)
+                whole = self._original.get(name)
+                own = local_tensor(parameter.detach()) if whole is None else shard_like(whole, parameter)
+                weights[name] = own.to("cpu", copy=True)
                 if self.settings.kind == "ema" and parameter.dtype.itemsize < 4:
-                    self.weights[name] = self.weights[name].float()  # an average's steps are below bf16's
+                    weights[name] = weights[name].float()  # an average's steps are below bf16's
+        return weights
 
     @torch.no_grad()
     def refresh(self, policy: Any, *, rollout: int, update: int) -> None:
@@ -213,10 +225,11 @@ class WeightsReference(Reference):
         """A fingerprint where the weights can be loaded again, else the weights too."""
         state = super().state_dict(policy) | {"last_refresh": self.last_refresh, "fingerprint": self.fingerprint}
         if not (self.is_fixed and self.can_be_reloaded):
+            weights = self.weights or self._taken_from(policy)  # before any training: what training would find
             state["weights"] = {
-                name: gather_like(self.weights[name], parameter)
+                name: gather_like(weights[name], parameter)
                 for name, parameter in policy.named_parameters()
-                if name in self.weights
+                if name in weights
             }
         return state
 
@@ -244,7 +257,7 @@ class ModelReference(FixedReference):
         self.model: Any = None  # a PreTrainedModel, once there is a policy
         self.stays = False  # on the device
 
-    def identify(self, policy: Any, placement: Placement) -> None:
+    def identify(self, policy: Any, placement: Placement, original: Callable[[], Any]) -> None:
         """Load it."""
         if self.model is None:
             self.model = load_policy(self.source, self.loading).requires_grad_(False).cpu()

@@ -3,10 +3,11 @@
 Lightning's loop runs over micro-batches; only the first of a rollout brings prompts, the others train
 on what was sampled then. The loader is sized, so that Lightning does not prefetch (a prefetched rollout
 would come from stale weights), and is not a torch DataLoader, so that Lightning does not inject a
-distributed sampler. It keeps no position of its own: it reads the module's `microstep`, which
+distributed sampler. It keeps no position of its own: it reads the module's `microstep` and `epoch`, which
 checkpoints hold, and every order is a function of the seed; so a resumed run goes on where it was.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Protocol
@@ -15,6 +16,7 @@ import torch
 from torch.utils.data import DataLoader, DistributedSampler, default_collate
 
 from gvpo_lightning.data.rows import Row, check_default_collate, rows_of
+from gvpo_lightning.rollout.epoch import Epoch
 from gvpo_lightning.rollout.settings import RolloutSettings
 from gvpo_lightning.seeding import derive_seed, seeded_permutation
 
@@ -26,7 +28,8 @@ class Trained(Protocol):
     prompts: Any
     trainer: Any
     microstep: Any
-    seed: Any
+    epoch: Any
+    seed: int
 
     @property
     def micro_batches_per_rollout(self) -> int: ...  # noqa: D102
@@ -43,6 +46,8 @@ class RolloutLoader:
 
     Prompts are an endless stream of passes over the data: no prompt is left out where a pass is not a
     whole number of rollouts. One epoch of the Trainer is the whole rollouts of one pass, at least one.
+    A fit without `ckpt_path` begins with an epoch, and a pass, of its own; so does one that is resumed with
+    another number of prompts, once the rollout at hand is trained.
 
     Raises:
         ValueError: no rows, a row without a usable `prompt`, or a prompt that leaves no room for a
@@ -64,7 +69,7 @@ class RolloutLoader:
                 "DataLoader shuffle=True, or another sampler, in place of a DistributedSampler."
             )
         self.num_prompts = num_prompts
-        self._pass: tuple[int, list[Row]] | None = None  # the pass over a DataLoader that is being read
+        self._pass: tuple[int, list[Row]] | None = None  # the pass over a DataLoader that is being read, by its seed
         dataset: Any = prompts.dataset if isinstance(prompts, DataLoader) else prompts
         module.prompts.check_training([dataset[index] for index in range(len(dataset))])
         if isinstance(prompts, DataLoader) and prompts.collate_fn is default_collate:
@@ -86,20 +91,21 @@ class RolloutLoader:
         """Nothing to load."""
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
-        micro_batches = self.module.micro_batches_per_rollout
+        epoch: Epoch = self.module.epoch
+        micro_batches, start = self.module.micro_batches_per_rollout, self.module.microstep
         length = int(min(len(self), self.module.trainer.num_training_batches))  # limit_train_batches may cut an epoch
-        start = self.module.microstep
-        for step in range(start, start - start % length + length):
+        end = epoch.begin(start, length, self.num_prompts, math.ceil(start / micro_batches))
+        for step in range(start, end):
             rollout, slot = divmod(step, micro_batches)
-            yield {"rows": self._rollout_rows(rollout) if slot == 0 else None, "slot": slot, "rollout": rollout}
+            yield {"rows": self._rollout_rows(rollout, epoch) if slot == 0 else None, "slot": slot, "rollout": rollout}
 
-    def _rollout_rows(self, rollout: int) -> list[Row]:
+    def _rollout_rows(self, rollout: int, epoch: Epoch) -> list[Row]:
         """The rows of the given rollout, of all ranks, cut from the stream of passes."""
         size = self.module.rollout_settings.prompts_per_rollout
         rows: list[Row] = []
         while len(rows) < size:
-            pass_index, position = divmod(rollout * size + len(rows), self.num_prompts)
-            more = self._pass_rows(pass_index, position, size - len(rows))
+            number, position = epoch.find(rollout, len(rows), size)
+            more = self._pass_rows(epoch.order(number), position, size - len(rows))
             if not more:
                 raise ValueError(
                     f"The DataLoader gave {position} prompts, but its sampler promised {self.num_prompts}."
@@ -107,16 +113,16 @@ class RolloutLoader:
             rows += more
         return rows
 
-    def _pass_rows(self, pass_index: int, start: int, count: int) -> list[Row]:
-        """Up to `count` rows of one pass over the prompts, from position `start`."""
-        seed = self.module.seed
+    def _pass_rows(self, order: tuple[int | str, ...], start: int, count: int) -> list[Row]:
+        """Up to `count` rows of one pass over the prompts, from position `start`; `order`: what it is drawn for."""
         if isinstance(self.prompts, DataLoader):
-            if self._pass is None or self._pass[0] != pass_index:
-                with seeded_order(self.prompts, derive_seed(seed, "prompt order", pass_index)):
-                    self._pass = (pass_index, [row for batch in self.prompts for row in rows_of(batch)])
+            seed = derive_seed(self.module.seed, *order)
+            if self._pass is None or self._pass[0] != seed:
+                with seeded_order(self.prompts, seed):
+                    self._pass = (seed, [row for batch in self.prompts for row in rows_of(batch)])
             return self._pass[1][start : start + count]
-        order = seeded_permutation(self.num_prompts, seed, "prompt order", pass_index)
-        return [self.prompts[index] for index in order[start : start + count]]
+        numbers = seeded_permutation(self.num_prompts, self.module.seed, *order)
+        return [self.prompts[index] for index in numbers[start : start + count]]
 
 
 def count_prompts(loader: DataLoader) -> int:

@@ -9,6 +9,7 @@ from torch.utils.data import BatchSampler, DataLoader, DistributedSampler, Itera
 from gvpo_lightning.data.rows import rows_of
 from gvpo_lightning.distributed.ranks import DataRanks
 from gvpo_lightning.module import GVPOModule
+from gvpo_lightning.rollout.epoch import Epoch
 from gvpo_lightning.rollout.loader import RolloutLoader
 from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
 
@@ -134,12 +135,15 @@ def test_a_users_generator_is_left_as_it_was(make_module):
     assert torch.equal(generator.get_state(), before)
 
 
+@pytest.mark.parametrize("says_where_epochs_began", [True, False], ids=["", "of an earlier version"])
 @pytest.mark.parametrize("position", range(1, 9))
-def test_the_position_is_the_modules(make_module, source, position):
+def test_the_position_is_the_modules(make_module, source, position, says_where_epochs_began):
     """A resumed run goes on where it was, in the middle of an epoch and at its end."""
     whole = RolloutLoader(source(10), make_module())
     expected = [batch for _ in range(4) for batch in epoch(whole)]
     resumed = RolloutLoader(source(10), make_module())
+    saved = {"start": (position - 1) // 4 * 4, "length": 4, "num_prompts": 10, "first_rollout": 0}
+    resumed.module.run.epoch = Epoch.of(saved if says_where_epochs_began else None)
     resumed.module.run.microstep = position
     rest = epoch(resumed)
     assert len(rest) == (4 - position % 4)  # to the end of this epoch; a finished epoch's successor is whole
