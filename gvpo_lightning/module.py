@@ -244,7 +244,8 @@ class GVPOModule(L.LightningModule):
             else:
                 self._load()
             if self._fits:  # before sharding, after which no rank holds whole weights
-                self.reference.identify(self.policy, placement, lambda: self._original(is_new))
+                original = (lambda: self.policy) if is_new else self.source.load_again
+                self.reference.identify(self.policy, placement, original)
             if not self._is_sharded:
                 options = {"checkpoints": self.gradient_checkpointing, "compiles": self.torch_compile}
                 place_policy(self.policy, placement, **options)
@@ -255,8 +256,7 @@ class GVPOModule(L.LightningModule):
     def _load(self) -> None:
         """Load the policy and check that its completions can end."""
         if self.policy is None:
-            self._adapter_seed = derive_seed(self.seed, "lora")
-            self.policy = self.source.load(self._adapter_seed)
+            self.policy = self.source.load(derive_seed(self.seed, "lora"))
         else:
             prepare_policy(self.policy)
         if self._saved is None:
@@ -266,12 +266,6 @@ class GVPOModule(L.LightningModule):
                 self.strict_loading = False
                 self.register_state_dict_post_hook(functools.partial(leave_frozen_out, self._saved.trained))
         self.sources.end_with(stop_token_ids(self.policy, self.tokenizer))
-
-    def _original(self, is_new: bool) -> Any:
-        """The policy as it lies where it comes from: it may have been trained, cast or loaded into since."""
-        if is_new or not self.source.can_be_reloaded:
-            return self.policy
-        return self.source.load(self._adapter_seed)
 
     def configure_optimizers(self) -> Any:
         """The optimizer over all trainable parameters, and the scheduler, stepped every update."""
@@ -400,6 +394,10 @@ class GVPOModule(L.LightningModule):
     def _resumable(self) -> Resumable:
         kind, precision = self.reference_settings.kind, self.placement.precision
         return Resumable(self.run, self.sources, self.reference, kind, self._saved, self.objective, precision)
+
+    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
+        """As torch does; beneath an adapter nothing is strict, as its checkpoints leave the frozen weights out."""
+        return super().load_state_dict(state_dict, strict and self.strict_loading, assign)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the position, the rollout if it is half trained, and what identifies adapter and reference."""

@@ -57,6 +57,7 @@ class PolicySource:
     ) -> None:
         check_policy_settings(given, loading, lora)
         self.given, self.loading, self.lora = given, loading, lora
+        self._seed = 0  # of the adapter that was drawn last
         # Read the config first: a missing policy must be reported as such, not as a missing tokenizer.
         self._config = load_config(given, loading) if isinstance(given, str) else given.config
         if lora is not None:
@@ -112,10 +113,15 @@ class PolicySource:
             seed: a new adapter is drawn from it.
             loading: instead of the source's own.
         """
+        self._seed = seed
         if isinstance(self.given, str):
             return load_policy(self.given, loading or self.loading, self.lora, seed)
         prepare_policy(self.given)
         return self.given
+
+    def load_again(self) -> Any:
+        """The policy that `load` gave last, as it was then; one that was given as a model is as it is now."""
+        return self.load(self._seed)
 
 
 def place_policy(model: Any, placement: Placement, *, checkpoints: bool, compiles: bool) -> None:

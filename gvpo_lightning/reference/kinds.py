@@ -170,8 +170,15 @@ class WeightsReference(Reference):
         model = original()
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         self.fingerprint = fingerprint(trained.values())
-        if model is not policy:
-            self._original = trained
+        if model is policy:
+            return
+        if placement.is_fsdp1:
+            raise ValueError(
+                "reference: frozen is the policy as its folder or hub id holds it, but this GVPOModule had been loaded "
+                "before, and FSDPStrategy can't cut weights beside the policy's: fit a new GVPOModule, or use FSDP2 "
+                "(ModelParallelStrategy, configs/strategy/fsdp2.yaml)."
+            )
+        self._original = trained
 
     def prepare(self, policy: Any, placement: Placement) -> None:
         """Copy the weights that will be trained, of those on other ranks nothing."""
