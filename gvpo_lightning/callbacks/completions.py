@@ -35,6 +35,7 @@ class CompletionsTable(L.Callback):
     @rank_zero_only
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """A new run starts a new file, a resumed one goes on with it."""
+        self._last_step = 0
         self._file = Path(trainer.default_root_dir) / "completions.jsonl"
         self._file.parent.mkdir(parents=True, exist_ok=True)
         if trainer.global_step == 0 and not trainer.fast_dev_run:  # type: ignore[attr-defined]

@@ -46,6 +46,7 @@ class OptimalityMeter(L.Callback):
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The prediction, from the reference; none against one that moves, is no model at hand or does not pull."""
         assert isinstance(pl_module, GVPOModule)
+        self.predicted = self.reached = self._answers = None  # or those of an earlier fit would be taken for this one's
         datamodule = getattr(trainer, "datamodule", None)
         rows = validation_rows(trainer.val_dataloaders, datamodule, trainer.limit_val_batches)
         if not rows:

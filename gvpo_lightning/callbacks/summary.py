@@ -59,8 +59,10 @@ class RunSummary(L.Callback):
         return time.perf_counter() - self._started
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        """Start the clock."""
+        """Start the clock, and forget an earlier fit; a checkpoint that this one goes on from is loaded later."""
         self._started, self._is_written = time.perf_counter(), False
+        if stage == "fit":
+            self.reward_before, self.history = None, []
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """The reward to start from."""

@@ -34,6 +34,10 @@ class SettingsWin(L.Callback):
         self._configured: dict[str, Any] = {}
         self._saved: dict[str, Any] = {}
 
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Forget what an evaluation before this fit has loaded, which this fit does not go on from."""
+        self._saved = {}
+
     def on_fit_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Note the settings: optimizers and schedulers are built, and nothing is restored yet."""
         self._configured = {

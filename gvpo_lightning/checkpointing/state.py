@@ -158,6 +158,8 @@ class RunState:
             trained = math.ceil(self.microstep / (self.rollout_length or rollout_length))  # rollouts, or begun ones
             self.microstep, self.rollout = trained * rollout_length, None
             self.epoch = Epoch(start=self.microstep, first_rollout=trained)
+            self.clock.restart()
+            self.num_completion_tokens = self.skipped_updates = self.consecutive_skips = 0
         self.rollout_length = rollout_length
 
     def begin(self, rollout: Rollout) -> None:

@@ -42,6 +42,10 @@ class Clock:
         self.seconds = dict.fromkeys(("rollout", "reward", "reference", "train"), 0.0)
         self.phase = "train"
 
+    def restart(self) -> None:
+        """Nothing has been spent yet."""
+        self.seconds.update(dict.fromkeys(self.seconds, 0.0))
+
     @contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         """Add what is spent inside to the phase; after it the run trains again."""
