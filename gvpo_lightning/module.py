@@ -70,8 +70,8 @@ class GVPOModule(L.LightningModule):
         loading: dtype, attention, revision and quantization of a policy given by name, and of models beside it.
         lora: arguments of peft.LoraConfig: a new adapter on the policy is trained, and the policy's own weights are
             frozen. None trains all weights, or of an adapter's folder that adapter.
-        reference: a kind, such as "frozen" (the policy as its folder or hub id holds it; of a model object, as
-            training finds it) or "previous" (the policy at the start of each rollout, which needs several updates
+        reference: a kind, such as "frozen" (the policy as its folder or hub id holds it; of a model object, as the
+            first fit finds it) or "previous" (the policy at the start of each rollout, which needs several updates
             a rollout to be more than REINFORCE), or `ReferenceSettings`, which lists them all.
         sources: where completions come from, mixed in every group; fresh ones of the policy by default.
         beta: strength of the implicit reward; the optimum is reference * exp(reward / beta) / Z. Of other objectives

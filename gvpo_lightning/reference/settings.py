@@ -11,7 +11,8 @@ class ReferenceSettings:
     """What the reference is.
 
     Attributes:
-        kind: "frozen", the policy as training found it; "previous", the policy at the start of each rollout;
+        kind: "frozen", the policy as its folder or hub id holds it, or a model object as the first fit found it;
+            "previous", the policy at the start of each rollout;
             "every_n_steps", the policy as it was n or more updates ago; "ema", an average of the policies at the
             rollouts' starts; "adapter_off", a LoRA policy without its adapter; "cached", log-probs that the
             completions bring along.
