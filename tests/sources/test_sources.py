@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, OnExceptionCheckpoint
 
 from gvpo_lightning.rollout.collect import Collector
 from gvpo_lightning.rollout.groups import sample_rollout
@@ -286,11 +286,22 @@ def test_recorded_completions_beyond_the_context_are_refused(make_module, fit, p
     fit(make_module(sources=sources, rollout=rollout), rows=rows, max_steps=1)
 
 
-def test_a_rollout_that_a_new_fit_samples_again_is_remembered_once(make_module, fit):
-    module = make_module(sources=SourceSettings(replay=ReplaySettings(2)))
-    fit(module, fast_dev_run=1, accumulate_grad_batches=2)  # stops within the first update
-    fit(module, max_steps=2, accumulate_grad_batches=2)
-    assert len(module.sources.replay) == 8
+def test_a_rollout_that_a_resumed_fit_samples_again_is_remembered_once(make_module, fit, tmp_path):
+    """The run has failed in the first forward pass of its second rollout, when that was in the buffer already."""
+    sources = SourceSettings(replay=ReplaySettings(2))
+    failing = make_module(sources=sources)
+
+    def fail(model, arguments):
+        if model.training and failing.microstep == 2:
+            raise RuntimeError("out of memory")
+
+    failing.policy.register_forward_pre_hook(fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        fit(failing, callbacks=[OnExceptionCheckpoint(tmp_path, "failed")])
+    assert len(failing.sources.replay) == 16
+    resumed = make_module(sources=sources)
+    fit(resumed, max_steps=4, ckpt_path=tmp_path / "failed.ckpt")
+    assert len(resumed.sources.replay) == 16
 
 
 def test_groups_of_a_file_are_checked_with_their_own_size(make_module, fit, recorded):
