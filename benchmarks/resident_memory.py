@@ -2,8 +2,8 @@
 
     python -m benchmarks.resident_memory      # 500 rollouts: some minutes on one core
 
-Trains the arithmetic policy with rewards in worker processes, replayed completions, a validation every 50 rollouts and a
-checkpoint every 100. Prints the slope of the process's resident memory, by least squares over the second half of the
+Trains the arithmetic policy with rewards in worker processes, replayed completions, a validation every 50 rollouts and
+a checkpoint every 100. Prints the slope of the process's resident memory, by least squares over the second half of the
 rollouts, when the replay buffer is full and all code has run, and the memory at both ends of it.
 """
 
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
+from datasets import Dataset
 from torch.utils.data import DataLoader
 
 from benchmarks.file_changes import POLICY
@@ -59,7 +60,7 @@ def measure(num_rollouts: int) -> list[float]:
         sources=SourceSettings(policy=4, replay=ReplaySettings(count=4, capacity=200)),
         reference="previous",
     )
-    memory = ResidentMemory()
+    memory, validation = ResidentMemory(), DataLoader(Dataset.from_list(sums[::5]), batch_size=20, collate_fn=list)
     with tempfile.TemporaryDirectory() as folder:
         trainer = L.Trainer(
             accelerator="cpu",
@@ -70,7 +71,7 @@ def measure(num_rollouts: int) -> list[float]:
             enable_model_summary=False,
             callbacks=[memory, CompletionsTable(), RunCheckpoint(folder, every_n_train_steps=100)],
         )
-        trainer.fit(module, RolloutLoader(sums, module), DataLoader(sums[::5], batch_size=20, collate_fn=list))
+        trainer.fit(module, RolloutLoader(sums, module), validation)
     return memory.megabytes
 
 

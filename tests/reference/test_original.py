@@ -5,7 +5,6 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
-from transformers import AutoModelForCausalLM
 
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.reference.settings import ReferenceSettings

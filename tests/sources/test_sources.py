@@ -297,7 +297,7 @@ def test_a_rollout_that_a_resumed_fit_samples_again_is_remembered_once(make_modu
 
     failing.policy.register_forward_pre_hook(fail)
     with pytest.raises(RuntimeError, match="out of memory"):
-        fit(failing, callbacks=[OnExceptionCheckpoint(tmp_path, "failed")])
+        fit(failing, callbacks=[OnExceptionCheckpoint(tmp_path, "failed")], enable_checkpointing=True)
     assert len(failing.sources.replay) == 16
     resumed = make_module(sources=sources)
     fit(resumed, max_steps=4, ckpt_path=tmp_path / "failed.ckpt")
