@@ -102,8 +102,6 @@ class GVPOModule(L.LightningModule):
         ValueError: settings that contradict each other or the model, before anything is trained.
     """
 
-    placement: Placement  # once there is a Trainer
-
     def __init__(
         self,
         policy: str | PreTrainedModel,
@@ -268,9 +266,10 @@ class GVPOModule(L.LightningModule):
         """The optimizer over all trainable parameters, and the scheduler."""
         checks.check_own_fit(is_own=self.trainer.lightning_module is self)
         self.reference.prepare(self.policy, self.placement)
-        makers, placement = (self.optimizer, self.lr_scheduler), self.placement
-        validates, clips = self.trainer.enable_validation, bool(self.trainer.gradient_clip_val)
-        return optimizers.configured(self.parameters(), *makers, placement, validates=validates, clips=clips)
+        trainer: Any = self.trainer
+        validation = trainer.fit_loop.epoch_loop.val_loop._data_source if trainer.enable_validation else None
+        facts = (self.placement, validation, bool(trainer.gradient_clip_val))
+        return optimizers.configured(self.parameters(), self.optimizer, self.lr_scheduler, *facts)
 
     def on_fit_start(self) -> None:
         """Hold the fused loss against eager where the training will run it, and warn of what bends the objective."""
@@ -356,6 +355,7 @@ class GVPOModule(L.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Count what was sampled, and give it to callbacks."""
+        checks.check_own_fit(is_own=self.trainer.lightning_module is self)
         return {"rollout": self.evaluation.count()}
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:

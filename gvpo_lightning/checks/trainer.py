@@ -74,12 +74,12 @@ def check_callbacks(callbacks: Iterable[object]) -> None:
 
 
 def check_own_fit(*, is_own: bool) -> None:
-    """Raise ValueError where the module is trained by another one that holds it."""
+    """Raise ValueError where another module, which holds this one, hands on what Lightning calls."""
     if not is_own:
         raise ValueError(
-            "A GVPOModule inside another LightningModule can't be trained through it, since the Trainer calls the "
-            "hooks of the outer one only, and rollouts are collected in those: subclass GVPOModule, or give it to "
-            "trainer.fit itself."
+            "A GVPOModule inside another LightningModule can't be trained or validated through it, since the Trainer "
+            "calls the hooks of the outer one only, and completions are sampled in those: subclass GVPOModule, or give "
+            "it to trainer.fit itself."
         )
 
 

@@ -23,8 +23,7 @@ def configured(
     make_optimizer: OptimizerCallable,
     make_scheduler: LRSchedulerCallable | None,
     placement: Placement,
-    *,
-    validates: bool,
+    validation: Any | None,
     clips: bool,
 ) -> dict[str, Any]:
     """What `configure_optimizers` gives: the optimizer over all trainable parameters, and the scheduler.
@@ -33,7 +32,8 @@ def configured(
     for `due`.
 
     Args:
-        validates, clips: whether the fit has validations, and clips gradients.
+        validation: what has the loader of the fit's validations, as Lightning keeps it, or None.
+        clips: whether the fit clips gradients.
 
     Raises:
         ValueError: an update can't be made with these, or the scheduler would never be stepped.
@@ -64,7 +64,7 @@ def configured(
         )
     config: dict[str, Any] = {"scheduler": scheduler, "interval": "step"}
     if _required_arguments(scheduler.step):
-        config |= _at_validation(scheduler, validates=validates)
+        config |= _at_validation(scheduler, validation)
     return {"optimizer": optimizer, "lr_scheduler": config}
 
 
@@ -99,7 +99,7 @@ def _required_arguments(function: Callable[..., Any]) -> list[str]:
     ]
 
 
-def _at_validation(scheduler: Any, *, validates: bool) -> dict[str, Any]:
+def _at_validation(scheduler: Any, validation: Any | None) -> dict[str, Any]:
     """For a scheduler that is stepped with a metric; Lightning would step it with an old one, or miss validations."""
     name, monitor = type(scheduler).__name__, getattr(scheduler, "monitor", None)
     if monitor is None:
@@ -107,7 +107,8 @@ def _at_validation(scheduler: Any, *, validates: bool) -> dict[str, Any]:
             f"{name} is stepped with a metric, and does not say with which: use {PLATEAU}, or the name of another "
             "metric that is logged."
         )
-    if not validates:
+    # a datamodule without validation prompts has an empty list in place of a loader
+    if validation is None or validation.dataloader() in ([], None):
         raise ValueError(
             f"{name} is stepped after each validation, and this fit has none: give it prompts to validate on "
             "(data.validation_split, val_dataloaders), or use a scheduler that follows the updates."

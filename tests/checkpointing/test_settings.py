@@ -141,9 +141,7 @@ def test_changed_settings_win_and_the_position_is_kept(resumed, first, second, e
 PLATEAUS = {
     # bad ones before: the second, the third that halves, the fourth
     "patience and factor": (plateau(patience=0, factor=0.1), [4e-3, 4e-4, 4e-5, 4e-6]),
-    "lr": (plateau(patience=1, factor=0.5) | adamw(8e-4), [4e-4, 2e-4, 2e-4, 1e-4]),
     # another best: the fifth validation is the first of its kind
-    "mode": (plateau(patience=1, factor=0.5, mode="min"), [4e-3, 4e-3, 4e-3, 2e-3]),
     "metric": (plateau(patience=1, factor=0.5, monitor="validation/completion/length_max"), [4e-3, 4e-3, 4e-3, 2e-3]),
 }
 

@@ -165,9 +165,10 @@ def test_a_plateau_is_configured_with_its_metric(config, tmp_path, capsys):
     for scheduler, message in (
         (without, "use lightning.pytorch.cli.ReduceLROnPlateau with monitor="),
         ({"class_path": "ReduceLROnPlateau", "init_args": own["init_args"]}, "Give the full class path"),
+        (own, "this fit has none: give it prompts to validate on (data.validation_split"),
     ):
         with pytest.raises(SystemExit, match="2"):
-            main(quiet("fit", "--config", config(model__lr_scheduler=scheduler)))
+            main(quiet("fit", "--config", config(model__lr_scheduler=scheduler, data__validation_split=None)))
         error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("gvpo: error: ")]
         assert len(error) == 1
         assert message in error[0]

@@ -197,7 +197,10 @@ def relative(parameters):
     return transformers.Adafactor(parameters, lr=None, relative_step=True, warmup_init=True)
 
 
-@pytest.mark.parametrize("optimizer", [by_size, relative], ids=["groups", "no lr of its own"])
+@pytest.mark.parametrize(
+    "optimizer",
+    [pytest.param(by_size, id="groups"), pytest.param(relative, id="no lr of its own", marks=pytest.mark.slow)],
+)
 def test_optimizers_that_are_told_more_or_less_train_and_resume(make_module, fit, weights, tmp_path, optimizer):
     through = make_module(optimizer=optimizer)
     fit(through, max_steps=2, callbacks=[SaveAt(tmp_path, 1)])
@@ -224,6 +227,9 @@ class Outer(L.LightningModule):
             return self.inner.configure_optimizers()
         return torch.optim.SGD([self.own], lr=0.1)
 
+    def validation_step(self, batch, batch_idx):
+        return self.inner.validation_step(batch, batch_idx)
+
     def training_step(self, batch, batch_idx):
         if "training_step" in self.handed_on:
             return self.inner.training_step(batch, batch_idx)
@@ -239,8 +245,12 @@ def outer_trainer(tmp_path):
 @pytest.mark.parametrize("handed_on", ["configure_optimizers", "training_step"])
 def test_a_module_inside_another_is_not_trained_through_it(make_module, prompts, outer_trainer, handed_on):
     outer = Outer(make_module(), [handed_on])
-    with pytest.raises(ValueError, match=r"inside another LightningModule can't be trained through it.*subclass"):
+    with pytest.raises(
+        ValueError, match=r"inside another LightningModule can't be trained or validated through it.*subclass"
+    ):
         outer_trainer.fit(outer, RolloutLoader(prompts, outer.inner))
+    with pytest.raises(ValueError, match="can't be trained or validated through it"):
+        outer_trainer.validate(outer, torch.utils.data.DataLoader(prompts[:1]), verbose=False)
 
 
 def test_a_module_inside_another_is_held_saved_exported_and_fitted_by_itself(
