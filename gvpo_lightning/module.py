@@ -21,7 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_lightning.checkpointing.preemption import Preemption
 from gvpo_lightning.checkpointing.resumed_epoch import begin_whole_epoch
-from gvpo_lightning.checkpointing.resumed_settings import SettingsWin
+from gvpo_lightning.checkpointing.resumed_settings import DueValidation, SettingsWin
 from gvpo_lightning.checkpointing.state import Resumable, RunState, SavedPolicy
 from gvpo_lightning.checks import trainer as checks
 from gvpo_lightning.checks.error_notes import Whereabouts
@@ -52,6 +52,7 @@ from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
 from gvpo_lightning.seeding import derive_seed, run_seed
 from gvpo_lightning.sources.mixture import SourceMixture
 from gvpo_lightning.sources.settings import SourceSettings
+from gvpo_lightning.updates import optimizers
 from gvpo_lightning.updates.loss import UpdateRules
 from gvpo_lightning.updates.step import UpdateStep, clip_sharded, drop_gradients
 
@@ -79,8 +80,8 @@ class GVPOModule(L.LightningModule):
         temperature: the log-probs of policy and reference are taken at this temperature.
         rollout: group size, prompts per rollout and per update, epochs, micro-batch.
         generation: how completions are sampled.
-        optimizer, lr_scheduler: callables from parameters to an optimizer and from that to a scheduler, which
-            is stepped once an update.
+        optimizer, lr_scheduler: callables from parameters to an optimizer and from that to a scheduler, which is
+            stepped once an update, or if it takes a metric, as ReduceLROnPlateau does, once a validation.
         max_skipped_updates: consecutive updates that are skipped whole before training stops and saves the last of
             them for `gvpo debug-batch`.
         max_log_ratio: an update is skipped if a completion's |log pi - log pi'| is beyond it, or is not finite, or a
@@ -101,8 +102,6 @@ class GVPOModule(L.LightningModule):
     Raises:
         ValueError: settings that contradict each other or the model, before anything is trained.
     """
-
-    placement: Placement  # once there is a Trainer
 
     def __init__(
         self,
@@ -147,11 +146,10 @@ class GVPOModule(L.LightningModule):
         if not max_log_ratio > 0:
             raise ValueError(f"max_log_ratio must be > 0, got {max_log_ratio}.")
         self.beta, self.temperature, self.loading, self.lora = beta, temperature, loading, lora
-        self.optimizer, self.lr_scheduler = optimizer, lr_scheduler
-        self.max_skipped_updates, self.max_log_ratio = max_skipped_updates, max_log_ratio
+        self.optimizer, self.lr_scheduler, self.max_log_ratio = optimizer, lr_scheduler, max_log_ratio
         self.gradient_checkpointing, self.torch_compile = gradient_checkpointing, torch_compile
 
-        self.run, self.guard, self.seed = RunState(), Guard(), run_seed()
+        self.run, self.guard, self.seed, self.max_skipped_updates = RunState(), Guard(), run_seed(), max_skipped_updates
         self.updates: list[Update] = []  # of the rollout at hand, all passes over it
         self.prompts = PromptCheck(self.source, generation, self.rewards, self.sources, against.model)
         self._saved: SavedPolicy | None = None  # what checkpoints hold of the policy, once it is loaded
@@ -192,8 +190,7 @@ class GVPOModule(L.LightningModule):
         `merge_adapter`: of a policy with an adapter, the whole model with the adapter merged in, not it alone;
         ValueError where that can't be. `summary`: the run's results, for the model card.
         """
-        placement = getattr(self, "placement", None)
-        state = None if placement is None else placement.full_state_dict(self.policy)
+        state = self.placement.full_state_dict(self.policy) if hasattr(self, "placement") else None
         if self.global_rank:
             return
         callbacks: list[Callback] = [] if self._trainer is None else self.trainer.callbacks  # type: ignore[attr-defined]
@@ -203,7 +200,8 @@ class GVPOModule(L.LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """Those that let a run survive SIGTERM and changed settings, and name where errors come from."""
         present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        needed = (SettingsWin, Whereabouts, Preemption)
+        checks.check_callbacks(present)
+        needed = (SettingsWin, DueValidation, Whereabouts, Preemption)
         return [kind() for kind in needed if not any(isinstance(callback, kind) for callback in present)]
 
     def setup(self, stage: str) -> None:
@@ -221,7 +219,7 @@ class GVPOModule(L.LightningModule):
         if stage != "fit":
             return
         # the earliest place that shows what `fit` was given; a property that says so comes only much later
-        checks.check_fit(trainer.fit_loop._data_source.instance, trainer.overfit_batches, trainer.callbacks)
+        checks.check_fit(trainer.fit_loop._data_source.instance, trainer.overfit_batches)
         longest = self.generation.max_new_tokens if self.sources.settings.generates else 0
         checks.check_batch_sizes(settings, self.sources.largest_group, longest, accumulate, placement.ranks.size)
         trained = (self.sources, self.reference, self.scoring, self.objective)
@@ -235,7 +233,7 @@ class GVPOModule(L.LightningModule):
 
     def configure_model(self) -> None:
         """Load the policy, take what the reference needs of it, and shard it if the strategy does not."""
-        if self._trainer is None:
+        if self._trainer is None or self.trainer.lightning_module is not self:
             return self._load()
         placement, is_new = self.placement, self.policy is None
         with loading_in_turns(self.trainer.strategy, self.source.bytes):
@@ -260,7 +258,7 @@ class GVPOModule(L.LightningModule):
         else:
             prepare_policy(self.policy)
         if self._saved is None:
-            is_fsdp1 = self._trainer is not None and self.placement.is_fsdp1
+            is_fsdp1 = hasattr(self, "placement") and self.placement.is_fsdp1
             self._saved = SavedPolicy.of(self.policy, self.source.can_be_reloaded, must_be_whole=is_fsdp1)
             if self._saved.trained is not None:
                 self.strict_loading = False
@@ -268,13 +266,13 @@ class GVPOModule(L.LightningModule):
         self.sources.end_with(stop_token_ids(self.policy, self.tokenizer))
 
     def configure_optimizers(self) -> Any:
-        """The optimizer over all trainable parameters, and the scheduler, stepped every update."""
+        """The optimizer over all trainable parameters, and the scheduler."""
+        checks.check_own_fit(is_own=self.trainer.lightning_module is self)
         self.reference.prepare(self.policy, self.placement)
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
-        if self.lr_scheduler is None:
-            return optimizer
-        scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
-        return {"optimizer": optimizer, "lr_scheduler": scheduler}
+        trainer: Any = self.trainer
+        validation = trainer.fit_loop.epoch_loop.val_loop._data_source if trainer.enable_validation else None
+        facts = (self.placement, validation, bool(trainer.gradient_clip_val))
+        return optimizers.configured(self.parameters(), self.optimizer, self.lr_scheduler, *facts)
 
     def on_fit_start(self) -> None:
         """Hold the fused loss against eager where the training will run it, and warn of what bends the objective."""
@@ -307,6 +305,7 @@ class GVPOModule(L.LightningModule):
 
     def training_step(self, batch: dict[str, Any], batch_idx: int) -> Tensor:
         """The loss of one micro-batch, scaled so that the update's gradient is that of one big batch."""
+        checks.check_own_fit(is_own=self.trainer.lightning_module is self)
         index, slot = divmod(batch["slot"], self.trainer.accumulate_grad_batches)
         if slot == 0:
             self.step = UpdateStep(self.policy, self.updates[index], self.rollout, self.rules)
@@ -325,10 +324,7 @@ class GVPOModule(L.LightningModule):
             drop_gradients(self.parameters())
 
     def configure_gradient_clipping(
-        self,
-        optimizer: torch.optim.Optimizer,
-        gradient_clip_val: int | float | None = None,
-        gradient_clip_algorithm: str | None = None,
+        self, optimizer: Any, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:
         """As Lightning does; by norm also where the gradients are sharded."""
         if gradient_clip_val and gradient_clip_algorithm != "value" and self.placement.is_sharded:
@@ -365,6 +361,7 @@ class GVPOModule(L.LightningModule):
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Count what was sampled, and give it to callbacks."""
+        checks.check_own_fit(is_own=self.trainer.lightning_module is self)
         return {"rollout": self.evaluation.count()}
 
     def predict_step(self, batch: Any, batch_idx: int) -> list[dict[str, Any]]:
@@ -372,11 +369,14 @@ class GVPOModule(L.LightningModule):
         return self.evaluation.predictions(batch)
 
     def on_validation_epoch_end(self) -> None:
-        """Shard the policy again, and log what was sampled."""
+        """Shard the policy again, log what was sampled, and step a scheduler that waits for it."""
         self.evaluation.end()
         if self._stage != "predict":
             self.log_dict({f"{self._stage}/{name}": value for name, value in self.evaluation.metrics().items()})
         self.evaluation.report()
+        trainer, absent = self.trainer, self.evaluation.absent
+        for due in optimizers.due(trainer.state, trainer.lr_scheduler_configs, trainer.callback_metrics, absent):
+            self.lr_scheduler_step(*due)
 
     def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Raise what a reward has raised, now that callbacks have saved what was sampled."""

@@ -177,6 +177,7 @@ LIBRARIES_OWN = {
     *("handle._sharding_strategy", "strategy.checkpoint_io", "connector._sigterm_notifier_fn"),
     *("scheduler._last_lr", "part.base_lrs", "setattr(part, key, new[key])", "setattr(holder, name, 0.0)"),
     *("generation_config.do_sample", "config.dtype", "config.architectures", "config.revision"),
+    *("trainer.validating", "trainer.training", "validation.restarting"),
     *("config.base_model_name_or_path", "model.peft_config['default'].revision", "head.head_request"),
     *("model.config.pad_token_id", "policy.frozen_fingerprint", "head.logit_map"),
     *("adapter.inference_mode", "config.inference_mode", "reward.advance"),

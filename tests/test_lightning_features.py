@@ -3,8 +3,16 @@
 import lightning as L
 import pytest
 import torch
-from lightning.pytorch.callbacks import Callback, GradientAccumulationScheduler, LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import (
+    BatchSizeFinder,
+    Callback,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+)
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.tuner import Tuner
 
 from gvpo_lightning.rollout.loader import RolloutLoader
 from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
@@ -309,11 +317,22 @@ def test_limited_epochs_are_all_of_one_length(make_module, prompts, tmp_path):
     [
         ({"overfit_batches": 2}, "overfit_batches=2"),
         ({"callbacks": [GradientAccumulationScheduler({0: 1, 1: 2})]}, "GradientAccumulationScheduler"),
+        ({"callbacks": [LearningRateFinder()]}, "LearningRateFinder"),
+        ({"callbacks": [BatchSizeFinder()]}, "BatchSizeFinder"),
     ],
 )
 def test_what_rollouts_can_not_be_trained_with_is_refused(make_module, fit, arguments, message):
     with pytest.raises(ValueError, match=message):
         fit(make_module(), **arguments)
+
+
+@pytest.mark.parametrize(
+    ("search", "message"), [("lr_find", "LearningRateFinder"), ("scale_batch_size", "BatchSizeFinder")]
+)
+def test_the_tuner_is_refused_by_name(make_module, prompts, search, message):
+    module, trainer = make_module(), L.Trainer(accelerator="cpu", logger=False, enable_checkpointing=False, max_steps=2)
+    with pytest.raises(ValueError, match=f"^{message}"):
+        getattr(Tuner(trainer), search)(module, RolloutLoader(prompts, module))
 
 
 @pytest.mark.parametrize(

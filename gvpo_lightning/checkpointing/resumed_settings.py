@@ -1,16 +1,21 @@
-"""`SettingsWin`: on resume, the optimizer's and the scheduler's settings are those of the config."""
+"""On resume: `SettingsWin`, settings are those of the config; `DueValidation`, a validation that was due is run."""
 
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
 import lightning as L
 from lightning.pytorch.utilities import rank_zero_info
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import CosineAnnealingWarmRestarts, CyclicLR, OneCycleLR, ReduceLROnPlateau
 
 # what a scheduler's attributes say of where it is, rather than of what it was told
 PROGRESS = {"last_epoch", "_step_count", "_last_lr", "_is_initial", "_get_lr_called_within_step", "base_lrs"} | {
-    *("num_bad_epochs", "best", "cooldown_counter", "T_cur", "T_i", "total_steps"),
+    *("num_bad_epochs", "best", "cooldown_counter", "T_cur", "T_i"),
 }
+TYPE = "type of scheduler"
+# their `get_lr` depends on where they are, and not on the present lr
+BY_POSITION = (OneCycleLR, CyclicLR, CosineAnnealingWarmRestarts)
 
 
 class SettingsWin(L.Callback):
@@ -23,15 +28,19 @@ class SettingsWin(L.Callback):
     * unchanged settings: everything is restored bit by bit;
     * another lr: the scheduled one is scaled by new / old, or where the scheduler has a closed form follows from that;
     * other scheduler settings: the schedule goes on from the present step as if it had always been the new one, if it
-      has a closed form (torch's Linear, Constant, Step, MultiStep, Exponential, Polynomial, Cosine), else it applies
-      from the next step on;
+      has a closed form (torch's Linear, Constant, Step, MultiStep, Exponential, Polynomial, Cosine, OneCycle, Cyclic),
+      else it applies from the next step on; ReduceLROnPlateau with another monitor or mode starts to compare anew;
     * a scheduler where there was none, or another one in its place, starts at its beginning.
 
     What has changed is logged.
+
+    Raises:
+        ValueError: the checkpoint is of another optimizer.
     """
 
     def __init__(self) -> None:
         self._configured: dict[str, Any] = {}
+        self._beginning: tuple[list[dict[str, Any]], list[dict[str, Any]]] = ([], [])  # of groups and schedulers
         self._saved: dict[str, Any] = {}
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
@@ -47,6 +56,9 @@ class SettingsWin(L.Callback):
                 for config in trainer.lr_scheduler_configs
             ],
         }
+        groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+        parts = [part for config in trainer.lr_scheduler_configs for part in _parts(config.scheduler)]
+        self._beginning = ([_told(group) for group in groups], [dict(vars(part)) for part in parts])
 
     def state_dict(self) -> dict[str, Any]:
         """The settings that the run has."""
@@ -66,25 +78,95 @@ class SettingsWin(L.Callback):
             trainer.optimizers, self._configured["optimizers"], saved["optimizers"], strict=False
         ):
             changes += _update_groups(optimizer, now, then)
-        for config, now, then in zip(
-            trainer.lr_scheduler_configs, self._configured["schedulers"], saved["schedulers"], strict=False
-        ):
-            changes += _update_scheduler(config.scheduler, now, then, has_changed=bool(changes))
+        schedulers = [config.scheduler for config in trainer.lr_scheduler_configs]
+        if _are_others(self._configured["schedulers"], saved["schedulers"]):
+            self._begin_anew(trainer.optimizers, schedulers)
+            changes.append(f"{' and '.join(type(scheduler).__name__ for scheduler in schedulers)} from its beginning")
+        else:
+            for scheduler, now, then in zip(
+                schedulers, self._configured["schedulers"], saved["schedulers"], strict=False
+            ):
+                changes += _update_scheduler(scheduler, now, then, has_changed=bool(changes))
         if changes:
             rank_zero_info(f"Settings that win over the checkpoint's: {', '.join(changes)}.")
 
+    def _begin_anew(self, optimizers: list[Optimizer], schedulers: list[Any]) -> None:
+        """Undo what was restored of another scheduler, or of none."""
+        groups, parts = self._beginning
+        for group, told in zip((g for optimizer in optimizers for g in optimizer.param_groups), groups, strict=True):
+            group.update(told)
+        for part, values in zip((p for scheduler in schedulers for p in _parts(scheduler)), parts, strict=True):
+            vars(part).clear()
+            vars(part).update(values)
+
+
+class DueValidation(L.Callback):
+    """Validates before training goes on, where the run that saved would have done so at once.
+
+    A checkpoint may be saved at an update's end, before the validation that is due there. Lightning passes over that
+    validation on resume, so that what follows validations (ReduceLROnPlateau, EarlyStopping) would miss one.
+    `GVPOModule` brings this callback along.
+    """
+
+    def __init__(self) -> None:
+        self._trainer: L.Trainer | None = None
+        self._is_due = False
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        """Know whom to ask when a checkpoint is saved."""
+        self._trainer, self._is_due = trainer, False
+
+    def state_dict(self) -> dict[str, bool]:
+        """Whether a validation is to come before the next update."""
+        assert self._trainer is not None
+        loop, fetcher = self._trainer.fit_loop.epoch_loop, self._trainer.fit_loop._data_fetcher
+        progress: Any = loop.batch_progress.total
+        is_batch_end = self._trainer.training and progress.completed < progress.processed
+        return {"is_due": is_batch_end and fetcher is not None and loop._should_check_val_fx(fetcher)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """What the run that saved has left to do."""
+        self._is_due = state["is_due"]
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Run it as Lightning runs others."""
+        if not self._is_due:
+            return
+        self._is_due = False
+        validation = trainer.fit_loop.epoch_loop.val_loop
+        validation.restarting = False  # or it would go on where an earlier one has ended
+        trainer.validating = True
+        validation.run()
+        trainer.training = True
+
 
 def _plain(value: Any) -> bool:
+    if isinstance(value, dict):  # MultiStepLR's milestones
+        value = list(value.values())
     if isinstance(value, (list, tuple)):
-        return all(isinstance(part, (int, float)) for part in value)
+        return all(_plain(part) for part in value)  # of OneCycleLR's phases each is a dict
     return value is None or isinstance(value, (bool, int, float, str))
+
+
+def _told(group: dict[str, Any]) -> dict[str, Any]:
+    """A parameter group without its parameters."""
+    return {key: value for key, value in group.items() if key != "params"}
+
+
+def _are_others(now: list[list[dict[str, Any]]], then: list[list[dict[str, Any]]]) -> bool:
+    """Whether schedulers, or what they are made of, are not of the types that they were, or there were none."""
+    if len(now) > len(then):
+        return True
+    pairs = [pair for parts in zip(now, then, strict=False) for pair in zip(*parts, strict=False)]
+    # earlier versions have not saved the type
+    return any(part[TYPE] != saved.get(TYPE, part[TYPE]) for part, saved in pairs)
 
 
 def _group_settings(optimizer: Optimizer) -> list[dict[str, Any]]:
     """Of each parameter group, with the lr that it starts from."""
     return [
-        {key: value for key, value in group.items() if key not in ("params", "initial_lr") and _plain(value)}
-        | {"lr": float(group.get("initial_lr", group["lr"]))}
+        {key: value for key, value in _told(group).items() if key != "initial_lr" and _plain(value)}
+        | {"lr": None if group["lr"] is None else float(group.get("initial_lr", group["lr"]))}
         for group in optimizer.param_groups
     ]
 
@@ -97,7 +179,8 @@ def _parts(scheduler: Any) -> Iterator[Any]:
 
 
 def _scheduler_settings(scheduler: Any) -> dict[str, Any]:
-    return {key: value for key, value in vars(scheduler).items() if key not in PROGRESS and _plain(value)}
+    told = {key: value for key, value in vars(scheduler).items() if key not in PROGRESS and _plain(value)}
+    return told | {TYPE: type(scheduler).__name__}
 
 
 def _differing(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
@@ -110,12 +193,17 @@ def _differing(now: dict[str, Any], then: dict[str, Any]) -> list[str]:
 def _update_groups(optimizer: Optimizer, now: list[dict[str, Any]], then: list[dict[str, Any]]) -> list[str]:
     changes = []
     for group, new, old in zip(optimizer.param_groups, now, then, strict=False):
+        if missing := [key for key in new if key not in group]:
+            raise ValueError(
+                f"The checkpoint is of another optimizer: {type(optimizer).__name__} needs {missing[0]}, which it does "
+                "not have. Set model.optimizer to the one that it was, or start another run with the exported policy."
+            )
         for key in _differing(new, old):
             changes.append(f"{key} {new[key]} (was {old[key]})")
             if key != "lr":
                 group[key] = new[key]
                 continue
-            group["lr"] = group["lr"] * new["lr"] / old["lr"] if old["lr"] else new["lr"]
+            group["lr"] = group["lr"] * new["lr"] / old["lr"] if new["lr"] and old["lr"] else new["lr"]
             if "initial_lr" in group:
                 group["initial_lr"] = new["lr"]
     return list(dict.fromkeys(changes))
@@ -129,11 +217,19 @@ def _update_scheduler(
         for key in _differing(new, old):
             changes.append(f"{type(part).__name__}.{key} {new[key]} (was {old[key]})")
             setattr(part, key, new[key])
+        if isinstance(part, ReduceLROnPlateau) and {"monitor", "mode"} & set(_differing(new, old)):
+            part._reset()  # the best that was seen is another metric's
         if hasattr(part, "base_lrs"):
             part.base_lrs = [group.get("initial_lr", group["lr"]) for group in part.optimizer.param_groups]
-    if (changes or has_changed) and hasattr(scheduler, "_get_closed_form_lr"):
-        for group, lr in zip(scheduler.optimizer.param_groups, scheduler._get_closed_form_lr(), strict=True):
-            group["lr"] = lr
-    if changes or has_changed:
-        scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
+    if not changes and not has_changed:
+        return changes
+    if isinstance(scheduler, BY_POSITION):
+        with warnings.catch_warnings(action="ignore"):  # torch's, that get_lr is for the scheduler alone
+            rates = scheduler.get_lr()
+    else:
+        groups = scheduler.optimizer.param_groups
+        rates = getattr(scheduler, "_get_closed_form_lr", lambda: [group["lr"] for group in groups])()
+    for group, lr in zip(scheduler.optimizer.param_groups, rates, strict=True):
+        group["lr"] = lr
+    scheduler._last_lr = [group["lr"] for group in scheduler.optimizer.param_groups]
     return changes

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
@@ -38,7 +38,7 @@ def check_devices(strategy: Strategy, devices: int) -> None:
         )
 
 
-def check_fit(data: Any, overfit_batches: float, callbacks: Iterable[object]) -> None:
+def check_fit(data: Any, overfit_batches: float) -> None:
     """Raise ValueError for training data and settings of `fit` that rollouts can't be trained with."""
     if isinstance(data, DataLoader):
         raise ValueError(
@@ -50,10 +50,36 @@ def check_fit(data: Any, overfit_batches: float, callbacks: Iterable[object]) ->
             f"overfit_batches={overfit_batches} repeats batches, but every rollout samples anew: "
             "train on a dataset of a few prompts instead."
         )
-    if any(isinstance(callback, GradientAccumulationScheduler) for callback in callbacks):
+
+
+def check_callbacks(callbacks: Iterable[object]) -> None:
+    """Raise ValueError for those, Lightning's `Tuner` brings some, that change what rollouts are made of."""
+    for callback in callbacks:
+        if isinstance(callback, GradientAccumulationScheduler):
+            raise ValueError(
+                "GradientAccumulationScheduler changes how a rollout is cut into updates in the middle of it: "
+                "set Trainer(accumulate_grad_batches=…) for the whole run."
+            )
+        if isinstance(callback, LearningRateFinder):
+            raise ValueError(
+                "LearningRateFinder (Tuner.lr_find) looks for the learning rate at which the loss falls fastest, but "
+                "GVPO's loss is no measure of progress where every rollout samples anew: try learning rates in short "
+                "runs, and compare their rewards."
+            )
+        if isinstance(callback, BatchSizeFinder):
+            raise ValueError(
+                "BatchSizeFinder (Tuner.scale_batch_size) changes the batch size of prompts, but what fills the memory "
+                "are micro-batches: set rollout.micro_batch_size or micro_batch_tokens, and generation.batch_size."
+            )
+
+
+def check_own_fit(*, is_own: bool) -> None:
+    """Raise ValueError where another module, which holds this one, hands on what Lightning calls."""
+    if not is_own:
         raise ValueError(
-            "GradientAccumulationScheduler changes how a rollout is cut into updates in the middle of it: "
-            "set Trainer(accumulate_grad_batches=…) for the whole run."
+            "A GVPOModule inside another LightningModule can't be trained or validated through it, since the Trainer "
+            "calls the hooks of the outer one only, and completions are sampled in those: subclass GVPOModule, or give "
+            "it to trainer.fit itself."
         )
 
 

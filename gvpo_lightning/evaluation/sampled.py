@@ -39,6 +39,7 @@ class SampledEvaluation:
     def __init__(self, sampling: Sampling, group_size: int) -> None:
         self.sampling, self.group_size = sampling, group_size
         self.failures = FailureTally()
+        self.absent: set[str] = set()  # names that `metrics` has no completion for
         self.error: Exception | None = None  # what rewards have raised on the batch at hand
         self._gathering: ExitStack | None = None
 
@@ -158,16 +159,21 @@ class SampledEvaluation:
     def metrics(self) -> dict[str, float]:
         """By their logged names, over all batches and ranks; of a reward that applied to nothing its failures alone."""
         found: dict[str, float] = {}
+        self.absent = set()
         for name, metric in self._metrics.items():
             value = float(metric.compute())
-            if math.isfinite(value):  # else nothing was kept
+            if math.isfinite(value):
                 found[name] = value
+            else:
+                self.absent.add(name)
         parts = self.sampling.placement.ranks.gather(self._components)
         for name in self.sampling.rewards.functions if self.sampling.rewards is not None else ():
             values = torch.tensor([value for part in parts for value in part.get(name, ())])
             if len(values):
                 found[f"reward/{name}/mean"] = float(values.mean())
                 found[f"reward/{name}/std"] = float(values.std(correction=0))
+            else:
+                self.absent |= {f"reward/{name}/mean", f"reward/{name}/std"}
             found[f"reward/{name}/failed_fraction"] = self.failures.fraction(name)
         return found
 

@@ -3,7 +3,17 @@
 import lightning as L
 import pytest
 import torch
-from torch.optim.lr_scheduler import ConstantLR, LambdaLR, LinearLR, SequentialLR
+from lightning.pytorch.cli import ReduceLROnPlateau
+from torch.optim.lr_scheduler import (
+    ConstantLR,
+    CosineAnnealingWarmRestarts,
+    LambdaLR,
+    LinearLR,
+    MultiStepLR,
+    OneCycleLR,
+    SequentialLR,
+    StepLR,
+)
 
 from gvpo_lightning.callbacks import RunCheckpoint, SettingsWin
 
@@ -16,15 +26,22 @@ def linear(end_factor=0.0, total_iters=8):
 def resumed(make_module, fit, tmp_path):
     """The lr of every update from the 5th to the 8th, after 4 updates with other settings."""
 
-    def run(first: dict, second: dict):
+    def run(first: dict, second: dict, **options):
         used = []
 
         class Recorder(L.Callback):
             def on_before_optimizer_step(self, trainer, module, optimizer):
                 used.append(optimizer.param_groups[0]["lr"])
 
-        fit(make_module(**first), max_steps=4, enable_checkpointing=True, callbacks=[RunCheckpoint(tmp_path / "c")])
-        fit(make_module(**second), max_steps=8, ckpt_path=tmp_path / "c" / "last.ckpt", callbacks=[Recorder()])
+        fit(
+            make_module(**first),
+            max_steps=4,
+            enable_checkpointing=True,
+            callbacks=[RunCheckpoint(tmp_path / "c")],
+            **options,
+        )
+        last = tmp_path / "c" / "last.ckpt"
+        fit(make_module(**second), max_steps=8, ckpt_path=last, callbacks=[Recorder()], **options)
         return used
 
     return run
@@ -55,6 +72,26 @@ def scheduled(lr: float, scheduler) -> dict:
     return adamw(lr) | {"lr_scheduler": scheduler}
 
 
+def one_cycle(total_steps):
+    """Up over half of the updates, from a quarter of the lr, and down to that again."""
+    settings = {"pct_start": 0.5, "anneal_strategy": "linear", "div_factor": 4, "final_div_factor": 1}
+    return lambda optimizer: OneCycleLR(optimizer, 8e-3, total_steps, cycle_momentum=False, **settings)
+
+
+def restarting(minimum):
+    return lambda optimizer: CosineAnnealingWarmRestarts(optimizer, T_0=4, eta_min=minimum)
+
+
+def milestones(*updates):
+    return lambda optimizer: MultiStepLR(optimizer, list(updates), gamma=0.5)
+
+
+def plateau(**settings):
+    """Nothing but the first validation is ever better."""
+    told = {"monitor": "validation/reward/mean", "mode": "max", "threshold": 100, "threshold_mode": "abs"} | settings
+    return scheduled(8e-3, lambda optimizer: ReduceLROnPlateau(optimizer, **told))
+
+
 LINEAR = scheduled(8e-3, linear())
 CASES = {
     "nothing changed": (LINEAR, LINEAR, [4e-3, 3e-3, 2e-3, 1e-3]),
@@ -79,6 +116,19 @@ CASES = {
         ),
         [4e-3] * 4,
     ),
+    "a longer cycle": (scheduled(0, one_cycle(4)), scheduled(0, one_cycle(8)), [6.5e-3, 5e-3, 3.5e-3, 2e-3]),
+    "another end of the cycle": (
+        scheduled(8e-3, restarting(0.0)),
+        scheduled(8e-3, restarting(4e-3)),
+        [8e-3, 4e-3 + 2e-3 * (1 + 0.5**0.5), 6e-3, 4e-3 + 2e-3 * (1 - 0.5**0.5)],
+    ),
+    "other milestones": (scheduled(8e-3, milestones(2)), scheduled(8e-3, milestones(2, 6)), [4e-3, 4e-3, 2e-3, 2e-3]),
+    "another scheduler": (
+        LINEAR,
+        scheduled(8e-3, lambda optimizer: StepLR(optimizer, 2, gamma=0.5)),
+        [8e-3, 8e-3, 4e-3, 4e-3],
+    ),
+    "a scheduler where there was none": (adamw(8e-3), LINEAR, [8e-3, 7e-3, 6e-3, 5e-3]),
     "no scheduler any more": (scheduled(8e-3, linear()), adamw(8e-3), [4e-3] * 4),
 }
 
@@ -86,6 +136,26 @@ CASES = {
 @pytest.mark.parametrize(("first", "second", "expected"), CASES.values(), ids=CASES.keys())
 def test_changed_settings_win_and_the_position_is_kept(resumed, first, second, expected):
     assert resumed(first, second) == pytest.approx(expected, rel=1e-6)
+
+
+PLATEAUS = {
+    # bad ones before: the second, the third that halves, the fourth
+    "patience and factor": (plateau(patience=0, factor=0.1), [4e-3, 4e-4, 4e-5, 4e-6]),
+    # another best: the fifth validation is the first of its kind
+    "metric": (plateau(patience=1, factor=0.5, monitor="validation/completion/length_max"), [4e-3, 4e-3, 4e-3, 2e-3]),
+}
+
+
+@pytest.mark.parametrize(("second", "expected"), PLATEAUS.values(), ids=PLATEAUS.keys())
+def test_a_plateau_takes_changed_settings_and_keeps_what_it_has_seen(resumed, prompts, second, expected):
+    loader = torch.utils.data.DataLoader(prompts[:1])
+    first = plateau(patience=1, factor=0.5)
+    assert resumed(first, second, val_dataloaders=loader, val_check_interval=1) == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_checkpoint_of_another_optimizer_is_refused_before_training(resumed):
+    with pytest.raises(ValueError, match=r"of another optimizer: SGD needs momentum, which it does not have\. Set"):
+        resumed(adamw(1e-3), {"optimizer": lambda parameters: torch.optim.SGD(parameters, lr=1e-3)})
 
 
 def test_what_changed_is_told(resumed, caplog):

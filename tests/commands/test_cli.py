@@ -2,6 +2,7 @@
 
 import inspect
 import json
+import math
 import os
 import resource
 import signal
@@ -108,6 +109,69 @@ def test_same_command_same_weights(config, tmp_path):
         main(quiet("fit", "--config", config(), f"--trainer.default_root_dir={tmp_path / name}"))
         exports.append((tmp_path / name / "export" / "model.safetensors").read_bytes())
     assert exports[0] == exports[1]
+
+
+SCHEDULERS = "torch.optim.lr_scheduler"
+WATCHED = {"trainer__callbacks": ["lightning.pytorch.callbacks.LearningRateMonitor"], "trainer__log_every_n_steps": 1}
+
+
+def rates(folder):
+    """The lr of every update."""
+    header, *lines = (line.split(",") for line in (folder / "metrics.csv").read_text().splitlines())
+    column = header.index("lr-AdamW")
+    return [float(line[column]) for line in lines if line[column]]
+
+
+def test_a_warm_up_with_a_cosine_after_it_is_configured_and_goes_on_when_resumed(config, tmp_path):
+    arguments = {"max_lr": 1e-3, "total_steps": 8, "pct_start": 0.5, "cycle_momentum": False}
+    schedule = {"class_path": f"{SCHEDULERS}.OneCycleLR", "init_args": arguments}
+    path = config(model__lr_scheduler=schedule, **WATCHED)
+    found = []
+    for steps in (4, 8):
+        main(quiet("fit", "--config", path, f"--trainer.max_steps={steps}", "--ckpt_path=last"))
+        found += rates(tmp_path / "run")
+
+    def between(start, end, part):
+        return end + (start - end) / 2 * (1 + math.cos(math.pi * part))
+
+    start, end = 1e-3 / 25, 1e-3 / 25 / 1e4  # its defaults: div_factor and final_div_factor
+    up = [between(start, 1e-3, step / 3) for step in range(4)]
+    down = [between(1e-3, end, step / 4) for step in range(1, 5)]
+    assert found == pytest.approx(up + down, rel=1e-6)
+
+
+def test_a_schedule_may_be_a_function_of_ones_own(config, tmp_path):
+    (tmp_path / "own_schedules.py").write_text(
+        "from torch.optim import Optimizer\n"
+        "from torch.optim.lr_scheduler import LRScheduler\n"
+        "from transformers import get_cosine_schedule_with_warmup\n\n\n"
+        "def warm_up(optimizer: Optimizer) -> LRScheduler:\n"
+        "    return get_cosine_schedule_with_warmup(optimizer, num_warmup_steps=2, num_training_steps=4)\n"
+    )
+    main(quiet("fit", "--config", config(model__lr_scheduler="own_schedules.warm_up", **WATCHED)))
+    assert rates(tmp_path / "run") == pytest.approx([0.0, 0.5e-4, 1e-4, 0.5e-4], rel=1e-6)
+
+
+def test_a_plateau_is_configured_with_its_metric(config, tmp_path, capsys):
+    arguments = {"mode": "max", "factor": 0.5, "patience": 0, "threshold": 100.0, "threshold_mode": "abs"}
+    own = {
+        "class_path": "lightning.pytorch.cli.ReduceLROnPlateau",
+        "init_args": {"monitor": "validation/reward/mean", **arguments},
+    }
+    main(quiet("fit", "--config", config(model__lr_scheduler=own, trainer__val_check_interval=1, **WATCHED)))
+    assert rates(tmp_path / "run") == pytest.approx([1e-4, 1e-4, 0.5e-4, 0.25e-4], rel=1e-6)  # the first is the best
+    capsys.readouterr()
+    without = {"class_path": f"{SCHEDULERS}.ReduceLROnPlateau", "init_args": arguments}
+    for scheduler, message in (
+        (without, "use lightning.pytorch.cli.ReduceLROnPlateau with monitor="),
+        ({"class_path": "ReduceLROnPlateau", "init_args": own["init_args"]}, "Give the full class path"),
+        (own, "this fit has none: give it prompts to validate on (data.validation_split"),
+    ):
+        with pytest.raises(SystemExit, match="2"):
+            main(quiet("fit", "--config", config(model__lr_scheduler=scheduler, data__validation_split=None)))
+        error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("gvpo: error: ")]
+        assert len(error) == 1
+        assert message in error[0]
 
 
 def test_validate_test_and_predict(config, tmp_path, capsys):
