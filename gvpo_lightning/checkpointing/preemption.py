@@ -13,7 +13,7 @@ from lightning.pytorch.utilities import rank_zero_info
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from gvpo_lightning.checkpointing.resumption import COMMAND, call_that_resumes
-from gvpo_lightning.checkpointing.run_checkpoint import RunCheckpoint
+from gvpo_lightning.checkpointing.run_checkpoint import RunCheckpoint, check_savers
 from gvpo_lightning.checkpointing.save import save_whole
 from gvpo_lightning.checkpointing.whole import is_whole, is_within_update
 from gvpo_lightning.rewards import RewardError
@@ -61,6 +61,8 @@ class Preemption(L.Callback):
             connector._sigterm_notifier_fn = self._notify  # type: ignore[method-assign,assignment]
             self._received, self._trainer = 0.0, trainer
             self._has_begun, self._should_stop, self._saved = False, False, ""
+            by_time = getattr(trainer, "_val_check_time_interval", None) is not None
+            check_savers(trainer.checkpoint_callbacks, trainer.accumulate_grad_batches, validates_by_time=by_time)
 
     def _notify(self, signum: int, frame: FrameType | None) -> None:
         now = time.monotonic()
@@ -170,8 +172,9 @@ class Preemption(L.Callback):
         saved = {self._saved}
         for callback in trainer.checkpoint_callbacks:
             if isinstance(callback, ModelCheckpoint) and not callback.save_weights_only:
-                is_ours = isinstance(callback, RunCheckpoint)
-                saved.add(callback.resume_path if is_ours else callback._last_checkpoint_saved)
+                saved.add(
+                    callback.resume_path if isinstance(callback, RunCheckpoint) else callback._last_checkpoint_saved
+                )
         found = [path for path in saved if _is_there(path)]
         if found:
             return max(found, key=lambda path: 0 if "://" in path else os.lstat(path).st_mtime_ns)

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 from weakref import proxy
@@ -25,12 +26,12 @@ class RunCheckpoint(ModelCheckpoint):
 
     * Files and folders (distributed checkpoints of ModelParallelStrategy) are written under a hidden name and renamed
       when all ranks are done. Leftovers of a killed save are removed at the next start.
-    * `last.ckpt` is a relative symlink to the checkpoint that it means, moved in one step before an older one is removed.
-      `ckpt_path="last"` starts a run from the beginning where there is none yet, and says so; one that leads nowhere is
-      an error which names the whole checkpoints.
-    * It saves after whole optimizer updates, since a checkpoint within one can't be resumed: a save that comes due within
-      one waits for its end. `save_on_exception` saves where the exception came between two, on one device.
-    * A run that goes on from a checkpoint in its folder goes on with the bookkeeping too, wherever the folder was moved.
+    * `last.ckpt` is a symlink to the checkpoint that it means, moved in one step before an older one is removed.
+      `ckpt_path="last"` starts a run from the beginning where there is none yet, and says so; one that leads nowhere
+      is an error which names the whole checkpoints.
+    * It saves after whole optimizer updates, since a checkpoint within one can't be resumed: a save that comes due
+      within one waits for its end. `save_on_exception` saves where the exception came between two, on one device.
+    * A run that is resumed from a checkpoint in its folder takes up the bookkeeping too, wherever that was moved.
     * A save that fails, as on a full disk, leaves `last` as it was and ends the run with `CheckpointError`.
     * The first save logs how large each kind of content is.
 
@@ -110,7 +111,7 @@ class RunCheckpoint(ModelCheckpoint):
         """With `save_on_exception`: save what is whole. Another rank may be elsewhere, and a full disk stays full."""
         if trainer.state.fn != "fit" or not self._should_save_on_exception(trainer):
             return
-        current = trainer.fit_loop.epoch_loop.batch_progress.current
+        current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         is_whole = current.completed == current.processed and not self.is_within_update  # the scheduler's step as well
         if is_whole and trainer.world_size == 1 and not isinstance(exception, CheckpointError):
             rank_zero_info(f"A {type(exception).__name__} was raised, what is trained is saved: {self.save_now()}")
@@ -224,6 +225,21 @@ class RunCheckpoint(ModelCheckpoint):
         elif trainer.is_global_zero:
             remove_whole(Path(filepath))
             remove_empty(Path(filepath).parent, self._folder)  # a filename with slashes makes folders
+
+
+def check_savers(callbacks: Iterable[object], accumulate: int, *, validates_by_time: bool) -> None:
+    """Raise ValueError for a ModelCheckpoint that may save within an update and can't wait, as a RunCheckpoint does."""
+    for callback in callbacks:
+        if accumulate == 1 or not isinstance(callback, ModelCheckpoint) or isinstance(callback, RunCheckpoint):
+            continue
+        by_time = callback._train_time_interval is not None and "its train_time_interval is over"
+        after = validates_by_time and not callback._save_on_train_epoch_end and "a validation by the clock has ended"
+        if when := by_time or after:
+            raise ValueError(
+                f"A {type(callback).__name__} that saves when {when} may do so within an optimizer update of "
+                f"accumulate_grad_batches={accumulate}, from where a run can't go on: use "
+                "gvpo_lightning.callbacks.RunCheckpoint with the same arguments, which waits for the update's end."
+            )
 
 
 def moved(state: dict[str, Any], folder: str) -> dict[str, Any]:

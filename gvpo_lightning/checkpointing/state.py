@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from gvpo_lightning.objectives.base import Objective
@@ -69,6 +70,37 @@ def check_adapter_state(own: Mapping[str, Any] | None, saved: Mapping[str, Any] 
             f"{own['frozen']}, expected {saved['frozen']}): set model.policy, loading.revision, loading.dtype and "
             "loading.quantization as they were."
         )
+
+
+# of a module and of a datamodule that call `save_hyperparameters`
+HYPERPARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
+PLAIN = {type(None), bool, int, float, str, bytes, torch.Tensor, torch.dtype, torch.device}
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value comes back from a checkpoint with weights_only=True; a subclass of a plain type does not."""
+    if type(value) in (list, tuple):
+        return all(map(is_plain, value))
+    if type(value) is dict:
+        return all(is_plain(key) and is_plain(part) for key, part in value.items())
+    return type(value) in PLAIN
+
+
+def plain_hyperparameters(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's hyperparameters as Lightning has put them there, less those that would keep it from being loaded.
+
+    A resumed run has its own; `load_from_checkpoint` is to be given what is left out, or takes the defaults.
+    """
+    found = {}
+    for key in HYPERPARAMETERS:
+        saved = checkpoint.get(key, {})
+        found[key] = {name: value for name, value in saved.items() if is_plain(value)}
+        if left_out := sorted(saved.keys() - found[key].keys()):
+            rank_zero_warn(
+                f"Hyperparameters that are no plain values are not in the checkpoints: {', '.join(left_out)}. Give "
+                "them to load_from_checkpoint."
+            )
+    return {key: plain for key, plain in found.items() if key in checkpoint}
 
 
 @dataclass(frozen=True)

@@ -54,7 +54,9 @@ def newest_last(paths: Iterable[Path]) -> Path | None:
     others = [p for p in newest.parent.rglob("*.ckpt") if not LAST.fullmatch(p.name) and is_whole(p)]
     others.sort(key=lambda path: path.stat().st_mtime_ns, reverse=True)
     named = ", ".join(map(str, others[:NUM_NAMED])) + (", …" if len(others) > NUM_NAMED else "")
-    mend = f"give one of the whole checkpoints beside it, newest first: {named}" if others else "none beside it is whole"
+    mend = (
+        f"give one of the whole checkpoints beside it, newest first: {named}" if others else "none beside it is whole"
+    )
     raise FileNotFoundError(
         f"ckpt_path=last: {newest} {found_as} not whole: {mend}. To start from the beginning, remove {newest}."
     )

@@ -5,7 +5,13 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import GradientAccumulationScheduler
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    GradientAccumulationScheduler,
+    ModelPruning,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
@@ -57,8 +63,45 @@ def check_fit(data: Any, overfit_batches: float, callbacks: Iterable[object]) ->
         )
 
 
-def check_training_batches(data: Any, batches: float, validation: float, accumulate: int) -> None:
-    """Raise ValueError where an epoch of `batches`, or a validation every so many, would cut an update in two."""
+def check_callbacks(callbacks: Iterable[object], *, is_loaded: bool, is_sharded: bool) -> None:
+    """Raise ValueError for Lightning's callbacks that a policy can't be trained with, and those made of them.
+
+    Args:
+        callbacks: the Trainer's.
+        is_loaded: the policy is in memory already, before the callbacks' `setup`.
+        is_sharded: ranks will hold parts of its weights.
+    """
+    for callback in callbacks:
+        name = type(callback).__name__
+        if isinstance(callback, BaseFinetuning):
+            raise ValueError(
+                f"{name} unfreezes weights in the middle of a run, of which the reference has kept no copy: leave it "
+                "out, and freeze what is not to be trained in the model that you give to GVPOModule."
+            )
+        if isinstance(callback, ModelPruning):
+            raise ValueError(
+                f"{name} renames the weights that reference, checkpoints and export go by: leave it out, and prune the "
+                "model before you give it to GVPOModule, or the exported one."
+            )
+        if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)) and is_sharded:
+            raise ValueError(
+                f"{name} can't average weights of which ranks hold parts (FSDP, tensor parallelism): leave it out, or "
+                "train on one device or with DDP."
+            )
+        if isinstance(callback, StochasticWeightAveraging) and not is_loaded:
+            raise ValueError(
+                f"{name} copies the policy before one given by name is loaded, and would average nothing: give "
+                "GVPOModule the model itself, AutoModelForCausalLM.from_pretrained(…), with tokenizer=…, or use "
+                "EMAWeightAveraging."
+            )
+
+
+def check_training_batches(data: Any, batches: float, validation: float | None, accumulate: int) -> None:
+    """Raise ValueError where an epoch of `batches`, or a validation every so many, would cut an update in two.
+
+    `validation` may be more than an epoch's (check_val_every_n_epoch=None); None where there is none. One that comes by
+    the clock may come within an update: RunCheckpoint waits for its end.
+    """
     if not isinstance(data, RolloutLoader):
         raise ValueError("The training prompts must come from RolloutLoader(prompts, module).")
     if batches % accumulate:
@@ -66,7 +109,7 @@ def check_training_batches(data: Any, batches: float, validation: float, accumul
             f"An epoch must hold whole optimizer updates: limit_train_batches leaves {batches} micro-batches, not "
             f"a multiple of accumulate_grad_batches={accumulate}."
         )
-    if isinstance(validation, int) and validation % accumulate and validation < batches:
+    if batches and isinstance(validation, int) and validation % accumulate:
         raise ValueError(
             f"Validation must not fall within an optimizer update, where a checkpoint would lose gradients: it comes "
             f"every {validation} micro-batches (val_check_interval), not a multiple of "

@@ -194,7 +194,9 @@ def test_another_seed_is_refused_by_name(make_module, run, saved_at, monkeypatch
     monkeypatch.setenv("PL_GLOBAL_SEED", "1")
     path, _ = saved_at(3, rollout=TWO_UPDATES)
     monkeypatch.setenv("PL_GLOBAL_SEED", "2")
-    with pytest.raises(ValueError, match="another seed_everything: the checkpoint was saved with 1, the settings say 2"):
+    with pytest.raises(
+        ValueError, match="another seed_everything: the checkpoint was saved with 1, the settings say 2"
+    ):
         run(make_module(rollout=TWO_UPDATES), 24, ckpt_path=path)
     monkeypatch.setenv("PL_GLOBAL_SEED", "1")
     run(make_module(rollout=TWO_UPDATES), 24, ckpt_path=path)
