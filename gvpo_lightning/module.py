@@ -22,12 +22,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from gvpo_lightning.checkpointing.preemption import Preemption
 from gvpo_lightning.checkpointing.resumed_epoch import begin_whole_epoch
 from gvpo_lightning.checkpointing.resumed_settings import SettingsWin
-from gvpo_lightning.checkpointing.state import Resumable, RunState, SavedPolicy, plain_hyperparameters
+from gvpo_lightning.checkpointing.state import Resumable, RunState, SavedPolicy
 from gvpo_lightning.checks import trainer as checks
 from gvpo_lightning.checks.error_notes import Whereabouts
 from gvpo_lightning.checks.prompts import PromptCheck
 from gvpo_lightning.distributed.placement import Placement
-from gvpo_lightning.distributed.sharding import is_sharded, loading_in_turns
+from gvpo_lightning.distributed.sharding import loading_in_turns
 from gvpo_lightning.evaluation.sampled import SampledEvaluation
 from gvpo_lightning.export.folder import export_policy
 from gvpo_lightning.export.model_card import Origin, run_config
@@ -204,9 +204,7 @@ class GVPOModule(L.LightningModule):
         """Those that let a run survive SIGTERM and changed settings, and name where errors come from."""
         present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
         if self._fits:
-            checks.check_callbacks(
-                present, is_loaded=self.policy is not None, is_sharded=is_sharded(self.trainer.strategy)
-            )
+            checks.check_callbacks(present, self.trainer.strategy, is_loaded=self.policy is not None)
         needed = (SettingsWin, Whereabouts, Preemption)
         return [kind() for kind in needed if not any(isinstance(callback, kind) for callback in present)]
 
@@ -407,8 +405,7 @@ class GVPOModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the position, the rollout if it is half trained, and what identifies adapter and reference."""
-        own = self._resumable.state_dict(self.policy, self.micro_batches_per_rollout)
-        checkpoint.update(own | plain_hyperparameters(checkpoint))
+        self._resumable.add_to(checkpoint, self.policy, self.micro_batches_per_rollout)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """In `fit`, take up what `on_save_checkpoint` left; otherwise a checkpoint brings weights and no position."""

@@ -76,8 +76,12 @@ class Preemption(L.Callback):
             os.kill(os.getpid(), signum)
 
     def on_sanity_check_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        """From now on the run can be stopped."""
+        """What stops this is no mistake in the settings."""
         self._has_begun = True
+
+    def on_sanity_check_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """Some settings are yet to be checked."""
+        self._has_begun = False
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         """Where evaluation before training was interrupted, there is nothing to save."""

@@ -310,15 +310,16 @@ class Resumable:
     objective: Objective
     precision: str
 
-    def state_dict(self, policy: Any, rollout_length: int) -> dict[str, Any]:
-        """The entries to add to a checkpoint; every rank must call this."""
+    def add_to(self, checkpoint: dict[str, Any], policy: Any, rollout_length: int) -> None:
+        """Put it beside what Lightning has put into a checkpoint, and see that both load; every rank must call this."""
         state = self.run.state_dict(rollout_length) | self.sources.state_dict(self.precision)
         state |= {"reference_kind": self.reference_kind, "reference": self.reference.state_dict(policy)}
         adapter = None if self.saved is None else self.saved.adapter
-        return {"gvpo": state} if adapter is None else {"gvpo": state, "adapter": adapter}
+        checkpoint.update({"gvpo": state} if adapter is None else {"gvpo": state, "adapter": adapter})
+        checkpoint.update(plain_hyperparameters(checkpoint))
 
     def load_state_dict(self, checkpoint: Mapping[str, Any], policy: Any) -> None:
-        """Take up what `state_dict` left, to go on with the run.
+        """Take up what `add_to` left, to go on with the run.
 
         Raises:
             ValueError: another reference, objective or number of ranks than the checkpoint's.

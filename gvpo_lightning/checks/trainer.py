@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader
 
 from gvpo_kernels.inputs import choose_implementation
 from gvpo_lightning.distributed.placement import Placement
+from gvpo_lightning.distributed.sharding import is_sharded
 from gvpo_lightning.guard import Guard
 from gvpo_lightning.objectives.base import Objective
 from gvpo_lightning.policy.head import Scoring
@@ -63,13 +64,12 @@ def check_fit(data: Any, overfit_batches: float, callbacks: Iterable[object]) ->
         )
 
 
-def check_callbacks(callbacks: Iterable[object], *, is_loaded: bool, is_sharded: bool) -> None:
+def check_callbacks(callbacks: Iterable[object], strategy: Strategy, *, is_loaded: bool) -> None:
     """Raise ValueError for Lightning's callbacks that a policy can't be trained with, and those made of them.
 
     Args:
-        callbacks: the Trainer's.
+        callbacks, strategy: the Trainer's.
         is_loaded: the policy is in memory already, before the callbacks' `setup`.
-        is_sharded: ranks will hold parts of its weights.
     """
     for callback in callbacks:
         name = type(callback).__name__
@@ -83,7 +83,7 @@ def check_callbacks(callbacks: Iterable[object], *, is_loaded: bool, is_sharded:
                 f"{name} renames the weights that reference, checkpoints and export go by: leave it out, and prune the "
                 "model before you give it to GVPOModule, or the exported one."
             )
-        if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)) and is_sharded:
+        if isinstance(callback, (StochasticWeightAveraging, WeightAveraging)) and is_sharded(strategy):
             raise ValueError(
                 f"{name} can't average weights of which ranks hold parts (FSDP, tensor parallelism): leave it out, or "
                 "train on one device or with DDP."

@@ -1,4 +1,4 @@
-"""A module that saves its hyperparameters: its checkpoints load with weights_only=True, as Lightning has it on resume."""
+"""A module that saves its hyperparameters: its checkpoints load with weights_only=True, Lightning's default on resume."""
 
 import enum
 

@@ -1,4 +1,4 @@
-"""Nothing is saved within an optimizer update, whatever asks for it: a save or a stop that comes due waits for its end."""
+"""Nothing is saved within an optimizer update, whatever asks for it: a save or a stop that comes due waits."""
 
 import os
 import signal
