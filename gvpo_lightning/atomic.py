@@ -49,9 +49,9 @@ def put_in_place(partial: Path, path: Path) -> None:
     _flush(path.parent)
 
 
-def remove_partials(folder: Path) -> None:
-    """Remove what killed processes have left in a folder, if there is one."""
-    for path in folder.glob(f".*{PARTIAL}"):
+def remove_partials(folder: Path, *, deeply: bool = False) -> None:
+    """Remove what killed processes have left in a folder, if there is one; `deeply`: and in those within it."""
+    for path in list((folder.rglob if deeply else folder.glob)(f".*{PARTIAL}")):
         delete(path)
 
 
@@ -63,11 +63,21 @@ def remove_whole(path: Path) -> None:
         delete(hidden)
 
 
+def remove_empty(folder: Path, root: Path) -> None:
+    """Remove a folder and those that it lies in, up to `root`, as far as nothing is in them."""
+    while folder != root and root in folder.parents:
+        try:
+            folder.rmdir()
+        except OSError:  # something is
+            return
+        folder = folder.parent
+
+
 def link_whole(target: Path, link: Path) -> None:
-    """Make `link` a relative symlink to `target`, a file or folder beside it, in one step."""
+    """Make `link` a relative symlink to `target`, a file or folder beside it or further down, in one step."""
     partial = partial_path(link)
     partial.unlink(missing_ok=True)
-    partial.symlink_to(target.name)
+    partial.symlink_to(os.path.relpath(target, link.parent))
     partial.replace(link)
     _flush(link.parent)
 

@@ -13,7 +13,9 @@ import operator
 import os
 import sys
 import typing
+from argparse import ArgumentError
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,7 +35,9 @@ from gvpo_lightning.callbacks import (
     RunCheckpoint,
     RunSummary,
 )
+from gvpo_lightning.checkpointing.resumption import saying_how_to_resume
 from gvpo_lightning.checkpointing.save import CheckpointError
+from gvpo_lightning.checkpointing.whole import newest_last
 from gvpo_lightning.checks.trainer import check_devices
 from gvpo_lightning.commands import regrade
 from gvpo_lightning.commands.debug_batch import debug_batch
@@ -63,18 +67,18 @@ def last_checkpoint(settings: Mapping[str, Any]) -> Path:
     """The newest last.ckpt of a run with these settings of the trainer, as `fit --ckpt_path last` finds it.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none, or it is not whole.
     """
-    folders = [Path(settings.get("default_root_dir") or ".") / "checkpoints"]
+    folders = [Path(settings.get("default_root_dir") or ".").expanduser() / "checkpoints"]
     for callback in settings.get("callbacks") or []:
         own = {} if isinstance(callback, str) else callback.get("init_args") or {}
-        folders += [Path(own["dirpath"])] if own.get("dirpath") else []
-    found = [path for folder in folders for path in folder.glob("last*.ckpt")]
-    if not found:
+        folders += [Path(own["dirpath"]).expanduser()] if own.get("dirpath") else []
+    newest = newest_last(path for folder in folders for path in folder.glob("last*.ckpt"))
+    if newest is None:
         raise FileNotFoundError(
             f"ckpt_path=last: there is no last.ckpt in {' or '.join(map(str, folders))}: give the checkpoint's path."
         )
-    return max(found, key=lambda path: path.stat().st_mtime)
+    return newest
 
 
 class GVPOTrainer(Trainer):
@@ -215,32 +219,34 @@ def main(args: ArgsType = None, cli: type[GVPOCLI] = GVPOCLI) -> None:
     """The `gvpo` command; `args` for calls from Python, `cli` for one that does more or less.
 
     A mistake in the settings or the data ends it with one line on stderr and exit status 2, a checkpoint that can't
-    be written with one line and status 1, SIGTERM with status 143 (`callbacks.Preemption`).
+    be written with one line and status 1, SIGTERM with status 143 (`callbacks.Preemption`). Whatever stops a run within
+    training, the last line on stderr is the command that resumes it.
     """
     prefer_integers()
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())  # a reward in a file beside the config; installed packages go first
     words = sys.argv[1:] if args is None else args
-    try:
-        if isinstance(words, list) and words[:1] == ["regrade"]:
-            return regrade.main(words[1:])
-        cli(
-            GVPOModule,
-            PromptDataModule,
-            trainer_class=GVPOTrainer,
-            args=args,
-            auto_configure_optimizers=False,
-            seed_everything_default=0,
-            save_config_kwargs={"overwrite": True},
-            trainer_defaults={"callbacks": [MemoryEstimate(), PredictionWriter(), BenchmarkReport()]},
-            # without the pages of usage that jsonargparse prints in front of its own errors
-            parser_kwargs={"exit_on_error": False, "description": "And `gvpo regrade`, which has a --help of its own."}
-            | {name: {"exit_on_error": False} for name in cli.subcommands()},
-        )
-    except (ValueError, FileNotFoundError, argparse.ArgumentError, MisconfigurationException, CheckpointError) as error:
-        message = " ".join([str(error), *getattr(error, "__notes__", ())])
-        print(f"gvpo: error: {' '.join(message.split())}", file=sys.stderr)
-        raise SystemExit(1 if isinstance(error, CheckpointError) else 2) from error
+    with saying_how_to_resume(["gvpo", *words]) if isinstance(words, list) else nullcontext():
+        try:
+            if isinstance(words, list) and words[:1] == ["regrade"]:
+                return regrade.main(words[1:])
+            cli(
+                GVPOModule,
+                PromptDataModule,
+                trainer_class=GVPOTrainer,
+                args=args,
+                auto_configure_optimizers=False,
+                seed_everything_default=0,
+                save_config_kwargs={"overwrite": True},
+                trainer_defaults={"callbacks": [MemoryEstimate(), PredictionWriter(), BenchmarkReport()]},
+                # without the pages of usage that jsonargparse prints in front of its own errors
+                parser_kwargs={"exit_on_error": False, "description": "And `gvpo regrade`, with a --help of its own."}
+                | {name: {"exit_on_error": False} for name in cli.subcommands()},
+            )
+        except (ValueError, FileNotFoundError, ArgumentError, MisconfigurationException, CheckpointError) as error:
+            message = " ".join([str(error), *getattr(error, "__notes__", ())])
+            print(f"gvpo: error: {' '.join(message.split())}", file=sys.stderr)
+            raise SystemExit(1 if isinstance(error, CheckpointError) else 2) from error
 
 
 if __name__ == "__main__":

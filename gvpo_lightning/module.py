@@ -24,6 +24,7 @@ from gvpo_lightning.checkpointing.resumed_epoch import begin_whole_epoch
 from gvpo_lightning.checkpointing.resumed_settings import DueValidation, SettingsWin
 from gvpo_lightning.checkpointing.state import Resumable, RunState, SavedPolicy
 from gvpo_lightning.checks import trainer as checks
+from gvpo_lightning.checks.callbacks import check_rollout_callbacks, check_weight_callbacks
 from gvpo_lightning.checks.error_notes import Whereabouts
 from gvpo_lightning.checks.prompts import PromptCheck
 from gvpo_lightning.distributed.placement import Placement
@@ -36,7 +37,7 @@ from gvpo_lightning.objectives import make_objective
 from gvpo_lightning.objectives.settings import ObjectiveKind, ObjectiveSettings
 from gvpo_lightning.policy.head import Scoring
 from gvpo_lightning.policy.loading import LoadingSettings
-from gvpo_lightning.policy.lora import leave_frozen_out
+from gvpo_lightning.policy.lora import do_without_frozen, leave_frozen_out
 from gvpo_lightning.policy.prepare import prepare_policy, stop_token_ids
 from gvpo_lightning.policy.source import PolicySource, place_policy
 from gvpo_lightning.reference.kinds import make_reference
@@ -200,7 +201,9 @@ class GVPOModule(L.LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """Those that let a run survive SIGTERM and changed settings, and name where errors come from."""
         present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        checks.check_callbacks(present)
+        check_rollout_callbacks(present)
+        if self._fits:
+            check_weight_callbacks(present, self.trainer.strategy, is_loaded=self.policy is not None)
         needed = (SettingsWin, DueValidation, Whereabouts, Preemption)
         return [kind() for kind in needed if not any(isinstance(callback, kind) for callback in present)]
 
@@ -235,7 +238,8 @@ class GVPOModule(L.LightningModule):
         """Load the policy, take what the reference needs of it, and shard it if the strategy does not."""
         if self._trainer is None or self.trainer.lightning_module is not self:
             return self._load()
-        placement, is_new = self.placement, self.policy is None
+        placement = self.placement = Placement(self)  # anew: weight averaging calls this before `setup`
+        is_new = self.policy is None
         with loading_in_turns(self.trainer.strategy, self.source.bytes):
             if self._is_sharded:
                 placement.check_again()
@@ -263,6 +267,7 @@ class GVPOModule(L.LightningModule):
             if self._saved.trained is not None:
                 self.strict_loading = False
                 self.register_state_dict_post_hook(functools.partial(leave_frozen_out, self._saved.trained))
+                self.register_load_state_dict_post_hook(functools.partial(do_without_frozen, self._saved.trained))
         self.sources.end_with(stop_token_ids(self.policy, self.tokenizer))
 
     def configure_optimizers(self) -> Any:
@@ -285,8 +290,8 @@ class GVPOModule(L.LightningModule):
         """Check that updates stay whole, and start at one."""
         trainer: Any = self.trainer
         batches = 0 if trainer.fast_dev_run else trainer.num_training_batches
-        accumulate = trainer.accumulate_grad_batches
-        checks.check_training_batches(trainer.train_dataloader, batches, trainer.val_check_batch, accumulate)
+        validation = trainer.val_check_batch if trainer.enable_validation else None
+        checks.check_training_batches(trainer.train_dataloader, batches, validation, trainer.accumulate_grad_batches)
         self.run.start_fit(self.micro_batches_per_rollout)
         if self.epoch.is_cut(trainer.num_training_batches, trainer.train_dataloader.num_prompts):
             begin_whole_epoch(trainer.fit_loop, is_over=self.epoch.is_over(self.microstep))
@@ -401,7 +406,7 @@ class GVPOModule(L.LightningModule):
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the position, the rollout if it is half trained, and what identifies adapter and reference."""
-        checkpoint.update(self._resumable.state_dict(self.policy, self.micro_batches_per_rollout))
+        self._resumable.add_to(checkpoint, self.policy, self.micro_batches_per_rollout)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """In `fit`, take up what `on_save_checkpoint` left; otherwise a checkpoint brings weights and no position."""

@@ -175,6 +175,7 @@ def test_nobody_is_handed_the_module_or_the_trainer():
 LIBRARIES_OWN = {
     *("parameter.grad", "module.p", "layer.support_avx512bf16_for_cpu", "config.recompile_limit"),
     *("handle._sharding_strategy", "strategy.checkpoint_io", "connector._sigterm_notifier_fn"),
+    "trainer.should_stop",
     *("scheduler._last_lr", "part.base_lrs", "setattr(part, key, new[key])", "setattr(holder, name, 0.0)"),
     *("generation_config.do_sample", "config.dtype", "config.architectures", "config.revision"),
     *("trainer.validating", "trainer.training", "validation.restarting"),

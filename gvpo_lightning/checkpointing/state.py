@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
 from gvpo_lightning.objectives.base import Objective
@@ -69,6 +70,37 @@ def check_adapter_state(own: Mapping[str, Any] | None, saved: Mapping[str, Any] 
             f"{own['frozen']}, expected {saved['frozen']}): set model.policy, loading.revision, loading.dtype and "
             "loading.quantization as they were."
         )
+
+
+# of a module and of a datamodule that call `save_hyperparameters`
+HYPERPARAMETERS = ("hyper_parameters", "datamodule_hyper_parameters")
+PLAIN = {type(None), bool, int, float, str, bytes, torch.Tensor, torch.dtype, torch.device}
+
+
+def is_plain(value: Any) -> bool:
+    """Whether a value comes back from a checkpoint with weights_only=True; a subclass of a plain type does not."""
+    if type(value) in (list, tuple):
+        return all(map(is_plain, value))
+    if type(value) is dict:
+        return all(is_plain(key) and is_plain(part) for key, part in value.items())
+    return type(value) in PLAIN
+
+
+def plain_hyperparameters(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
+    """A checkpoint's hyperparameters as Lightning has put them there, less those that would keep it from being loaded.
+
+    A resumed run has its own; `load_from_checkpoint` is to be given what is left out, or takes the defaults.
+    """
+    found = {}
+    for key in HYPERPARAMETERS:
+        saved = checkpoint.get(key, {})
+        found[key] = {name: value for name, value in saved.items() if is_plain(value)}
+        if left_out := sorted(saved.keys() - found[key].keys()):
+            rank_zero_warn(
+                f"Hyperparameters that are no plain values are not in the checkpoints: {', '.join(left_out)}. Give "
+                "them to load_from_checkpoint."
+            )
+    return {key: plain for key, plain in found.items() if key in checkpoint}
 
 
 @dataclass(frozen=True)
@@ -278,15 +310,16 @@ class Resumable:
     objective: Objective
     precision: str
 
-    def state_dict(self, policy: Any, rollout_length: int) -> dict[str, Any]:
-        """The entries to add to a checkpoint; every rank must call this."""
+    def add_to(self, checkpoint: dict[str, Any], policy: Any, rollout_length: int) -> None:
+        """Put it beside what Lightning has put into a checkpoint, and see that both load; every rank must call this."""
         state = self.run.state_dict(rollout_length) | self.sources.state_dict(self.precision)
         state |= {"reference_kind": self.reference_kind, "reference": self.reference.state_dict(policy)}
         adapter = None if self.saved is None else self.saved.adapter
-        return {"gvpo": state} if adapter is None else {"gvpo": state, "adapter": adapter}
+        checkpoint.update({"gvpo": state} if adapter is None else {"gvpo": state, "adapter": adapter})
+        checkpoint.update(plain_hyperparameters(checkpoint))
 
     def load_state_dict(self, checkpoint: Mapping[str, Any], policy: Any) -> None:
-        """Take up what `state_dict` left, to go on with the run.
+        """Take up what `add_to` left, to go on with the run.
 
         Raises:
             ValueError: another reference, objective or number of ranks than the checkpoint's.

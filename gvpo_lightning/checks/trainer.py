@@ -1,11 +1,9 @@
 """What must hold of the Trainer, its strategy and the settings before anything is trained, and what a fit warns of."""
 
 import math
-from collections.abc import Iterable
 from typing import Any
 
 import torch
-from lightning.pytorch.callbacks import BatchSizeFinder, GradientAccumulationScheduler, LearningRateFinder
 from lightning.pytorch.strategies import ModelParallelStrategy, Strategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch.utils.data import DataLoader
@@ -52,27 +50,6 @@ def check_fit(data: Any, overfit_batches: float) -> None:
         )
 
 
-def check_callbacks(callbacks: Iterable[object]) -> None:
-    """Raise ValueError for those, Lightning's `Tuner` brings some, that change what rollouts are made of."""
-    for callback in callbacks:
-        if isinstance(callback, GradientAccumulationScheduler):
-            raise ValueError(
-                "GradientAccumulationScheduler changes how a rollout is cut into updates in the middle of it: "
-                "set Trainer(accumulate_grad_batches=…) for the whole run."
-            )
-        if isinstance(callback, LearningRateFinder):
-            raise ValueError(
-                "LearningRateFinder (Tuner.lr_find) looks for the learning rate at which the loss falls fastest, but "
-                "GVPO's loss is no measure of progress where every rollout samples anew: try learning rates in short "
-                "runs, and compare their rewards."
-            )
-        if isinstance(callback, BatchSizeFinder):
-            raise ValueError(
-                "BatchSizeFinder (Tuner.scale_batch_size) changes the batch size of prompts, but what fills the memory "
-                "are micro-batches: set rollout.micro_batch_size or micro_batch_tokens, and generation.batch_size."
-            )
-
-
 def check_own_fit(*, is_own: bool) -> None:
     """Raise ValueError where another module, which holds this one, hands on what Lightning calls."""
     if not is_own:
@@ -83,8 +60,12 @@ def check_own_fit(*, is_own: bool) -> None:
         )
 
 
-def check_training_batches(data: Any, batches: float, validation: float, accumulate: int) -> None:
-    """Raise ValueError where an epoch of `batches`, or a validation every so many, would cut an update in two."""
+def check_training_batches(data: Any, batches: float, validation: float | None, accumulate: int) -> None:
+    """Raise ValueError where an epoch of `batches`, or a validation every so many, would cut an update in two.
+
+    `validation` may be more than an epoch's (check_val_every_n_epoch=None); None where there is none. One that comes by
+    the clock may come within an update: RunCheckpoint waits for its end.
+    """
     if not isinstance(data, RolloutLoader):
         raise ValueError("The training prompts must come from RolloutLoader(prompts, module).")
     if batches % accumulate:
@@ -92,7 +73,7 @@ def check_training_batches(data: Any, batches: float, validation: float, accumul
             f"An epoch must hold whole optimizer updates: limit_train_batches leaves {batches} micro-batches, not "
             f"a multiple of accumulate_grad_batches={accumulate}."
         )
-    if isinstance(validation, int) and validation % accumulate and validation < batches:
+    if batches and isinstance(validation, int) and validation % accumulate:
         raise ValueError(
             f"Validation must not fall within an optimizer update, where a checkpoint would lose gradients: it comes "
             f"every {validation} micro-batches (val_check_interval), not a multiple of "

@@ -135,6 +135,12 @@ def leave_frozen_out(trained: frozenset[str], module: nn.Module, state: dict[str
             del state[key]
 
 
+def do_without_frozen(trained: frozenset[str], module: nn.Module, incompatible: Any) -> None:
+    """Let a Lightning module, or a copy in a wrapper that averages it, load what `leave_frozen_out` has left of it."""
+    names = {key: policy_name(key.removeprefix("module.")) for key in incompatible.missing_keys}
+    incompatible.missing_keys[:] = [key for key, name in names.items() if name is None or name in trained]
+
+
 def check_adapter(model: nn.Module, trained: frozenset[str], state: Mapping[str, Any]) -> None:
     """Raise ValueError where a checkpoint's weights of the policy are not these, by name and shape."""
     saved = {policy_name(key): tensor for key, tensor in state.items()}
