@@ -24,7 +24,7 @@ from gvpo_lightning.checkpointing.resumed_epoch import begin_whole_epoch
 from gvpo_lightning.checkpointing.resumed_settings import DueValidation, SettingsWin
 from gvpo_lightning.checkpointing.state import Resumable, RunState, SavedPolicy
 from gvpo_lightning.checks import trainer as checks
-from gvpo_lightning.checks.callbacks import check_rollout_callbacks, check_weight_callbacks
+from gvpo_lightning.checks.callbacks import check_callbacks
 from gvpo_lightning.checks.error_notes import Whereabouts
 from gvpo_lightning.checks.prompts import PromptCheck
 from gvpo_lightning.distributed.placement import Placement
@@ -170,8 +170,7 @@ class GVPOModule(L.LightningModule):
     @property
     def micro_batches_per_rollout(self) -> int:
         """Steps of the fit loop from one rollout to the next."""
-        settings = self.rollout_settings
-        return settings.updates_per_pass * settings.epochs_per_rollout * self.trainer.accumulate_grad_batches
+        return self.rollout_settings.updates_per_rollout * self.trainer.accumulate_grad_batches
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -201,9 +200,7 @@ class GVPOModule(L.LightningModule):
     def configure_callbacks(self) -> list[Callback]:
         """Those that let a run survive SIGTERM and changed settings, and name where errors come from."""
         present: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
-        check_rollout_callbacks(present)
-        if self._fits:
-            check_weight_callbacks(present, self.trainer.strategy, is_loaded=self.policy is not None)
+        check_callbacks(present, self.trainer.strategy, is_loaded=self.policy is not None)
         needed = (SettingsWin, DueValidation, Whereabouts, Preemption)
         return [kind() for kind in needed if not any(isinstance(callback, kind) for callback in present)]
 
@@ -214,7 +211,7 @@ class GVPOModule(L.LightningModule):
         self.placement = placement
         checks.check_strategy(placement, self.source, compiles=self.torch_compile)
         sampling = Sampling(self.source, self.generation, self.rewards, placement, self.guard, self.seed)
-        self.evaluation = SampledEvaluation(sampling, self.group_size)
+        self.evaluation = SampledEvaluation(sampling, self.group_size, stage)
         bar = trainer.is_global_zero and trainer.progress_bar_callback is not None
         sampling.start_rewards(ranks_here=trainer.num_devices, shows_progress=bar)
         settings, accumulate = self.rollout_settings, trainer.accumulate_grad_batches
@@ -350,19 +347,13 @@ class GVPOModule(L.LightningModule):
 
     # -- evaluation: FSDP1 can gather the policy at a batch's start, but not within a step
 
-    @property
-    def _stage(self) -> str:
-        """ "validation", before or between training too, "test" or "predict"."""
-        stage = str(self.trainer.state.stage and self.trainer.state.stage.value)
-        return stage if stage in ("test", "predict") else "validation"
-
     def on_validation_epoch_start(self) -> None:
         """Gather the policy once."""
-        self.evaluation.begin(self._stage)
+        self.evaluation.begin()
 
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
         """Sample and reward completions of each prompt: `group_size`, or what a benchmark says."""
-        self.evaluation.sample_batch(self.policy, batch, self._stage, batch_idx)
+        self.evaluation.sample_batch(self.policy, batch, batch_idx)
 
     def validation_step(self, batch: Any, batch_idx: int) -> dict[str, Any]:
         """Count what was sampled, and give it to callbacks."""
@@ -376,8 +367,7 @@ class GVPOModule(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         """Shard the policy again, log what was sampled, and step a scheduler that waits for it."""
         self.evaluation.end()
-        if self._stage != "predict":
-            self.log_dict({f"{self._stage}/{name}": value for name, value in self.evaluation.metrics().items()})
+        self.log_dict(self.evaluation.metrics())
         self.evaluation.report()
         trainer, absent = self.trainer, self.evaluation.absent
         for due in optimizers.due(trainer.state, trainer.lr_scheduler_configs, trainer.callback_metrics, absent):
@@ -400,10 +390,6 @@ class GVPOModule(L.LightningModule):
         kind, precision = self.reference_settings.kind, self.placement.precision
         return Resumable(self.run, self.sources, self.reference, kind, self._saved, self.objective, precision)
 
-    def load_state_dict(self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False) -> Any:
-        """As torch does; beneath an adapter nothing is strict, as its checkpoints leave the frozen weights out."""
-        return super().load_state_dict(state_dict, strict and self.strict_loading, assign)
-
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add the position, the rollout if it is half trained, and what identifies adapter and reference."""
         self._resumable.add_to(checkpoint, self.policy, self.micro_batches_per_rollout)
@@ -411,8 +397,6 @@ class GVPOModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """In `fit`, take up what `on_save_checkpoint` left; otherwise a checkpoint brings weights and no position."""
         assert self._saved is not None, "configure_model comes first"
-        for name in [name for name in checkpoint.get("state_dict", ()) if name.startswith("policy_source.")]:
-            del checkpoint["state_dict"][name]  # earlier versions saved a policy that was given as an object twice
         self._saved.check(self.policy, checkpoint)
         if self._fits:
             self._resumable.load_state_dict(checkpoint, self.policy)

@@ -128,9 +128,14 @@ class SavedPolicy:
         return cls(trained_names(policy), adapter_state(policy, frozen_fingerprint(policy)))
 
     def check(self, policy: Any, checkpoint: Mapping[str, Any]) -> None:
-        """Raise ValueError where the checkpoint is none, or an adapter or the model beneath it is not the one in it."""
+        """Raise ValueError where the checkpoint is none, or an adapter or the model beneath it is not the one in it.
+
+        Takes out of it what earlier versions had saved twice, of a policy that was given as an object.
+        """
         if "gvpo" not in checkpoint:
             raise ValueError("This checkpoint is not one of a GVPOModule: it has no 'gvpo' entry.")
+        for name in [name for name in checkpoint.get("state_dict", ()) if name.startswith("policy_source.")]:
+            del checkpoint["state_dict"][name]
         if self.trained is not None and "state_dict" in checkpoint:  # else of a folder, which its reader checks
             check_adapter(policy, self.trained, checkpoint["state_dict"])
         check_adapter_state(self.adapter, checkpoint.get("adapter"))

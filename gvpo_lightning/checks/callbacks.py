@@ -16,9 +16,15 @@ from lightning.pytorch.strategies import Strategy
 from gvpo_lightning.distributed.sharding import is_sharded
 
 
-def check_rollout_callbacks(callbacks: Iterable[object]) -> None:
-    """Raise ValueError for those, Lightning's `Tuner` brings some, that change what rollouts are made of."""
+def check_callbacks(callbacks: Iterable[object], strategy: Strategy, *, is_loaded: bool) -> None:
+    """Raise ValueError for those that change what rollouts are made of, and for those whose copies of weights fail.
+
+    Args:
+        callbacks, strategy: the Trainer's.
+        is_loaded: the policy is in memory already, before the callbacks' `setup`.
+    """
     for callback in callbacks:
+        name = type(callback).__name__
         if isinstance(callback, GradientAccumulationScheduler):
             raise ValueError(
                 "GradientAccumulationScheduler changes how a rollout is cut into updates in the middle of it: "
@@ -35,17 +41,6 @@ def check_rollout_callbacks(callbacks: Iterable[object]) -> None:
                 "BatchSizeFinder (Tuner.scale_batch_size) changes the batch size of prompts, but what fills the memory "
                 "are micro-batches: set rollout.micro_batch_size or micro_batch_tokens, and generation.batch_size."
             )
-
-
-def check_weight_callbacks(callbacks: Iterable[object], strategy: Strategy, *, is_loaded: bool) -> None:
-    """Raise ValueError for those that change weights, or copy them, where that can't be done to the policy's.
-
-    Args:
-        callbacks, strategy: the Trainer's.
-        is_loaded: the policy is in memory already, before the callbacks' `setup`.
-    """
-    for callback in callbacks:
-        name = type(callback).__name__
         if isinstance(callback, BaseFinetuning):
             raise ValueError(
                 f"{name} unfreezes weights in the middle of a run, of which the reference has kept no copy: leave it "

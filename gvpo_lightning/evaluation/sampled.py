@@ -34,28 +34,34 @@ NOTHING: dict[type[Metric], tuple[float, ...]] = {
 
 
 class SampledEvaluation:
-    """Samples and rewards `group_size` completions of each prompt, and adds up what came of them."""
+    """Samples and rewards `group_size` completions of each prompt, and adds up what came of them.
 
-    def __init__(self, sampling: Sampling, group_size: int) -> None:
+    `stage`: Lightning's name of the function that is run; within `fit` it is validated too.
+    """
+
+    def __init__(self, sampling: Sampling, group_size: int, stage: str) -> None:
         self.sampling, self.group_size = sampling, group_size
+        self.stage = stage if stage in ("test", "predict") else "validation"
         self.failures = FailureTally()
         self.absent: set[str] = set()  # names that `metrics` has no completion for
         self.error: Exception | None = None  # what rewards have raised on the batch at hand
         self._gathering: ExitStack | None = None
 
-    def begin(self, stage: str) -> None:
+    def begin(self) -> None:
         """Gather the policy once for all batches, of which ranks may have other numbers; FSDP1 must do it in each.
 
         Raises:
             ValueError: there is no reward to measure, or FSDP1's ranks would not have equally many batches.
         """
-        if self.sampling.placement.is_fsdp1 and stage == "predict":
+        if self.sampling.placement.is_fsdp1 and self.stage == "predict":
             raise ValueError(
                 "predict gives ranks different numbers of batches, for each of which FSDPStrategy would gather the "
                 "policy: use one device, DDP or FSDP2 (ModelParallelStrategy)."
             )
-        if self.sampling.rewards is None and stage != "predict":
-            raise ValueError(f"{stage} measures the reward of sampled completions: set model.reward, or leave it out.")
+        if self.sampling.rewards is None and self.stage != "predict":
+            raise ValueError(
+                f"{self.stage} measures the reward of sampled completions: set model.reward, or leave it out."
+            )
         placement, ranks = self.sampling.placement, self.sampling.placement.ranks
         self.failures, self.error = FailureTally(), None
         self._components: dict[str, list[float]] = {}  # of each reward, what it has given
@@ -126,15 +132,15 @@ class SampledEvaluation:
         self.failures += rollout.failures
         return rollout
 
-    def sample_batch(self, policy: Any, batch: Any, stage: str, number: int) -> None:
+    def sample_batch(self, policy: Any, batch: Any, number: int) -> None:
         """Those for a loader's batch of this number; a benchmark says how many completions its problems get.
 
         What a reward raises waits for `raise_error`, so that what was sampled can be saved before.
         """
-        purpose: tuple[int | str, ...] = (stage, number)
+        purpose: tuple[int | str, ...] = (self.stage, number)
         num_completions = None
         if isinstance(batch, ProblemBatch):
-            purpose, num_completions = (stage, batch.name, batch.first), batch.num_samples
+            purpose, num_completions = (self.stage, batch.name, batch.first), batch.num_samples
         self.rollout = self._sample(policy, batch, *purpose, num_completions=num_completions)
 
     def raise_error(self) -> None:
@@ -157,7 +163,12 @@ class SampledEvaluation:
         return rollout
 
     def metrics(self) -> dict[str, float]:
-        """By their logged names, over all batches and ranks; of a reward that applied to nothing its failures alone."""
+        """By their logged names, over all batches and ranks; of a reward that applied to nothing its failures alone.
+
+        Nothing is logged of predictions.
+        """
+        if self.stage == "predict":
+            return {}
         found: dict[str, float] = {}
         self.absent = set()
         for name, metric in self._metrics.items():
@@ -175,7 +186,7 @@ class SampledEvaluation:
             else:
                 self.absent |= {f"reward/{name}/mean", f"reward/{name}/std"}
             found[f"reward/{name}/failed_fraction"] = self.failures.fraction(name)
-        return found
+        return {f"{self.stage}/{name}": value for name, value in found.items()}
 
     def report(self) -> None:
         """RewardError where rewards have failed too often, else a warning."""

@@ -60,6 +60,11 @@ class RolloutSettings:
         """Optimizer updates that one pass over a rollout makes."""
         return math.ceil(self.prompts_per_rollout / self.prompts_per_update)
 
+    @property
+    def updates_per_rollout(self) -> int:
+        """Optimizer updates from one rollout to the next."""
+        return self.updates_per_pass * self.epochs_per_rollout
+
 
 @dataclass(frozen=True)
 class GenerationSettings:
