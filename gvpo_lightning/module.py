@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_lightning.checkpointing.preemption import Preemption
-from gvpo_lightning.checkpointing.resumed_epoch import begin_whole_epoch
+from gvpo_lightning.checkpointing.resumed_epoch import begin_cut_epoch
 from gvpo_lightning.checkpointing.resumed_settings import DueValidation, SettingsWin
 from gvpo_lightning.checkpointing.state import Resumable, RunState, SavedPolicy
 from gvpo_lightning.checks import trainer as checks
@@ -246,8 +246,7 @@ class GVPOModule(L.LightningModule):
                 original = (lambda: self.policy) if is_new else self.source.load_again
                 self.reference.identify(self.policy, placement, original)
             if not self._is_sharded:
-                options = {"checkpoints": self.gradient_checkpointing, "compiles": self.torch_compile}
-                place_policy(self.policy, placement, **options)
+                place_policy(self.policy, placement, self.gradient_checkpointing, self.torch_compile)
         self._is_sharded = placement.is_sharded
         if self._fits and not placement.is_fsdp1:  # which has yet to shard it
             self.reference.prepare(self.policy, placement)
@@ -290,8 +289,7 @@ class GVPOModule(L.LightningModule):
         validation = trainer.val_check_batch if trainer.enable_validation else None
         checks.check_training_batches(trainer.train_dataloader, batches, validation, trainer.accumulate_grad_batches)
         self.run.start_fit(self.micro_batches_per_rollout)
-        if self.epoch.is_cut(trainer.num_training_batches, trainer.train_dataloader.num_prompts):
-            begin_whole_epoch(trainer.fit_loop, is_over=self.epoch.is_over(self.microstep))
+        begin_cut_epoch(trainer.fit_loop, self.epoch, self.microstep, trainer.train_dataloader.num_prompts)
         self.updates = []  # or those of another fit's rollout would be taken for those of the one at hand
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:

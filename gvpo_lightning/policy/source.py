@@ -124,7 +124,7 @@ class PolicySource:
         return self.load(self._seed)
 
 
-def place_policy(model: Any, placement: Placement, *, checkpoints: bool, compiles: bool) -> None:
+def place_policy(model: Any, placement: Placement, checkpoints: bool, compiles: bool) -> None:
     """Shard a policy that is ready, as the strategy says; `checkpoints`: with gradient checkpointing."""
     if checkpoints:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
