@@ -35,7 +35,7 @@ from gvpo_lightning.objectives import make_objective
 from gvpo_lightning.objectives.settings import ObjectiveKind, ObjectiveSettings
 from gvpo_lightning.policy.head import Scoring
 from gvpo_lightning.policy.loading import LoadingSettings
-from gvpo_lightning.policy.lora import leave_frozen_out
+from gvpo_lightning.policy.lora import leave_frozen_out, trained_parameters
 from gvpo_lightning.policy.prepare import prepare_policy, stop_token_ids
 from gvpo_lightning.policy.source import PolicySource, place_policy
 from gvpo_lightning.reference.kinds import make_reference
@@ -267,7 +267,7 @@ class GVPOModule(L.LightningModule):
     def configure_optimizers(self) -> Any:
         """The optimizer over all trainable parameters, and the scheduler, stepped every update."""
         self.reference.prepare(self.policy, self.placement)
-        optimizer = self.optimizer([p for p in self.parameters() if p.requires_grad])
+        optimizer = self.optimizer(trained_parameters(self))
         if self.lr_scheduler is None:
             return optimizer
         scheduler = {"scheduler": self.lr_scheduler(optimizer), "interval": "step"}
