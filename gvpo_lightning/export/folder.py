@@ -67,8 +67,9 @@ def export_policy(
             check_adapter_written(partial, policy, tensors)
         else:
             policy.save_pretrained(partial, state_dict=state)
-            # adapters by transformers' own integration are written alone, and read over a model that need not be anywhere
-            if state is None and not getattr(policy, "_hf_peft_config_loaded", False):
+            # what transformers' own integration of adapters writes is read over a model that need not lie anywhere
+            alone = getattr(policy, "_hf_peft_config_loaded", False)
+            if state is None and not alone and not is_quantized(policy):
                 check_model_written(partial, type(policy), example_logprobs(policy))
         write_beside(source, policy.generation_config, partial, kind, origin)
 

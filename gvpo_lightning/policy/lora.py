@@ -113,7 +113,8 @@ def add_lora(model: PreTrainedModel, lora: Mapping[str, Any], seed: int) -> Any:
         try:
             return peft.get_peft_model(model, config)
         except Exception as error:  # peft's own are of every kind, such as IndexError
-            raise ValueError(f"model.lora={dict(lora)} does not fit {type(model).__name__}: {error}") from error
+            reason = " ".join(str(error).split())
+            raise ValueError(f"model.lora={dict(lora)} does not fit {type(model).__name__}: {reason}") from error
 
 
 def load_adapter(model: PreTrainedModel, name: str, loading: LoadingSettings) -> Any:
