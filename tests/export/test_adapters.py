@@ -150,6 +150,14 @@ def test_what_was_trained_is_what_is_loaded_from_every_export(make_module, fit, 
     assert torch.equal(logprobs(resumed.policy), logprobs(through.policy))
 
 
+def test_a_checkpoint_of_other_tokens_is_refused(make_module, fit, make_base, tmp_path):
+    settings = {"policy": str(make_base("qwen2")), "lora": QV | {"trainable_token_indices": [3, 4]}}
+    fit(make_module(**settings), max_steps=1).save_checkpoint(tmp_path / "a.ckpt")
+    other = settings | {"lora": QV | {"trainable_token_indices": [3, 5]}}
+    with pytest.raises(ValueError, match=r"trained with trainable_token_indices=\[3, 4\], the policy's has .*\[3, 5\]"):
+        fit(make_module(**other), ckpt_path=tmp_path / "a.ckpt")
+
+
 HEAD = r"would adapt the head \(lm_head"
 REFUSED = {
     "head": (
