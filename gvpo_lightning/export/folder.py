@@ -62,9 +62,7 @@ def export_policy(
         if kind == "merged":
             write_merged(*adapted_policy(policy, source, state), partial)
         elif kind == "adapter":
-            tensors = policy.state_dict() if state is None else state
-            write_adapter(policy, tensors, partial)
-            check_adapter_written(partial, policy, tensors)
+            write_adapter(policy, policy.state_dict() if state is None else state, partial)
         else:
             policy.save_pretrained(partial, state_dict=state)
             # what transformers' own integration of adapters writes is read over a model that need not lie anywhere
@@ -120,8 +118,14 @@ def sample_at_a_temperature(generation_config: GenerationConfig) -> None:
         generation_config.do_sample = True
 
 
-def trained_sources(model: Any, sources: Mapping[str, str], checkpoint: Path) -> dict[str, str]:
-    """Of the names that a checkpoint has the model's tensors under, those of the adapter's.
+def trained_tensors(
+    model: Any, sources: Mapping[str, str], weights: SavedWeights, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """The adapter's tensors in a checkpoint, by their names in the model.
+
+    Args:
+        sources: the names that the checkpoint has the model's tensors under.
+        dtype: see `SavedWeights.load`.
 
     Raises:
         ValueError: the model has no weights to train, or the checkpoint some beside them, but not all.
@@ -130,16 +134,20 @@ def trained_sources(model: Any, sources: Mapping[str, str], checkpoint: Path) ->
     others = sorted(saved - trained)
     if not trained or (others and not saved >= {name for name, _ in model.named_parameters()}):  # FSDP1's has all
         raise ValueError(
-            f"{checkpoint} has {(others or sorted(saved))[0]!r}, which is not trained in the policy ({len(trained)} "
+            f"{weights.path} has {(others or sorted(saved))[0]!r}, which is not trained in the policy ({len(trained)} "
             "tensors are). Give the policy that this checkpoint was trained from (model.policy, model.lora)."
         )
-    return {name: sources[name] for name in sorted(trained)}
+    loaded = weights.load([sources[name] for name in sorted(trained)], dtype)
+    return {name: loaded[sources[name]] for name in sorted(trained)}
 
 
 def write_adapter(model: Any, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """The adapter's weights, given by their names in the model, and its config, as peft loads them.
+    """The adapter's weights, given by their names in the model, and its config, as peft loads them; compared with both.
 
     The model may be wrapped by FSDP1, whose names peft would not find in `tensors`.
+
+    Raises:
+        ValueError: what was written is not the adapter.
     """
     peft, active = import_peft("An adapter's export"), model.active_adapter
     names = [name for own in (model.named_parameters, model.named_buffers) for name, _ in own(remove_duplicate=False)]
@@ -154,6 +162,7 @@ def write_adapter(model: Any, tensors: Mapping[str, Tensor], folder: Path) -> No
     config = copy.copy(model.peft_config[active])
     config.inference_mode = True
     config.save_pretrained(folder)
+    check_adapter_written(folder, model, tensors)
 
 
 def write_merged(
@@ -180,7 +189,7 @@ def write_merged(
         head = base.get_output_embeddings()
         head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
         for config in (base.config, base.config.get_text_config()):
-            config.tie_word_embeddings = False
+            config.update({"tie_word_embeddings": False})
     try:
         merged = adapted.merge_and_unload(safe_merge=True)
     except (RuntimeError, NotImplementedError) as error:
@@ -192,12 +201,11 @@ def write_merged(
 
 
 @torch.no_grad()
-def set_trained(adapted: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The model with these values of its adapter's weights, given by their names."""
+def set_trained(adapted: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Give a model these values of its adapter's weights, by their names."""
     own = dict(adapted.named_parameters())
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
-    return adapted
 
 
 def adapted_policy(
@@ -219,7 +227,8 @@ def adapted_policy(
     if source.can_be_reloaded:
         trained, weights = trained_names(policy), dict(policy.named_parameters()) if state is None else state
         say_dequantized(source)
-        adapted = set_trained(source.adapted(with_weights=True), {name: weights[name] for name in trained})
+        adapted = source.adapted(with_weights=True)
+        set_trained(adapted, {name: weights[name] for name in trained})
         return adapted, example_logprobs(adapted if state is not None or is_quantized(policy) else policy)
     if state is not None:
         raise ValueError("A sharded policy can only be merged if it is given by name (policy, lora): leave merge out.")
@@ -288,16 +297,13 @@ def export_checkpoint(
             _write_weights(model, weights, sources, partial, max_shard_size, dtype)
             _write_config(model, as_written(weights.tensors[next(iter(sources.values()))], dtype), partial)
         else:
-            trained = trained_sources(model, sources, weights.path)
-            tensors = weights.load(trained.values(), dtype)
-            tensors = {name: tensors[source] for name, source in trained.items()}
+            tensors = trained_tensors(model, sources, weights, dtype)
             if merge_adapter:
                 say_dequantized(source)
-                adapted = set_trained(model, tensors)
-                write_merged(adapted, example_logprobs(adapted), partial, max_shard_size, dtype or model.dtype)
+                set_trained(model, tensors)
+                write_merged(model, example_logprobs(model), partial, max_shard_size, dtype or model.dtype)
             else:
                 write_adapter(model, tensors, partial)
-                check_adapter_written(partial, model, tensors)
         origin = Origin(settings, *files_of_run(weights.path, weights.step))
         write_beside(source, _generation_config(source, model), partial, kind, origin)
     return output

@@ -46,26 +46,29 @@ TRAINED = {
     "bias-lora": QV | {"bias": "lora_only"},
     "no-zeros": QV | {"init_lora_weights": False},
 }
+IN_ALL = ("all-linear", "embeddings-beside-others", "embeddings-saved", "norm-saved", "parameters", "dora")
 UNTIED_ALONE = {
     "tokens": QV | {"trainable_token_indices": [3, 4, 5]},
     "tying-in-vain": EMBEDDINGS | {"ensure_weight_tying": True},
     "parameters-of-embeddings": {"target_modules": [], "target_parameters": ["embed_tokens.weight"]},
 }
+EXPERTS = {"experts": QV | {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}}
 WITH_BIASES = {"lora-bias": {"target_modules": ["q_proj"], "lora_bias": True}}  # which Qwen2's queries have
 QUICK = [("qwen2-tied", "embeddings-beside-others"), ("gpt2-tied", "embeddings-by-regex"), ("qwen2", "tokens")]
 
 
 def cases():
-    """(model, name of a setting): the quick ones first, then all others."""
-    found = [(model, name) for model in MODELS for name in TRAINED if (model, name) != ("mixtral", "default")]
-    found += [(model, name) for model in MODELS if not model.endswith("-tied") for name in UNTIED_ALONE]
-    found += [("qwen2-tied", "lora-bias"), ("qwen2", "lora-bias"), ("gpt2-tied", "lora-bias")]
+    """(model, name of a setting): the quick ones first; some models have all, others what may be different in them."""
+    whole = ("qwen2-tied", "qwen2", "gpt2-tied")
+    found = [(model, name) for model in whole for name in TRAINED | WITH_BIASES]
+    found += [(model, name) for model in ("qwen2", "mixtral") for name in UNTIED_ALONE]
+    found += [(model, name) for model in MODELS if model not in whole for name in IN_ALL] + [("mixtral", "experts")]
     return QUICK + [pytest.param(*case, marks=pytest.mark.slow) for case in found if case not in QUICK]
 
 
 def adapter_of(model, name):
     """A setting's arguments, in the names of a model's modules."""
-    text = json.dumps({"r": 4, "lora_alpha": 16} | (TRAINED | UNTIED_ALONE | WITH_BIASES)[name])
+    text = json.dumps({"r": 4, "lora_alpha": 16} | (TRAINED | UNTIED_ALONE | EXPERTS | WITH_BIASES)[name])
     for own, other in TO_GPT2.items() if model.startswith("gpt2") else ():
         text = text.replace(own, other)
     return json.loads(text)
