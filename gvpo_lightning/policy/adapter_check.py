@@ -11,7 +11,7 @@ UNTRAINABLE = {
     "layer_replication": "gives the model other layers than its config says, and it can't be sampled from",
     "monteclora_config": "draws weights in every pass: two of the same weights differ, and log-ratios are noise",
 }
-# by what peft wraps the head in; the first that it is an instance of
+# by the class that peft wraps the head in, where that is not an adapter of its own
 HEAD_WRAPPERS = {
     "ModulesToSaveWrapper": "modules_to_save",
     "TrainableTokensWrapper": "trainable_token_indices",
@@ -104,7 +104,7 @@ def _weight(layer: Any) -> Any:
 
 
 def _check_biases(model: Any, config: Any, named: Callable[[str], str]) -> None:
-    if not config.lora_bias:
+    if not getattr(config, "lora_bias", False):
         return
     for name, module in model.get_base_model().named_modules():
         if getattr(module, "lora_B", None) and getattr(module.get_base_layer(), "bias", None) is None:
