@@ -35,6 +35,7 @@ APPLIED = (
     "use_qalora",
     "qalora_group_size",
     "alora_invocation_tokens",
+    "trainable_token_indices",
 )
 
 

@@ -2,11 +2,17 @@
 
 Of a checkpoint one shard is in memory at a time. Parameter names, shapes and ties come from the policy's config, built
 without storage; no GPU, process group or data is needed.
+
+What was written is read back before it takes its name: a merged model, and a whole one from memory, gives the log-probs
+of the policy; a LoRA adapter has its numbers. Not compared are a sharded policy that is exported whole, which no rank
+could call alone, and a whole model from a checkpoint, of which no more than a shard is in memory: its tensors are the
+checkpoint's to the bit, or rounded to `dtype`, and their names and shapes are all that the policy's config asks for.
 """
 
 import copy
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +25,21 @@ from transformers import GenerationConfig, PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.dynamic_module_utils import custom_object_save
 
-from gvpo_lightning.atomic import appearing
+from gvpo_lightning.atomic import appearing, delete, partial_path, remove_partials
 from gvpo_lightning.checkpointing.state import adapter_state, check_adapter_state
 from gvpo_lightning.checkpointing.weights import SavedWeights, as_written, match_names, open_weights
+from gvpo_lightning.export.compare import LogProbs, check_adapter_written, check_model_written, example_logprobs
 from gvpo_lightning.export.model_card import Kind, Origin, files_of_run, write_card
-from gvpo_lightning.policy.loading import adapter_base, empty_model, load_base_model, load_generation_config
-from gvpo_lightning.policy.lora import add_lora, import_peft, is_adapted, trained_names
+from gvpo_lightning.policy.adapter_check import is_tied
+from gvpo_lightning.policy.loading import adapter_base, empty_model, is_quantized, load_generation_config
+from gvpo_lightning.policy.lora import import_peft, is_adapted, trained_names
 from gvpo_lightning.policy.source import PolicySource
 from gvpo_lightning.policy.weights import frozen_fingerprint, unwrapped_name
+
+NO_ADAPTER = (
+    "There is no adapter to merge: the policy's own weights were trained, or its adapter is none of a peft.PeftModel "
+    "that can be merged. "
+)
 
 
 def export_policy(
@@ -41,18 +54,46 @@ def export_policy(
     """Write a policy that is in memory; `state`: the whole of its weights where it is sharded.
 
     Raises:
-        ValueError: there is no adapter to merge, or it can't be done with this policy.
+        ValueError: there is no adapter to merge, it can't be done with this policy, or what was written is not it.
     """
     kind: Kind = "merged" if merge_adapter else "adapter" if is_adapted(policy) else "model"
-    folder.mkdir(parents=True, exist_ok=True)
     sample_at_a_temperature(policy.generation_config)
-    if merge_adapter:
-        save_model(merged_policy(policy, source, state), folder)
-    elif is_adapted(policy):
-        write_adapter(policy, dict(policy.named_parameters()) if state is None else state, folder)
-    else:
-        policy.save_pretrained(folder, state_dict=state)
-    write_beside(source, policy.generation_config, folder, kind, origin)
+    with _filling(folder, kind) as partial:
+        if kind == "merged":
+            write_merged(*adapted_policy(policy, source, state), partial)
+        elif kind == "adapter":
+            write_adapter(policy, policy.state_dict() if state is None else state, partial)
+        else:
+            policy.save_pretrained(partial, state_dict=state)
+            # what transformers' own integration of adapters writes is read over a model that need not lie anywhere
+            alone = getattr(policy, "_hf_peft_config_loaded", False)
+            if state is None and not alone and not is_quantized(policy):
+                check_model_written(partial, type(policy), example_logprobs(policy))
+        write_beside(source, policy.generation_config, partial, kind, origin)
+
+
+@contextmanager
+def _filling(folder: Path, kind: Kind) -> Iterator[Path]:
+    """A hidden folder within `folder`, whose files are moved there when all are written; nothing if that fails.
+
+    Of what an earlier export has left there, a whole model's files give way, and to one an adapter's.
+    """
+    is_new = not folder.exists()
+    folder.mkdir(parents=True, exist_ok=True)
+    remove_partials(folder)
+    partial = partial_path(folder / "export")
+    partial.mkdir()
+    try:
+        yield partial
+        earlier = () if kind == "adapter" else (*folder.glob("model*.safetensors*"), *folder.glob("adapter_*"))
+        for path in (*earlier, *(folder / path.name for path in partial.iterdir() if path.is_dir())):
+            delete(path)
+        for path in partial.iterdir():
+            path.replace(folder / path.name)
+    finally:
+        delete(partial)
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def save_model(model: PreTrainedModel, folder: Path, max_shard_size: str | int = "5GB") -> None:
@@ -77,33 +118,14 @@ def sample_at_a_temperature(generation_config: GenerationConfig) -> None:
         generation_config.do_sample = True
 
 
-def adapted_model(source: PolicySource, *, with_weights: bool) -> Any:
-    """The policy beneath an adapter of the run's shape, not quantized; without weights, no memory is taken.
+def trained_tensors(
+    model: Any, sources: Mapping[str, str], weights: SavedWeights, dtype: torch.dtype | None
+) -> dict[str, Tensor]:
+    """The adapter's tensors in a checkpoint, by their names in the model.
 
-    None where the policy, given by name, has no adapter.
-    """
-    name = source.given
-    assert isinstance(name, str)
-    found = adapter_base(name, source.loading)
-    if found is None and source.lora is None:
-        return None
-    beneath, loading = found or (name, source.loading)
-    model = load_base_model(beneath, loading.whole()) if with_weights else empty_model(source.config(), loading)
-    if found is None:
-        assert source.lora is not None
-        adapted = add_lora(model, source.lora, seed=0)
-    else:
-        peft = import_peft(f"policy={name!r}, an adapter,")
-        adapter = peft.PeftConfig.from_pretrained(name, revision=source.loading.revision)
-        adapter.inference_mode = False  # as in the folder's file, nothing would be trained
-        adapted = peft.get_peft_model(model, adapter)
-    config = adapted.peft_config["default"]
-    config.base_model_name_or_path, config.revision = beneath, loading.revision
-    return adapted
-
-
-def trained_sources(model: Any, sources: Mapping[str, str], checkpoint: Path) -> dict[str, str]:
-    """Of the names that a checkpoint has the model's tensors under, those of the adapter's.
+    Args:
+        sources: the names that the checkpoint has the model's tensors under.
+        dtype: see `SavedWeights.load`.
 
     Raises:
         ValueError: the model has no weights to train, or the checkpoint some beside them, but not all.
@@ -112,56 +134,105 @@ def trained_sources(model: Any, sources: Mapping[str, str], checkpoint: Path) ->
     others = sorted(saved - trained)
     if not trained or (others and not saved >= {name for name, _ in model.named_parameters()}):  # FSDP1's has all
         raise ValueError(
-            f"{checkpoint} has {(others or sorted(saved))[0]!r}, which is not trained in the policy ({len(trained)} "
+            f"{weights.path} has {(others or sorted(saved))[0]!r}, which is not trained in the policy ({len(trained)} "
             "tensors are). Give the policy that this checkpoint was trained from (model.policy, model.lora)."
         )
-    return {name: sources[name] for name in sorted(trained)}
+    loaded = weights.load([sources[name] for name in sorted(trained)], dtype)
+    return {name: loaded[sources[name]] for name in sorted(trained)}
 
 
 def write_adapter(model: Any, tensors: Mapping[str, Tensor], folder: Path) -> None:
-    """The adapter's weights, given by their names in the model, and its config, as peft loads them.
+    """The adapter's weights, given by their names in the model, and its config, as peft loads them; compared with both.
 
     The model may be wrapped by FSDP1, whose names peft would not find in `tensors`.
+
+    Raises:
+        ValueError: what was written is not the adapter.
     """
-    peft = import_peft("An adapter's export")
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    peft, active = import_peft("An adapter's export"), model.active_adapter
+    names = [name for own in (model.named_parameters, model.named_buffers) for name, _ in own(remove_duplicate=False)]
     state = {name: tensors[unwrapped_name(name)] for name in names if unwrapped_name(name) in tensors}
-    adapter = peft.get_peft_model_state_dict(model, state_dict=state, save_embedding_layers=False)
+    adapter = peft.get_peft_model_state_dict(model, state_dict=state, adapter_name=active, save_embedding_layers=False)
     assert adapter, "peft has found no adapter"
     save_file(
         {unwrapped_name(name): tensor.detach().cpu().contiguous() for name, tensor in adapter.items()},
         folder / "adapter_model.safetensors",
         {"format": "pt"},
     )
-    config = copy.copy(model.peft_config["default"])
+    config = copy.copy(model.peft_config[active])
     config.inference_mode = True
     config.save_pretrained(folder)
+    check_adapter_written(folder, model, tensors)
+
+
+def write_merged(
+    adapted: Any,
+    trained: LogProbs | None,
+    folder: Path,
+    max_shard_size: str | int = "5GB",
+    dtype: torch.dtype | None = None,
+) -> None:
+    """An adapter's weights added to those beneath it, in their dtype, as a plain transformers model; frees it.
+
+    Where head and embeddings are one tensor and the embeddings are adapted, the model that is written has two.
+
+    Args:
+        adapted: the peft model.
+        trained: what the written model is compared with; None: nothing.
+        dtype: of what is written; default: the model's.
+
+    Raises:
+        ValueError: peft can't merge such an adapter, or what was written is not what was trained.
+    """
+    base = adapted.get_base_model()
+    if is_tied(base) and hasattr(base.get_input_embeddings(), "base_layer"):
+        head = base.get_output_embeddings()
+        head.weight = torch.nn.Parameter(head.weight.detach().clone(), requires_grad=False)
+        for config in (base.config, base.config.get_text_config()):
+            config.update({"tie_word_embeddings": False})
+    try:
+        merged = adapted.merge_and_unload(safe_merge=True)
+    except (RuntimeError, NotImplementedError) as error:
+        raise ValueError(f"The adapter can't be merged, export it alone (leave merge out): {error}") from error
+    save_model(merged if dtype is None else merged.to(dtype), folder, max_shard_size)
+    if trained is not None:
+        merged.to("meta")  # or what is read back would be in memory beside it
+        check_model_written(folder, type(merged), trained)
 
 
 @torch.no_grad()
-def merge(model: Any, tensors: Mapping[str, Tensor]) -> Any:
-    """The model with these weights of its adapter added to its own, in their dtype, as a plain transformers model."""
-    own = dict(model.named_parameters())
+def set_trained(adapted: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Give a model these values of its adapter's weights, by their names."""
+    own = dict(adapted.named_parameters())
     for name, tensor in tensors.items():
         own[name].copy_(tensor)
-    return model.merge_and_unload(safe_merge=True)
 
 
-def merged_policy(policy: Any, source: PolicySource, state: Mapping[str, Tensor] | None) -> Any:
-    """The policy with its adapter merged in; `state` is the whole of its weights where it is sharded.
+def adapted_policy(
+    policy: Any, source: PolicySource, state: Mapping[str, Tensor] | None
+) -> tuple[Any, LogProbs | None]:
+    """A copy of the policy to merge, and what the merged model is to be compared with.
+
+    That is the policy itself, or where it is sharded or quantized the copy, which is neither, before it is merged. One
+    that was given as a quantized object is not compared: peft rounds what it merges to the quantized weights again.
+
+    Args:
+        state: the whole of its weights where it is sharded.
 
     Raises:
         ValueError: it has no adapter, or was given as a model object and is sharded.
     """
     if not hasattr(policy, "merge_and_unload"):
-        raise ValueError("There is no adapter to merge: the policy's own weights were trained. Leave merge out.")
+        raise ValueError(NO_ADAPTER + "Leave merge out.")
     if source.can_be_reloaded:
         trained, weights = trained_names(policy), dict(policy.named_parameters()) if state is None else state
         say_dequantized(source)
-        return merge(adapted_model(source, with_weights=True), {name: weights[name].cpu() for name in trained})
+        adapted = source.adapted(with_weights=True)
+        set_trained(adapted, {name: weights[name] for name in trained})
+        return adapted, example_logprobs(adapted if state is not None or is_quantized(policy) else policy)
     if state is not None:
         raise ValueError("A sharded policy can only be merged if it is given by name (policy, lora): leave merge out.")
-    return copy.deepcopy(policy).merge_and_unload(safe_merge=True)
+    return copy.deepcopy(policy), None if is_quantized(policy) else example_logprobs(policy)
 
 
 def say_dequantized(source: PolicySource) -> None:
@@ -209,7 +280,7 @@ def export_checkpoint(
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise ValueError(f"output={str(output)!r} exists and is not an empty folder: remove it, or give another one.")
     weights = open_weights(ckpt_path)
-    adapted = adapted_model(source, with_weights=merge_adapter) if source.can_be_reloaded else None
+    adapted = source.adapted(with_weights=merge_adapter) if source.can_be_reloaded else None
     kind: Kind = "model" if adapted is None else "merged" if merge_adapter else "adapter"
     if adapted is None:
         _refuse_adapters(weights, merge_adapter)
@@ -226,12 +297,11 @@ def export_checkpoint(
             _write_weights(model, weights, sources, partial, max_shard_size, dtype)
             _write_config(model, as_written(weights.tensors[next(iter(sources.values()))], dtype), partial)
         else:
-            trained = trained_sources(model, sources, weights.path)
-            tensors = weights.load(trained.values(), dtype)
-            tensors = {name: tensors[source] for name, source in trained.items()}
+            tensors = trained_tensors(model, sources, weights, dtype)
             if merge_adapter:
                 say_dequantized(source)
-                save_model(merge(model, tensors).to(dtype or model.dtype), partial, max_shard_size)
+                set_trained(model, tensors)
+                write_merged(model, example_logprobs(model), partial, max_shard_size, dtype or model.dtype)
             else:
                 write_adapter(model, tensors, partial)
         origin = Origin(settings, *files_of_run(weights.path, weights.step))
@@ -248,7 +318,7 @@ def _refuse_adapters(weights: SavedWeights, merge_adapter: bool) -> None:
                 "ckpt_path) and module.export(folder)."
             )
     if merge_adapter:
-        raise ValueError("There is no adapter to merge: the policy's own weights were trained. Leave --merge out.")
+        raise ValueError(NO_ADAPTER + "Leave --merge out.")
 
 
 def _write_weights(

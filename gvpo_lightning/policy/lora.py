@@ -10,8 +10,15 @@ from transformers import PreTrainedModel
 from gvpo_lightning.policy.loading import LoadingSettings, adapter_base, is_quantized
 from gvpo_lightning.policy.weights import policy_name
 
+SETTING = "model.lora"
 # with the first two the policy starts as the model beneath it; with others peft changes that model
 INITIALIZATIONS = (True, "gaussian", False)
+# what a new adapter can't have
+UNUSABLE = {
+    "inference_mode": "leaves nothing to train",
+    "arrow_config": "routes between adapters that are there already, and this is the first",
+    "kasa_config": "would change the model beneath the adapter, which checkpoints leave out",
+}
 
 
 def check_policy_settings(policy: str | PreTrainedModel, loading: LoadingSettings, lora: dict[str, Any] | None) -> None:
@@ -47,7 +54,7 @@ def lora_config(lora: Mapping[str, Any]) -> Any:
     """
     from jsonargparse import ArgumentError, ArgumentParser
 
-    peft = import_peft("model.lora")
+    peft = import_peft(SETTING)
     parser = ArgumentParser(exit_on_error=False)
     parser.add_class_arguments(peft.LoraConfig)
     unknown = sorted(lora.keys() - {action.dest for action in parser._actions})
@@ -58,9 +65,15 @@ def lora_config(lora: Mapping[str, Any]) -> Any:
         config = peft.LoraConfig(**({"task_type": "CAUSAL_LM"} | dict(lora)))
     except (ArgumentError, ValueError, TypeError) as error:
         raise ValueError(f"model.lora={dict(lora)} is not what peft.LoraConfig takes: {error}") from error
-    for name in ("r", "lora_alpha"):
-        if not getattr(config, name) > 0:
-            raise ValueError(f"model.lora.{name} must be > 0, got {getattr(config, name)}.")
+    for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
+        value = getattr(config, name)
+        if not all(number > 0 for number in (value.values() if isinstance(value, dict) else [value])):
+            raise ValueError(f"model.lora.{name} must be > 0, got {value}.")
+    for name, reason in UNUSABLE.items():
+        if getattr(config, name, None):
+            raise ValueError(f"model.lora.{name}={lora[name]!r} {reason}: leave it out.")
+    if config.task_type != "CAUSAL_LM":
+        raise ValueError(f"model.lora.task_type must be CAUSAL_LM, got {config.task_type!r}: leave it out.")
     if config.init_lora_weights not in INITIALIZATIONS:
         raise ValueError(
             f"model.lora.init_lora_weights must be one of {INITIALIZATIONS}, got {config.init_lora_weights!r}: it "
@@ -92,15 +105,16 @@ def add_lora(model: PreTrainedModel, lora: Mapping[str, Any], seed: int) -> Any:
     """The model with a new adapter, float32 whatever the model's dtype; the same one for the same seed everywhere.
 
     Raises:
-        ValueError: the model has none of the target modules, or nothing is to be trained.
+        ValueError: the model has none of the target modules, or peft can't build what the arguments ask for.
     """
-    peft, config = import_peft("model.lora"), lora_config(lora)
+    peft, config = import_peft(SETTING), lora_config(lora)
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):  # or a GPU would draw other values
         torch.manual_seed(seed)
         try:
             return peft.get_peft_model(model, config)
-        except ValueError as error:
-            raise ValueError(f"model.lora={dict(lora)} does not fit {type(model).__name__}: {error}") from error
+        except Exception as error:  # peft's own are of every kind, such as IndexError
+            reason = " ".join(str(error).split())
+            raise ValueError(f"model.lora={dict(lora)} does not fit {type(model).__name__}: {reason}") from error
 
 
 def load_adapter(model: PreTrainedModel, name: str, loading: LoadingSettings) -> Any:

@@ -7,8 +7,9 @@ from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from gvpo_lightning.distributed.placement import Placement
 from gvpo_lightning.distributed.sharding import layer_classes, shard_model
-from gvpo_lightning.policy.loading import LoadingSettings, empty_model, load_config
-from gvpo_lightning.policy.lora import add_lora, check_policy_settings, starts_at_base
+from gvpo_lightning.policy.adapter_check import check_adapter_fits
+from gvpo_lightning.policy.loading import LoadingSettings, adapter_base, empty_model, load_base_model, load_config
+from gvpo_lightning.policy.lora import SETTING, add_lora, check_policy_settings, import_peft, starts_at_base
 from gvpo_lightning.policy.prepare import load_policy, load_tokenizer, prepare_policy
 
 
@@ -60,8 +61,12 @@ class PolicySource:
         self._seed = 0  # of the adapter that was drawn last
         # Read the config first: a missing policy must be reported as such, not as a missing tokenizer.
         self._config = load_config(given, loading) if isinstance(given, str) else given.config
-        if lora is not None:
-            add_lora(empty_model(self._config, loading), lora, seed=0)  # it fits, before data and weights are loaded
+        # that an adapter fits is known before data and weights are loaded
+        if isinstance(given, str):
+            where = SETTING if lora is not None else f"The adapter in {given!r}"
+            check_adapter_fits(self.adapted(with_weights=False), where)
+        else:
+            check_adapter_fits(given, "The policy's adapter")
         if tokenizer is None and not isinstance(given, str):
             raise ValueError("A policy given as a model object needs its tokenizer: pass tokenizer=…")
         named: Any = given if tokenizer is None else tokenizer
@@ -105,6 +110,30 @@ class PolicySource:
         """Of the weights in memory, before any is quantized."""
         parameters = empty_model(self._config, self.loading).parameters()
         return self.loading.torch_dtype.itemsize * sum(parameter.numel() for parameter in parameters)
+
+    def adapted(self, *, with_weights: bool) -> Any:
+        """The policy beneath an adapter of the run's shape, not quantized; without weights, no memory is taken.
+
+        None where the policy, which is given by name, has no adapter.
+        """
+        assert isinstance(self.given, str)
+        found = adapter_base(self.given, self.loading)
+        if found is None and self.lora is None:
+            return None
+        beneath, loading = found or (self.given, self.loading)
+        model = load_base_model(beneath, loading.whole()) if with_weights else empty_model(self._config, loading)
+        if found is None:
+            assert self.lora is not None
+            adapted = add_lora(model, self.lora, seed=0)
+        else:
+            peft = import_peft(f"policy={self.given!r}, an adapter,")
+            adapter = peft.PeftConfig.from_pretrained(self.given, revision=self.loading.revision)
+            adapter.inference_mode = False  # as in the folder's file, nothing would be trained
+            # without weights some adapters could not be initialised from them, such as PiSSA's
+            adapted = peft.get_peft_model(model, adapter, low_cpu_mem_usage=not with_weights)
+        config = adapted.peft_config["default"]
+        config.base_model_name_or_path, config.revision = beneath, loading.revision
+        return adapted
 
     def load(self, seed: int, loading: LoadingSettings | None = None) -> Any:
         """The model, ready to train; one that was given is made ready in place.

@@ -133,6 +133,12 @@ class AdapterOffReference(FixedReference):
                 f"reference: adapter_off needs a policy with an adapter, got a plain {type(policy).__name__}: "
                 "set model.lora, wrap it with peft.get_peft_model, or use reference: frozen."
             )
+        biases = {getattr(config, "bias", "none") for config in policy.peft_config.values()} - {"none"}
+        if biases:
+            raise ValueError(
+                "reference: adapter_off needs a model that is not trained beneath its adapter, and with "
+                f"bias={min(biases)!r} its biases are: use reference: frozen."
+            )
         if self.fingerprint is None:
             self.fingerprint = frozen_fingerprint(policy)
 

@@ -40,7 +40,10 @@ def configured(
     """
     trainable = [parameter for parameter in parameters if parameter.requires_grad]
     if not trainable:
-        raise ValueError("The policy has no trainable parameters: call requires_grad_(True) on those to train.")
+        raise ValueError(
+            "The policy has no trainable parameters (requires_grad): unfreeze some, or give "
+            "peft.PeftModel.from_pretrained is_trainable=True."
+        )
     optimizer: Any = make_optimizer(trainable)
     _check_optimizer(optimizer, trainable)
     is_scaled = placement.precision.endswith("-mixed") and not placement.is_sharded
