@@ -55,7 +55,7 @@ class Watch(L.Callback):
         self.validated.append(self.note(module))
 
 
-@pytest.mark.parametrize("how", ["object", "folder", "adapter"])
+@pytest.mark.parametrize("how", ["object", pytest.param("folder", marks=pytest.mark.slow), "adapter"])
 def test_a_run_with_averaged_weights_resumes_bitwise_validates_and_exports_them(
     build, fit, weights, prompts, tmp_path, how
 ):
