@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from gvpo_lightning.callbacks import RunCheckpoint
-from gvpo_lightning.checks.trainer import check_callbacks
+from gvpo_lightning.checks.callbacks import check_callbacks
 from gvpo_lightning.policy.prepare import load_policy
 from tests.export.exporting import export
 
