@@ -13,7 +13,7 @@ from lightning.pytorch.callbacks import (
 from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy
 
 from gvpo_lightning.callbacks import RunCheckpoint
-from gvpo_lightning.checks.trainer import check_callbacks
+from gvpo_lightning.checks.callbacks import check_callbacks
 from gvpo_lightning.policy.prepare import load_policy
 from tests.export.exporting import export
 
@@ -55,7 +55,7 @@ class Watch(L.Callback):
         self.validated.append(self.note(module))
 
 
-@pytest.mark.parametrize("how", ["object", "folder", "adapter"])
+@pytest.mark.parametrize("how", ["object", pytest.param("folder", marks=pytest.mark.slow), "adapter"])
 def test_a_run_with_averaged_weights_resumes_bitwise_validates_and_exports_them(
     build, fit, weights, prompts, tmp_path, how
 ):

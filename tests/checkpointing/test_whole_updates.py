@@ -99,7 +99,11 @@ class Raises(L.Callback):
         setattr(self, hook, fail)
 
 
-@pytest.mark.parametrize("error", [RuntimeError("broken"), KeyboardInterrupt()], ids=["error", "ctrl-c"])
+@pytest.mark.parametrize(
+    "error",
+    [RuntimeError("broken"), pytest.param(KeyboardInterrupt(), marks=pytest.mark.slow)],
+    ids=["error", "ctrl-c"],
+)
 @pytest.mark.parametrize(
     ("hook", "microstep", "steps"),
     [
