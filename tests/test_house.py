@@ -176,6 +176,7 @@ LIBRARIES_OWN = {
     *("parameter.grad", "module.p", "layer.support_avx512bf16_for_cpu", "config.recompile_limit"),
     *("handle._sharding_strategy", "strategy.checkpoint_io", "connector._sigterm_notifier_fn"),
     *("scheduler._last_lr", "part.base_lrs", "setattr(part, key, new[key])", "setattr(holder, name, 0.0)"),
+    *("setattr(holder, name, False)", "config.output_router_logits"),
     *("generation_config.do_sample", "config.dtype", "config.architectures", "config.revision"),
     *("config.base_model_name_or_path", "model.peft_config['default'].revision", "head.head_request"),
     *("model.config.pad_token_id", "policy.frozen_fingerprint", "head.logit_map"),
