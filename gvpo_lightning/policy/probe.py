@@ -33,6 +33,12 @@ LONGER, LENGTH, STEPS = 12, 8, 4  # tokens of the two rows, and of those that ar
 SAMPLED = 2e-3  # what is drawn need not be exact: it changes no log-ratio
 SAME_SHAPE = 0.2  # of the tolerance, where shapes are the same, and so is the order of most sums
 
+TWICE = "in two passes over the same tokens, in training mode,"
+NOISE = (
+    "it is random, by noise under a name that is not known here, such as a dropout, a jitter or a sampled router: "
+    "switch it off in the model's config, or take another model."
+)
+
 
 def probe_policy(
     model: PreTrainedModel, scoring: Scoring = Scoring(), *, gathered: AbstractContextManager[Any] | None = None
@@ -45,8 +51,8 @@ def probe_policy(
 
     Args:
         scoring: how the run takes log-probs.
-        gathered: of a model that is sampled from, the context in which every rank holds it whole, as in a rollout; None:
-            it is not sampled from, as a reference, and its key-value cache is of no concern.
+        gathered: of a model that is sampled from, the context in which every rank holds it whole, as in a rollout;
+            None: it is not sampled from, as a reference, and its key-value cache is of no concern.
 
     Returns:
         the largest difference of the fused head from the model's own logits, as `check_logprob_head` gives it.
@@ -56,11 +62,12 @@ def probe_policy(
     """
     with _no_trace(model):
         model.train()
+        with torch.compiler.set_stance("force_eager"), torch.no_grad(), _named(model, ValueError):
+            probe = _Probe(model, replace(scoring, temperature=1.0, padding_free=False))
         with _named(model, ValueError):
-            error, tolerance = compare_head(model, scoring)
+            error, probe.tolerance = compare_head(model, scoring)
         # the rest is about the model, not about its compiled layers, which would be compiled for each of the cases
         with torch.compiler.set_stance("force_eager"), _named(model, _Refusal):
-            probe = _Probe(model, replace(scoring, temperature=1.0, padding_free=False), tolerance)
             probe.check_gradient()
             with torch.no_grad():
                 probe.compare_passes()
@@ -75,13 +82,25 @@ class _Refusal(ValueError):
 
 
 class _Probe:
-    """The comparisons of one model; `tolerance`: as `compare_head` gives it."""
+    """The comparisons of one model, which is in training mode at first.
 
-    def __init__(self, model: PreTrainedModel, scoring: Scoring, tolerance: float) -> None:
-        self.model, self.scoring, self.tolerance = model, scoring, tolerance
-        flips = any("expert" in name or p.dtype == torch.int8 for name, p in model.named_parameters())
-        self._size = torch.median if flips and tolerance > PRECISE else torch.max
+    Attributes:
+        tolerance: as `compare_head` gives it; to be set before anything is compared.
+
+    Raises:
+        ValueError: it draws random numbers, and they count.
+    """
+
+    def __init__(self, model: PreTrainedModel, scoring: Scoring) -> None:
+        self.model, self.scoring, self.tolerance = model, scoring, PRECISE
         self.batch = _example_rows(model)
+        self.alone = self.batch.select(torch.tensor([0]))
+        states = _random_states()
+        self.first = self._logprobs(self.alone)
+        draws = states != _random_states()
+        self.again = self._logprobs(self.alone)
+        if draws and not torch.equal(self.first, self.again):  # however small: it could hide among 16 bits' roundings
+            raise self._refused(TWICE, float((self.first - self.again).abs().max()), 0.0, NOISE)
 
     def check_gradient(self) -> None:
         """Of padded rows, by the smallest of the parameters that are trained; nothing where gradients are off."""
@@ -92,26 +111,15 @@ class _Probe:
         (gradient,) = torch.autograd.grad(logprobs.sum(), min(trained, key=torch.numel), allow_unused=True)
         if gradient is not None and not gradient.isfinite().all():
             raise _Refusal(
-                f"{_name(self.model)} can't be trained: where rows are padded, its gradient is not finite, such as where "
-                "it divides by the norm of the padding's embedding, which is 0: give that embedding other values "
-                f"(token {int(self.batch.prompt_ids[0, 0])}), or take another model."
+                f"{_name(self.model)} can't be trained: where rows are padded its gradient is not finite, as where it "
+                "takes the root of the norm of the padding's embedding, which is 0: give the embedding of token "
+                f"{int(self.batch.prompt_ids[0, 0])} other values, or take another model."
             )
 
     def compare_passes(self) -> None:
-        """The first row in six passes, in training mode and in evaluation mode, which it leaves the model in."""
-        batch, alone = self.batch, self.batch.select(torch.tensor([0]))
-        states = _random_states()
-        first = self._logprobs(alone)
-        draws = states != _random_states()
-        again = self._logprobs(alone)
-        how = "in two passes over the same tokens, in training mode,"
-        cause = (
-            "it is random, by noise under a name that is not known here, such as a dropout, a jitter or a sampled "
-            "router: switch it off in the model's config, or take another model."
-        )
-        if draws and not torch.equal(first, again):  # however small: in 16 bits noise may hide among roundings
-            raise self._refused(how, float((first - again).abs().max()), 0.0, cause)
-        self._check(again, first, how, cause, SAME_SHAPE)
+        """The first row in other company, and in evaluation mode, which this leaves the model in."""
+        batch, first = self.batch, self.first
+        self._check(self.again, first, TWICE, NOISE, SAME_SHAPE)
         self._check(
             self._logprobs(_padded_left(batch)),
             first,
@@ -135,7 +143,7 @@ class _Probe:
         )
         self.model.eval()
         self._check(
-            self._logprobs(alone),
+            self._logprobs(self.alone),
             first,
             "in training mode and in evaluation mode",
             "it computes something else, or with noise, while it is trained: switch that off in the model's config, "
@@ -179,7 +187,8 @@ class _Probe:
     ) -> None:
         """Raise ValueError where log-probs taken in two ways differ by more than `share` of the tolerance."""
         error, allowed = (ours - theirs).abs() / (1 + theirs.abs().max()), max(share * self.tolerance, least)
-        found = float(self._size(error))
+        flips = any("expert" in name or p.dtype == torch.int8 for name, p in self.model.named_parameters())
+        found = float(error.median() if flips and self.tolerance > PRECISE else error.max())
         if not found <= allowed:
             raise self._refused(how, found, allowed, cause)
 
