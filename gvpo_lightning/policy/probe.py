@@ -13,6 +13,7 @@ for which the tolerance is smaller.
 """
 
 import random
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
@@ -33,6 +34,7 @@ LONGER, LENGTH, STEPS = 12, 8, 4  # tokens of the two rows, and of those that ar
 SAMPLED = 2e-3  # what is drawn need not be exact: it changes no log-ratio
 SAME_SHAPE = 0.2  # of the tolerance, where shapes are the same, and so is the order of most sums
 
+EXPERTS = re.compile("expert|moe|router")  # in names of parameters
 TWICE = "in two passes over the same tokens, in training mode,"
 NOISE = (
     "it is random, by noise under a name that is not known here, such as a dropout, a jitter or a sampled router: "
@@ -93,6 +95,8 @@ class _Probe:
 
     def __init__(self, model: PreTrainedModel, scoring: Scoring) -> None:
         self.model, self.scoring, self.tolerance = model, scoring, PRECISE
+        parameters = list(model.named_parameters())
+        self._flips = any(EXPERTS.search(name) or value.dtype == torch.int8 for name, value in parameters)
         self.batch = _example_rows(model)
         self.alone = self.batch.select(torch.tensor([0]))
         states = _random_states()
@@ -100,7 +104,7 @@ class _Probe:
         draws = states != _random_states()
         self.again = self._logprobs(self.alone)
         if draws and not torch.equal(self.first, self.again):  # however small: it could hide among 16 bits' roundings
-            raise self._refused(TWICE, float((self.first - self.again).abs().max()), 0.0, NOISE)
+            raise self._differing(TWICE, float((self.first - self.again).abs().max()), 0.0, NOISE)
 
     def check_gradient(self) -> None:
         """Of padded rows, by the smallest of the parameters that are trained; nothing where gradients are off."""
@@ -110,10 +114,11 @@ class _Probe:
         logprobs, _ = completion_logprobs(self.model, self.batch, self.scoring)
         (gradient,) = torch.autograd.grad(logprobs.sum(), min(trained, key=torch.numel), allow_unused=True)
         if gradient is not None and not gradient.isfinite().all():
-            raise _Refusal(
-                f"{_name(self.model)} can't be trained: where rows are padded its gradient is not finite, as where it "
-                "takes the root of the norm of the padding's embedding, which is 0: give the embedding of token "
-                f"{int(self.batch.prompt_ids[0, 0])} other values, or take another model."
+            raise _refusal(
+                self.model,
+                "where rows are padded its gradient is not finite, as where it takes the root of the norm of the "
+                "padding's embedding, which is 0: give the embedding of token "
+                f"{int(self.batch.prompt_ids[0, 0])} other values, or take another model.",
             )
 
     def compare_passes(self) -> None:
@@ -187,20 +192,21 @@ class _Probe:
     ) -> None:
         """Raise ValueError where log-probs taken in two ways differ by more than `share` of the tolerance."""
         error, allowed = (ours - theirs).abs() / (1 + theirs.abs().max()), max(share * self.tolerance, least)
-        flips = any("expert" in name or p.dtype == torch.int8 for name, p in self.model.named_parameters())
-        found = float(error.median() if flips and self.tolerance > PRECISE else error.max())
+        found = float(error.median() if self._flips and self.tolerance > PRECISE else error.max())
         if not found <= allowed:
-            raise self._refused(how, found, allowed, cause)
+            raise self._differing(how, found, allowed, cause)
 
-    def _refused(self, how: str, error: float, allowed: float, cause: str) -> _Refusal:
-        return _Refusal(
-            f"{_name(self.model)} can't be trained: its log-probs of the same tokens {how} differ by {error:.2g}, "
-            f"relative to 1 + the largest, where {allowed:.2g} is allowed. Log-ratios would be off by as much: {cause}"
+    def _differing(self, how: str, error: float, allowed: float, cause: str) -> _Refusal:
+        return _refusal(
+            self.model,
+            f"its log-probs of the same tokens {how} differ by {error:.2g}, relative to 1 + the largest, where "
+            f"{allowed:.2g} is allowed. Log-ratios would be off by as much: {cause}",
         )
 
 
-def _name(model: Any) -> str:
-    return type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+def _refusal(model: Any, reason: str) -> _Refusal:
+    name = type(model.get_base_model() if hasattr(model, "get_base_model") else model).__name__
+    return _Refusal(f"{name} can be neither trained nor a reference: {reason}")
 
 
 @contextmanager
@@ -214,9 +220,10 @@ def _named(model: PreTrainedModel, own: type[ValueError]) -> Iterator[None]:
     except (torch.OutOfMemoryError, torch.distributed.DistError, own):
         raise
     except Exception as error:
-        raise ValueError(
-            f"{_name(model)} can't be trained: with padding, or through its key-value cache, it has failed on a few "
-            f"tokens with {type(error).__name__}: {' '.join(str(error).split())[:200]} Take another model."
+        raise _refusal(
+            model,
+            "with padding, or through its key-value cache, it has failed on a few tokens with "
+            f"{type(error).__name__}: {' '.join(str(error).split())[:200]} Take another model.",
         ) from error
 
 

@@ -41,7 +41,7 @@ LATENT = {  # multi-head latent attention
     "qk_nope_head_dim": 4,
     "v_head_dim": 8,
 }
-SSM = {"mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
+SSM = {"mamba_chunk_size": 4, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1}
 DELTA = {
     "layer_types": ["linear_attention", "full_attention"],
     "linear_num_key_heads": 2,
@@ -112,7 +112,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
     | {"num_layers": 2, "ffn_hidden_size": 48, "expert_ffn_hidden_size": 16, "zero_expert_num": 1, "moe_topk": 2},
     # recurrent and hybrid
     "mamba": {},
-    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1},
+    "mamba2": {"num_heads": 4, "head_dim": 16, "state_size": 8, "n_groups": 1, "chunk_size": 4},
     "falcon_mamba": {},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "expert_layer_period": 2, "expert_layer_offset": 1},
     "bamba": SSM | {"attn_layer_indices": [1]},
@@ -125,6 +125,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "mamba_num_heads": 4,
         "mamba_head_dim": 16,
         "ssm_state_size": 8,
+        "chunk_size": 4,
         "n_groups": 1,
     },
     "olmo_hybrid": {},
@@ -146,6 +147,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "mamba_d_state": 8,
         "mamba_ngroups": 1,
         "mamba_headdim": 16,
+        "chunk_size": 4,
         "num_mem_blocks": 1,
     },
     "rwkv": {},

@@ -1,6 +1,7 @@
 """The start-up probe: what it refuses, by name and with the cause; what it passes; and that it leaves no trace."""
 
 import contextlib
+import json
 import random
 
 import numpy as np
@@ -8,11 +9,13 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, MixtralForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from gvpo_lightning import GenerationSettings, RolloutSettings
+from gvpo_lightning import GenerationSettings, ReferenceSettings, RolloutSettings
 from gvpo_lightning.policy.head import Scoring
-from gvpo_lightning.policy.prepare import prepare_policy
+from gvpo_lightning.policy.loading import LoadingSettings
+from gvpo_lightning.policy.prepare import load_policy, prepare_policy
 from gvpo_lightning.policy.probe import probe_policy
 from gvpo_lightning.rollout.generate import generate_completions
+from gvpo_lightning.sources.settings import FileSettings, SourceSettings
 from tests.policy.architectures import config_of
 from tests.policy.conftest import ARCHITECTURES, SIZES
 
@@ -105,7 +108,7 @@ class TakesNoPadding(Qwen2ForCausalLM):
 )
 def test_a_model_whose_logprobs_depend_on_their_company_is_refused(kind, cause, dtype):
     model = built(kind, dtype)
-    with pytest.raises(ValueError, match=f"{kind.__name__} can't be trained: .*{cause}"):
+    with pytest.raises(ValueError, match=f"{kind.__name__} can be neither trained nor a reference: .*{cause}"):
         probe_policy(model, **SAMPLED)
     if kind is LosesItsCache:
         probe_policy(model)  # what is not sampled from needs no cache
@@ -116,7 +119,7 @@ def test_a_run_is_refused_before_anything_is_sampled(make_module, fit, tokenizer
     policy = Noisy(Qwen2Config(**(SIZES | {"vocab_size": len(tokenizer)})))
     sampled = []
     module = make_module(policy=policy, reward=lambda p, c, **_: sampled.append(1) or [0.0] * len(p))
-    with pytest.raises(ValueError, match=r"Noisy can't be trained: .* it is random"):
+    with pytest.raises(ValueError, match=r"Noisy can be neither trained nor a reference: .* it is random"):
         fit(module)
     assert not sampled
 
@@ -129,7 +132,8 @@ def test_a_gradient_that_padding_makes_infinite_is_refused():
     model = AutoModelForCausalLM.from_config(config)
     prepare_policy(model)
     with pytest.raises(
-        ValueError, match="Gemma3nForCausalLM can't be trained: where rows are padded its gradient is not"
+        ValueError,
+        match="Gemma3nForCausalLM can be neither trained nor a reference: where rows are padded its gradient is not",
     ):
         probe_policy(model, **SAMPLED)
     model.get_input_embeddings().weight.data[0] = 0.1
@@ -147,7 +151,7 @@ def test_a_healthy_model_passes(build_model, name, dtype):
     probe_policy(model, Scoring(0.7, padding_free=is_packable), **SAMPLED)
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(5))
 def test_routers_that_flip_in_16_bits_are_not_refused(seed):
     torch.manual_seed(seed)
     config = config_of("qwen3_moe", 200)
@@ -155,6 +159,15 @@ def test_routers_that_flip_in_16_bits_are_not_refused(seed):
     model = AutoModelForCausalLM.from_config(config).bfloat16()
     prepare_policy(model)
     probe_policy(model, **SAMPLED)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_quantized_models_with_an_adapter_pass(build_model, tmp_path, quantization, dtype):
+    pytest.importorskip("bitsandbytes")
+    build_model("llama", hidden_size=64, intermediate_size=128).save_pretrained(tmp_path)
+    lora = {"r": 4, "target_modules": "all-linear", "init_lora_weights": False}
+    probe_policy(load_policy(str(tmp_path), LoadingSettings(quantization=quantization, dtype=dtype), lora), **SAMPLED)
 
 
 def test_lora_and_checkpointing_pass(build_model):
@@ -319,6 +332,26 @@ def test_longrope_trains_up_to_its_original_length_alone(make_module, fit, token
     ):
         start(12)
     assert float(start(13).callback_metrics["log_ratio/policy/max"]) < 1e-3
+
+
+def test_recorded_completions_and_another_reference_have_the_same_limit(make_module, fit, tokenizer, tmp_path):
+    rows, path = [{"prompt": "12"}], tmp_path / "recorded.jsonl"
+    path.write_text(json.dumps(rows[0] | {"completions": ["1" * 10], "rewards": [1.0]}) + "\n")
+    sources = SourceSettings(policy=0, file=FileSettings(str(path)))
+    with pytest.raises(ValueError, match=r"Row 0: .* completion of 11 exceed .*'longrope' .* of 12: set rollout"):
+        fit(make_module(policy=long_rope("longrope", tokenizer, 12, 64), sources=sources, reward=None), rows=rows)
+    long_rope("longrope", tokenizer, 5, 64).save_pretrained(tmp_path / "other")
+    module = make_module(reference=ReferenceSettings(model=str(tmp_path / "other")))
+    with pytest.raises(ValueError, match=r"reference.model=.*: Row 0: the prompt's 2 .* exceed .*'longrope' .* of 5"):
+        fit(module, rows=rows)
+
+
+def test_another_reference_passes_the_same_probe(make_module, fit, tokenizer, tmp_path):
+    torch.manual_seed(0)
+    AutoModelForCausalLM.from_config(config_of("rwkv", len(tokenizer))).save_pretrained(tmp_path / "other")
+    module = make_module(reference=ReferenceSettings(model=str(tmp_path / "other")))
+    with pytest.raises(ValueError, match=r"RwkvForCausalLM can be neither trained nor a reference: .* on the left"):
+        fit(module)
 
 
 def test_dynamic_positions_train_up_to_the_context(make_module, fit, tokenizer):
