@@ -85,13 +85,14 @@ def attention_of(model: PreTrainedModel) -> str:
 def _rounds_to_16_bits(model: PreTrainedModel, logits: torch.Tensor) -> bool:
     """Whether logits were computed in 16 bits or fewer: some models make float32 of them afterwards.
 
-    "int8" by bitsandbytes rounds what it multiplies, too, by the largest of a batch.
+    "int8" by bitsandbytes rounds what it multiplies, too, by the largest of a batch, and so do TF32's matmuls.
     """
     dtypes = [logits.dtype, model.get_output_embeddings().weight.dtype]
     if torch.is_autocast_enabled(logits.device.type):
         dtypes.append(torch.get_autocast_dtype(logits.device.type))
     is_int8 = any(parameter.dtype == torch.int8 for parameter in model.parameters())
-    return is_int8 or min(dtype.itemsize for dtype in dtypes) < 4
+    is_tf32 = logits.is_cuda and torch.get_float32_matmul_precision() != "highest"
+    return is_int8 or is_tf32 or min(dtype.itemsize for dtype in dtypes) < 4
 
 
 def _difference(ours: torch.Tensor, own: torch.Tensor) -> float:

@@ -8,6 +8,7 @@ from gvpo_lightning import GenerationSettings, RolloutSettings
 from gvpo_lightning.policy.head import completion_logprobs
 from tests.error_budget import assert_within, logprob_budget, sum_budget
 from tests.policy.architectures import OFTEN, REFUSED, SETTINGS, config_of
+from tests.policy.conftest import ARCHITECTURES
 from tests.policy.eager_scores import eager, gradients, uneven_size
 from tests.update_budget import own_logits, scores_budget
 
@@ -41,3 +42,16 @@ def test_it_trains_right_or_is_refused(name, make_module, fit, tokenizer, ragged
     budget = sum_budget(uneven_size(policy, expected, ragged))
     for parameter, gradient in theirs.items():
         assert_within(ours[parameter], gradient, budget, parameter)
+
+
+def test_the_docs_list_what_trains_and_what_is_refused(root):
+    text = (root / "docs" / "models.md").read_text(encoding="utf-8")
+    listed: dict[str, set[str]] = {"train": set(), "refused": set()}
+    for line in text[text.index("## Architectures") : text.index("## LoRA")].splitlines():
+        cells = line.split("|")
+        if len(cells) == 4 and cells[1].startswith((" train", " refused")):
+            names = {name.split()[0] for name in cells[2].split(",")}
+            listed["refused" if "refused" in cells[1] else "train"] |= names
+    others = {settings["model_type"] for settings in ARCHITECTURES.values()}
+    assert listed["train"] == (set(SETTINGS) - set(REFUSED)) | others
+    assert listed["refused"] == set(REFUSED) | {"gemma3n_text"}
