@@ -277,8 +277,8 @@ class GVPOModule(L.LightningModule):
 
     def on_fit_start(self) -> None:
         """Hold the fused loss against eager where the training will run it, and warn of what bends the objective."""
-        checks.check_start(self.policy, self.scoring, self.placement, reference=self.reference, rewards=self.rewards)
         generation = self.generation if self.sources.settings.generates else None
+        checks.check_start(self.policy, self.scoring, self.placement, self.reference, self.rewards, generation)
         facts = (self.source, self.placement.precision, self.objective, self.temperature)
         checks.warn_of_settings(self.guard, *facts, generation, self.rollout_settings)
 

@@ -177,6 +177,7 @@ LIBRARIES_OWN = {
     *("handle._sharding_strategy", "strategy.checkpoint_io", "connector._sigterm_notifier_fn"),
     "trainer.should_stop",
     *("scheduler._last_lr", "part.base_lrs", "setattr(part, key, new[key])", "setattr(holder, name, 0.0)"),
+    *("setattr(holder, name, False)", "config.output_router_logits"),
     *("generation_config.do_sample", "config.dtype", "config.architectures", "config.revision"),
     *("trainer.validating", "trainer.training", "validation.restarting"),
     *("config.base_model_name_or_path", "model.peft_config['default'].revision", "head.head_request"),

@@ -8,8 +8,9 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from gvpo_lightning.data.rows import Row, encode_prompt
 from gvpo_lightning.guard import Guard
+from gvpo_lightning.policy.config_check import RowLimit, check_router_loss, context_limit, training_limit
 from gvpo_lightning.policy.loading import load_config
-from gvpo_lightning.policy.source import PolicySource, context_length
+from gvpo_lightning.policy.source import PolicySource
 from gvpo_lightning.rewards import reward_columns
 from gvpo_lightning.rewards.run import Rewards
 from gvpo_lightning.rewards.values import as_json
@@ -38,27 +39,27 @@ class PromptCheck:
 
         Prompts that are there again with another answer are told of, once.
         """
-        self._check(rows, self.source.config(), self.generation.max_new_tokens)
+        self._check(rows, context_limit(self.source.config()), self.generation.max_new_tokens)
         self._tell_of_other_answers(rows)
 
     def check_training(self, rows: Sequence[Row]) -> None:
         """Raise ValueError for prompts that can't be trained on, or can't be given completions."""
         source, sources = self.source, self.sources
         least_room = self.generation.max_new_tokens if sources.settings.generates else 1
-        self.longest = self._check(rows, source.config(), least_room)
+        check_router_loss(source.config())
+        limit = training_limit(source.config())
+        self.longest = self._check(rows, limit, least_room)
         self._tell_of_other_answers(rows)
         sources.open(source.tokenizer, source.vocab_size())
-        context = context_length(source.config())
         if self.reference_model is not None:
-            config = check_reference_model(self.reference_model, source)
-            own = context_length(config)
-            if own is not None and (context is None or own < context):
-                context = own
+            own = training_limit(check_reference_model(self.reference_model, source))
+            if own.shorter(limit) != limit:
+                limit = own
                 try:
-                    self._check(rows, config, least_room)
+                    self._check(rows, limit, least_room)
                 except ValueError as error:
                     raise ValueError(f"reference.model={self.reference_model!r}: {error}") from error
-        sources.check(rows, context)
+        sources.check(rows, limit)
 
     def _tell_of_other_answers(self, rows: Sequence[Row]) -> None:
         columns = self.rewards.needed_columns(rows[0]) if self.rewards is not None and len(rows) else []
@@ -74,27 +75,26 @@ class PromptCheck:
             )
             self.guard.say(message, message)
 
-    def _check(self, rows: Iterable[Row], config: PretrainedConfig, max_new_tokens: int) -> int:
-        return check_prompts(rows, self.source.tokenizer, config, self.rewards, max_new_tokens)
+    def _check(self, rows: Iterable[Row], limit: RowLimit, max_new_tokens: int) -> int:
+        return check_prompts(rows, self.source.tokenizer, limit, self.rewards, max_new_tokens)
 
 
 def check_prompts(
     rows: Iterable[Row],
     tokenizer: PreTrainedTokenizerBase,
-    config: PretrainedConfig,
+    limit: RowLimit,
     rewards: Rewards | None,
     max_new_tokens: int,
 ) -> int:
-    """Raise ValueError, naming the row, for prompts that a policy with this config can't be given.
+    """Raise ValueError, naming the row, for prompts that a policy with this limit can't be given.
 
-    That is: no `prompt`, a prompt that is neither text nor messages, no room for max_new_tokens in the
-    model's context, rows without the columns that the rewards need, or without a value that one can't do without.
+    That is: no `prompt`, a prompt that is neither text nor messages, no room for max_new_tokens within the
+    limit, rows without the columns that the rewards need, or without a value that one can't do without.
 
     Returns:
         the longest prompt's tokens.
     """
     longest = 0
-    context = context_length(config)
     for number, row in enumerate(rows):
         if not isinstance(row, Mapping):
             raise ValueError(f"Row {number} of the prompts must be a dict with a 'prompt', got {type(row).__name__}.")
@@ -112,10 +112,10 @@ def check_prompts(
                 rewards.check_row(row)
         except ValueError as error:
             raise ValueError(f"Row {number}: {error}") from error
-        if context is not None and length + max_new_tokens > context:
+        if limit.tokens is not None and length + max_new_tokens > limit.tokens:
             raise ValueError(
-                f"Row {number}: the prompt's {length} tokens and generation.max_new_tokens={max_new_tokens} exceed the "
-                f"model's context of {context}: shorten the prompt or max_new_tokens, or leave the row out."
+                f"Row {number}: the prompt's {length} tokens and generation.max_new_tokens={max_new_tokens} exceed "
+                f"{limit.reason} of {limit.tokens}: shorten the prompt or max_new_tokens, or leave the row out."
             )
         longest = max(longest, length)
     return longest

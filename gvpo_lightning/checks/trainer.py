@@ -1,6 +1,7 @@
 """What must hold of the Trainer, its strategy and the settings before anything is trained, and what a fit warns of."""
 
 import math
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from gvpo_lightning.distributed.placement import Placement
 from gvpo_lightning.guard import Guard
 from gvpo_lightning.objectives.base import Objective
 from gvpo_lightning.policy.head import Scoring
-from gvpo_lightning.policy.head_check import attention_of, check_logprob_head
+from gvpo_lightning.policy.head_check import attention_of
 from gvpo_lightning.policy.loading import check_attention
+from gvpo_lightning.policy.probe import probe_policy
 from gvpo_lightning.policy.source import PolicySource
 from gvpo_lightning.reference.base import Reference
 from gvpo_lightning.reference.kinds import ModelReference
@@ -132,17 +134,27 @@ def check_strategy(placement: Placement, source: PolicySource, *, compiles: bool
 
 
 def check_start(
-    policy: Any, scoring: Scoring, placement: Placement, *, reference: Reference, rewards: Rewards | None
+    policy: Any,
+    scoring: Scoring,
+    placement: Placement,
+    reference: Reference,
+    rewards: Rewards | None,
+    generation: GenerationSettings | None,
 ) -> None:
-    """Hold the fused loss against eager on a few tokens, where the training will run it; wait for the rewards."""
+    """Probe the policy, and a reference beside it, on a few tokens, where the training runs; wait for the rewards.
+
+    `generation`: how completions are sampled; None: they are not, and whether the policy can is of no concern.
+    """
     if rewards is not None:
         rewards.wait_until_loaded()
+    # FSDP1's is gathered already, and can't be gathered twice
+    gathered = nullcontext() if placement.is_fsdp1 else placement.gathered()
     # gradients are elsewhere where the weights are sharded
     with placement.forward_context(), placement.callable(), torch.set_grad_enabled(not placement.is_sharded):
-        error = check_logprob_head(policy, scoring)
+        error = probe_policy(policy, scoring, gathered=None if generation is None else gathered)
         if isinstance(reference, ModelReference):
             with reference.applied(policy) as model:
-                check_logprob_head(model, scoring)
+                probe_policy(model, scoring)
         name = choose_implementation(scoring.implementation, next(policy.parameters()))
     rank_zero_info(
         f"The loss runs in the '{name}' implementation (loss_implementation={scoring.implementation!r}), "

@@ -15,9 +15,9 @@ from gvpo_lightning.atomic import appearing
 from gvpo_lightning.data.batch import collate_completions
 from gvpo_lightning.data.rows import encode_prompt
 from gvpo_lightning.policy.head import Scoring, score
-from gvpo_lightning.policy.head_check import check_logprob_head
 from gvpo_lightning.policy.loading import check_attention
 from gvpo_lightning.policy.prepare import load_policy, prepare_policy, stop_token_ids
+from gvpo_lightning.policy.probe import probe_policy
 from gvpo_lightning.policy.source import PolicySource
 from gvpo_lightning.reference.kinds import cache_identity
 from gvpo_lightning.rewards.values import as_text, json_line
@@ -70,7 +70,7 @@ def fill_cache(
     done = finished_rows(partial, identity, file.rows)
     rest = (file.rows[number] for number in range(done, len(file.rows)))
     with partial.open("a", encoding="utf-8") as lines, plugin.forward_context():
-        check_logprob_head(model, scoring)
+        probe_policy(model, scoring)
         for row in track(rest, "reference log-probs", total=len(file.rows) - done):
             columns = _scored(row, source.tokenizer, model, scoring, batch_size)
             lines.write(json.dumps(columns | {"reference": identity, "of": row_hash(row)}) + "\n")

@@ -9,9 +9,13 @@ from gvpo_kernels import gvpo_loss
 from gvpo_lightning.data.batch import CompletionBatch
 from gvpo_lightning.policy.head import Scoring, completion_logprobs, completion_loss
 
+PRECISE, COARSE = 1e-4, 0.05  # tolerances: float32, and 16 bits
+
 
 def check_logprob_head(model: PreTrainedModel, scoring: Scoring = Scoring()) -> float:
     """Compare the fused head with the model's own logits on a few tokens: log-probs, loss and a gradient.
+
+    It makes 3 passes, and 3 more with `padding_free`.
 
     Returns:
         the largest difference, relative to 1 + the largest value.
@@ -20,6 +24,11 @@ def check_logprob_head(model: PreTrainedModel, scoring: Scoring = Scoring()) -> 
         ValueError: they differ (the model does something else to its logits after the head), the implementation
             can't run here, or the model does not keep the sequences of a padding-free row apart.
     """
+    return compare_head(model, scoring)[0]
+
+
+def compare_head(model: PreTrainedModel, scoring: Scoring) -> tuple[float, float]:
+    """The same; with it the tolerance, relative to 1 + the largest value, for the precision the model computes in."""
     batch, plain = _example_batch(model), Scoring(implementation=scoring.implementation)
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad][-1:]
     record = completion_loss(model, batch, 1.0, plain)
@@ -36,15 +45,16 @@ def check_logprob_head(model: PreTrainedModel, scoring: Scoring = Scoring()) -> 
     if trainable and torch.is_grad_enabled():
         pairs += zip(torch.autograd.grad(record.loss, trainable), torch.autograd.grad(own_loss, trainable), strict=True)
     error = max(_difference(ours, own) for ours, own in pairs)
-    tolerance = 1e-4 if _itemsize(model, logits) >= 4 else 0.05
+    tolerance = COARSE if _rounds_to_16_bits(model, logits) else PRECISE
     if not error <= tolerance:
         raise ValueError(
             f"The log-probs, loss or gradient from the policy's head differ by {error:.2g} from those of its own "
-            f"logits: {type(model).__name__} changes its logits after the head in a way that is not supported."
+            f"logits: {type(model).__name__} changes its logits after the head in a way that is not supported, or does "
+            "not count positions from 0."
         )
     if scoring.padding_free:
         _check_padding_free(model, batch, plain, tolerance)
-    return error
+    return error, tolerance
 
 
 def _check_padding_free(model: PreTrainedModel, batch: CompletionBatch, plain: Scoring, tolerance: float) -> None:
@@ -72,12 +82,17 @@ def attention_of(model: PreTrainedModel) -> str:
     return str(model.config.get_text_config()._attn_implementation)
 
 
-def _itemsize(model: PreTrainedModel, logits: torch.Tensor) -> int:
-    """Bytes of the numbers that logits were computed in: some models make float32 of them afterwards."""
+def _rounds_to_16_bits(model: PreTrainedModel, logits: torch.Tensor) -> bool:
+    """Whether logits were computed in 16 bits or fewer: some models make float32 of them afterwards.
+
+    "int8" by bitsandbytes rounds what it multiplies, too, by the largest of a batch, and so do TF32's matmuls.
+    """
     dtypes = [logits.dtype, model.get_output_embeddings().weight.dtype]
     if torch.is_autocast_enabled(logits.device.type):
         dtypes.append(torch.get_autocast_dtype(logits.device.type))
-    return min(dtype.itemsize for dtype in dtypes)
+    is_int8 = any(parameter.dtype == torch.int8 for parameter in model.parameters())
+    is_tf32 = logits.is_cuda and torch.get_float32_matmul_precision() != "highest"
+    return is_int8 or is_tf32 or min(dtype.itemsize for dtype in dtypes) < 4
 
 
 def _difference(ours: torch.Tensor, own: torch.Tensor) -> float:

@@ -1,11 +1,12 @@
 """The policy: loading a Hugging Face causal LM and its tokenizer, and making it ready to train."""
 
+import re
 from collections.abc import Mapping
 from typing import Any
 
-from torch import nn
 from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from gvpo_lightning.policy.config_check import all_configs
 from gvpo_lightning.policy.head import install_logprob_head
 from gvpo_lightning.policy.loading import (
     UNLOADABLE,
@@ -54,21 +55,30 @@ def load_tokenizer(name: str, loading: LoadingSettings = LoadingSettings()) -> P
         raise not_loaded("tokenizer", name, loading, error) from error
 
 
+# what transformers' models and the layers of others call the strength of their noise: all kinds of dropout and drop
+# path, routers' jitter, noisy gates, and the masking of tokens or features
+NOISE = re.compile(r"drop|jitter|nois[ey]|stochastic|perturb|spec_?aug|mask_(time|feature|token)s?_prob", re.IGNORECASE)
+STRENGTHS = ("p", "prob", "rate", "std", "sigma")  # of a layer whose own name says that it is noise
+
+
 def prepare_policy(model: PreTrainedModel) -> None:
-    """Put the model into the state that GVPO needs: training mode, no dropout, the log-prob head."""
+    """Put the model into the state that GVPO needs: training mode, no noise, the log-prob head."""
     model.train()
-    _zero_dropout(model.config.get_text_config())  # some models look it up there in every forward pass
+    for config in all_configs(model.config):
+        _switch_noise_off(config)  # some models look it up there in every forward pass
     for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0  # with dropout, two passes over the same weights differ and log-ratios are noise
-        _zero_dropout(module)
+        _switch_noise_off(module)  # with noise two passes over the same weights differ, and so do log-ratios
     install_logprob_head(model)
 
 
-def _zero_dropout(holder: Any) -> None:
+def _switch_noise_off(holder: Any) -> None:
+    """Of a config or a layer."""
+    is_noise = bool(NOISE.search(type(holder).__name__))
     for name, value in vars(holder).items():
-        if "drop" in name and isinstance(value, float):
+        if isinstance(value, float) and (NOISE.search(name) or (is_noise and name in STRENGTHS)):
             setattr(holder, name, 0.0)
+        elif value is True and NOISE.search(name) and "drop" not in name:  # such as noisy_gate
+            setattr(holder, name, False)
 
 
 def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> tuple[int, ...]:
@@ -76,7 +86,7 @@ def stop_token_ids(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -
     found: list[int] = []
     for eos in (
         model.generation_config.eos_token_id,
-        model.config.get_text_config().eos_token_id,
+        getattr(model.config.get_text_config(), "eos_token_id", None),
         tokenizer.eos_token_id,
     ):
         found += eos if isinstance(eos, list) else [eos] if eos is not None else []

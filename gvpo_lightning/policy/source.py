@@ -160,8 +160,3 @@ def place_policy(model: Any, placement: Placement, checkpoints: bool, compiles: 
     if compiles:
         compile_layers(model)
     shard_model(model, placement.strategy, placement.precision)
-
-
-def context_length(config: PretrainedConfig) -> int | None:
-    """Tokens that a model takes; None where its config names no limit."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None)

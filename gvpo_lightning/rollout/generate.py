@@ -1,12 +1,10 @@
 """Prompts in, sampled completions out, with transformers' own `generate`."""
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from transformers import (
-    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     StoppingCriteria,
@@ -15,6 +13,7 @@ from transformers import (
 
 from gvpo_lightning.data.batch import CompletionBatch, collate_completions
 from gvpo_lightning.data.rows import decode_behind
+from gvpo_lightning.policy.generation import without_generation_config
 from gvpo_lightning.policy.head import evaluating
 from gvpo_lightning.policy.prepare import stop_token_ids
 from gvpo_lightning.rollout.settings import GenerationSettings
@@ -154,19 +153,3 @@ def padding_id(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, stops
     """The tokenizer's padding, or where the model has no such token another one, since padding is masked."""
     vocab_size = model.config.get_text_config().vocab_size
     return next(i for i in (tokenizer.pad_token_id, *stops, 0) if i is not None and i < vocab_size)
-
-
-@contextlib.contextmanager
-def without_generation_config(model: PreTrainedModel) -> Iterator[None]:
-    """The model without its own generation config, of which generate() takes up all that it isn't given.
-
-    A top_k, min_p, bad_words_ids or repetition_penalty from there would take support away unseen, and
-    num_return_sequences would change the number of completions.
-    """
-    holder: Any = getattr(model, "get_base_model", lambda: model)()  # beneath peft's wrapper
-    own = holder.generation_config
-    holder.generation_config = GenerationConfig()
-    try:
-        yield
-    finally:
-        holder.generation_config = own

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from gvpo_lightning.data.batch import Completion
 from gvpo_lightning.data.rows import Row, completion_text, encode_prompt
+from gvpo_lightning.policy.config_check import RowLimit
 from gvpo_lightning.seeding import derive_seed, seeded_permutation
 from gvpo_lightning.sources.offline import OfflineFile, encode_completion, prompt_key
 from gvpo_lightning.sources.replay import ReplayBuffer
@@ -84,10 +85,10 @@ class SourceMixture:
             )
         self.stops = stops
 
-    def check(self, rows: Sequence[Row], context: int | None) -> None:
+    def check(self, rows: Sequence[Row], limit: RowLimit) -> None:
         """Raise ValueError, before anything is trained, where these prompts can't be given completions.
 
-        `context`: the most tokens that the policy can take, prompt and completion.
+        `limit`: of what the policy can be trained with.
         """
         demonstrations, file = self.settings.demonstrations, self.file
         unrewarded = self.settings.generates or (demonstrations is not None and demonstrations.reward_column is None)
@@ -99,7 +100,7 @@ class SourceMixture:
         most = 0
         for number, row in enumerate(rows) if demonstrations is not None or file is not None else ():
             try:
-                self._check_length(row, context)
+                self._check_length(row, limit)
                 most = max(most, len(self._demonstration_texts(row)) if demonstrations is not None else 0)
             except ValueError as error:
                 raise ValueError(f"Row {number}: {error}") from error
@@ -118,8 +119,8 @@ class SourceMixture:
         shown = ", ".join(f"{name} {'all' if count is None else count}" for name, count in self.counts.items())
         rank_zero_info(f"Completions of a group: {shown}.")
 
-    def _check_length(self, row: Row, context: int | None) -> None:
-        """Raise ValueError for recorded completions that are unusable or longer than the context."""
+    def _check_length(self, row: Row, limit: RowLimit) -> None:
+        """Raise ValueError for recorded completions that are unusable or too long."""
         stops = [self.tokenizer.eos_token_id or 0]  # which of a model's end tokens stands there changes no length
         recorded = [] if self.file is None else self.file.completions(row["prompt"], stops)
         lengths = [len(completion.token_ids) for completion in recorded]
@@ -127,10 +128,11 @@ class SourceMixture:
             lengths += [len(shown.token_ids) for shown in self._demonstrations(row, stops)]
         longest = min(max(lengths, default=0), self.max_tokens or math.inf)
         prompt = len(encode_prompt(row["prompt"], self.tokenizer))
-        if context is not None and prompt + longest > context:
+        if limit.tokens is not None and prompt + longest > limit.tokens:
             raise ValueError(
-                f"the prompt's {prompt} tokens and a recorded completion of {longest} exceed the model's context of "
-                f"{context}: set rollout.max_completion_tokens={max(context - prompt, 1)}, or leave the row out."
+                f"the prompt's {prompt} tokens and a recorded completion of {longest} exceed {limit.reason} of "
+                f"{limit.tokens}: set rollout.max_completion_tokens={max(limit.tokens - prompt, 1)}, or leave the row "
+                "out."
             )
 
     def _check_file(self, rows: Sequence[Row]) -> None:

@@ -41,17 +41,17 @@ def test_two_updates_end_with_the_same_weights(build, make_module, fit, weights,
         "reference": ReferenceSettings("ema", decay=0.5),
         "rollout": RolloutSettings(group_size=3, prompts_per_rollout=2, prompts_per_update=2, micro_batch_size=3),
     }
-    ends = []
+    ends, rounds = [], name in FLOAT32_ALONE
     for padding_free in (False, True) if name not in PADDED_ALONE else (False,):
         policy = build(name, tie_word_embeddings=tied, initializer_range=0.1)
         start = torch.cat([parameter.detach().flatten().clone() for parameter in policy.parameters()])
         module = make_module(policy=policy, padding_free=padding_free, **arguments)
-        fit(module, max_steps=2, accumulate_grad_batches=3, precision="64-true")
+        fit(module, max_steps=2, accumulate_grad_batches=3, precision="32-true" if rounds else "64-true")
         ends.append(weights(module))
         assert (ends[-1] - start).abs().max() > 1e-4
         assert torch.isfinite(ends[-1]).all()
     # most compute their norms in float32, whatever the weights are; some sum their gradients in it too
-    assert (ends[-1] - ends[0]).abs().max() <= (1e-7 if name in FLOAT32_INSIDE + FLOAT32_ALONE else 1e-8)
+    assert (ends[-1] - ends[0]).abs().max() <= (1e-6 if rounds else 1e-7 if name in FLOAT32_INSIDE else 1e-8)
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])
