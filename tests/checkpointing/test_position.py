@@ -6,6 +6,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader
 
+from gvpo_lightning.callbacks import RunSummary
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.rollout.loader import RolloutLoader
 from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
@@ -242,3 +243,23 @@ def test_load_from_checkpoint_needs_no_trainer(make_module, run, saved_at, token
         assert module.microstep == 0
         module.export(tmp_path / f"export {type(policy).__name__}")
         assert len(run(module, 24).updates) == 6
+
+
+def test_what_an_evaluation_loads_changes_no_setting_or_summary_of_a_fit(make_module, saved_at, tmp_path):
+    """With one Trainer for both, whose callbacks the evaluation has given their states of the other run."""
+    path, _ = saved_at(3, rollout=TWO_UPDATES)  # at a learning rate of 3e-3
+    module = make_module(rollout=TWO_UPDATES, optimizer=lambda parameters: torch.optim.SGD(parameters, lr=1e-3))
+    summary, prompts = RunSummary(), DataLoader(rows(4), collate_fn=list)
+    options = {"accelerator": "cpu", "logger": False, "max_steps": 4, "default_root_dir": tmp_path / "run"}
+    trainer = L.Trainer(callbacks=[summary], **options)
+    trainer.fit(module, RolloutLoader(rows(24), module), prompts)
+    before = summary.reward_before
+    trainer.save_checkpoint(tmp_path / "other.ckpt")
+    for other in (tmp_path / "other.ckpt", path):
+        trainer.validate(module, prompts, ckpt_path=other, verbose=False)
+    trainer.fit_loop.epoch_loop.max_steps = 8
+    trainer.fit(module, RolloutLoader(rows(24), module), prompts)
+    assert trainer.optimizers[0].param_groups[0]["lr"] == 1e-3
+    assert [point["step"] for point in summary.history] == [6, 8]
+    assert summary.reward_before != before  # measured anew, on the weights that the fit began with
+    assert module.seconds["train"] < summary._seconds()
