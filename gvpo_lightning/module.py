@@ -232,17 +232,17 @@ class GVPOModule(L.LightningModule):
             self.rewards.close()
 
     def configure_model(self) -> None:
-        """Load the policy, take what the reference needs of it, and shard it if the strategy does not."""
+        """Load the policy, note what the reference needs of it while it is whole, and shard it if no one else does."""
         if self._trainer is None or self.trainer.lightning_module is not self:
             return self._load()
-        placement = self.placement = Placement(self)  # anew: weight averaging calls this before `setup`
+        placement = self.placement = Placement.of(self)  # weight averaging calls this before `setup`
         is_new = self.policy is None
         with loading_in_turns(self.trainer.strategy, self.source.bytes):
             if self._is_sharded:
                 placement.check_again()
             else:
                 self._load()
-            if self._fits:  # before sharding, after which no rank holds whole weights
+            if self._fits or (placement.is_sharded and not self.source.can_be_reloaded):
                 original = (lambda: self.policy) if is_new else self.source.load_again
                 self.reference.identify(self.policy, placement, original)
             if not self._is_sharded:

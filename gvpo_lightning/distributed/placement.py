@@ -40,6 +40,12 @@ class Placement:
         self.is_fsdp1 = isinstance(self.strategy, FSDPStrategy)
         self.scales_losses = getattr(self.strategy.precision_plugin, "scaler", None) is not None
 
+    @classmethod
+    def of(cls, module: L.LightningModule) -> "Placement":
+        """The module's own, if it is that of its present Trainer, else a new one."""
+        own = getattr(module, "placement", None)
+        return own if isinstance(own, cls) and own.strategy is module.trainer.strategy else cls(module)
+
     def forward_context(self) -> AbstractContextManager[Any]:
         """Inside, a forward pass runs in the Trainer's precision."""
         context: AbstractContextManager[Any] = self.strategy.precision_plugin.forward_context()

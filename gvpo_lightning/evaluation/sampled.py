@@ -41,7 +41,8 @@ class SampledEvaluation:
 
     def __init__(self, sampling: Sampling, group_size: int, stage: str) -> None:
         self.sampling, self.group_size = sampling, group_size
-        self.stage = stage if stage in ("test", "predict") else "validation"
+        # text, of which seeds are made, and not Lightning's constant of the same value
+        self.stage = next((name for name in ("test", "predict") if stage == name), "validation")
         self.failures = FailureTally()
         self.absent: set[str] = set()  # names that `metrics` has no completion for
         self.error: Exception | None = None  # what rewards have raised on the batch at hand

@@ -92,8 +92,14 @@ def attach(tiny_policy, chat_tokenizer):
 
 def train_rows(datamodule, rollouts=1):
     """The rows of the first rollouts, in their order."""
-    loader = datamodule.train_dataloader()
-    return [row for rollout in range(rollouts) for row in loader._rollout_rows(rollout)]
+    loader, rows = datamodule.train_dataloader(), []
+    while rollouts:
+        for batch in loader:
+            loader.module.run.microstep += 1
+            if batch["rows"] is not None and rollouts:
+                rows += batch["rows"]
+                rollouts -= 1
+    return rows
 
 
 def evaluation_rows(loader):
