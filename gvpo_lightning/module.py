@@ -207,15 +207,15 @@ class GVPOModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         """Check what can be checked without the model, and start the processes that rewards run in."""
         trainer: Any = self.trainer
-        placement, self.seed = Placement(self), run_seed()
-        self.placement = placement
+        placement = self.placement = Placement(self)
+        self.seed = run_seed()
         checks.check_strategy(placement, self.source, compiles=self.torch_compile)
         sampling = Sampling(self.source, self.generation, self.rewards, placement, self.guard, self.seed)
         self.evaluation = SampledEvaluation(sampling, self.group_size, stage)
-        bar = trainer.is_global_zero and trainer.progress_bar_callback is not None
-        sampling.start_rewards(ranks_here=trainer.num_devices, shows_progress=bar)
+        sampling.start_rewards(ranks_here=trainer.num_devices, has_bar=trainer.progress_bar_callback is not None)
         settings, accumulate = self.rollout_settings, trainer.accumulate_grad_batches
-        self.run.count_in(settings, accumulate, self.temperature, placement.ranks.size, self.seed)
+        if stage == "fit" or not self.run.units:
+            self.run.count_in(settings, accumulate, self.temperature, placement.ranks.size, self.seed)
         if stage != "fit":
             return
         # the earliest place that shows what `fit` was given; a property that says so comes only much later

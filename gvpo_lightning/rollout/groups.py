@@ -35,9 +35,10 @@ class Sampling:
     guard: Guard
     seed: int
 
-    def start_rewards(self, *, ranks_here: int, shows_progress: bool) -> None:
+    def start_rewards(self, *, ranks_here: int, has_bar: bool) -> None:
         """Tell the rewards where they are, and start the processes that they run in."""
         if self.rewards is not None:
+            shows_progress = has_bar and self.placement.rank == 0
             self.rewards.place(self.placement.device, ranks_here=ranks_here, shows_progress=shows_progress)
             if self.placement.ranks.is_first_of_model:
                 self.rewards.start()
