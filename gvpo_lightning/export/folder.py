@@ -113,8 +113,12 @@ def write_beside(
 
 
 def sample_at_a_temperature(generation_config: GenerationConfig) -> None:
-    """Make a temperature mean that samples are drawn, without which transformers refuses to save it."""
-    if not generation_config.do_sample and generation_config.temperature is not None:
+    """Make a temperature, a top_p and their like mean that samples are drawn, or transformers refuses to save them."""
+    if generation_config.temperature is not None:
+        generation_config.do_sample = True
+    try:
+        generation_config.validate(strict=True)
+    except ValueError:
         generation_config.do_sample = True
 
 

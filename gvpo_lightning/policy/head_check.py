@@ -36,11 +36,20 @@ def compare_head(model: PreTrainedModel, scoring: Scoring) -> tuple[float, float
     ids = torch.cat([batch.prompt_ids, batch.completion_ids], dim=1)
     logits = model(input_ids=ids, attention_mask=attention_mask, use_cache=False).logits[:, :-1]
     own_logprobs = torch.log_softmax(logits.float(), dim=-1).gather(-1, ids[:, 1:, None]).squeeze(-1)
-    own_loss = gvpo_loss(
-        own_logprobs, batch.reference_logprobs, batch.completion_mask, batch.rewards, batch.group_ids, beta=1.0
-    ).loss
+    if not own_logprobs.isfinite().all():
+        raise ValueError(
+            f"The log-probs of {type(model).__name__}'s own logits are not finite: its weights are not, or they "
+            "overflow float16, which ends at 65504: repair the weights, or use bfloat16 or float32 (loading.dtype, "
+            "trainer.precision)."
+        )
     # log-probs that went through whatever the model does after its head: large numbers, so a cap shows
     logprobs, _ = completion_logprobs(model, batch, plain)
+    # the loss at the same numbers, with the gradient of its own logits: it takes differences of sums of log-probs, and
+    # where those about cancel, what 16 bits round would be most of it
+    compared = own_logprobs + (logprobs - own_logprobs).detach()
+    own_loss = gvpo_loss(
+        compared, batch.reference_logprobs, batch.completion_mask, batch.rewards, batch.group_ids, beta=1.0
+    ).loss
     pairs = [(logprobs, own_logprobs), (record.loss, own_loss)]
     if trainable and torch.is_grad_enabled():
         pairs += zip(torch.autograd.grad(record.loss, trainable), torch.autograd.grad(own_loss, trainable), strict=True)

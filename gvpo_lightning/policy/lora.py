@@ -60,11 +60,19 @@ def lora_config(lora: Mapping[str, Any]) -> Any:
     unknown = sorted(lora.keys() - {action.dest for action in parser._actions})
     if unknown:
         raise ValueError(f"model.lora.{unknown[0]} is no argument of peft.LoraConfig: see its documentation.")
+    if lora.get("init_lora_weights", True) not in INITIALIZATIONS:  # for some of which peft needs other packages
+        raise ValueError(
+            f"model.lora.init_lora_weights must be one of {INITIALIZATIONS}, got {lora['init_lora_weights']!r}: it "
+            "would change the model beneath the adapter, which checkpoints leave out."
+        )
     try:
-        parser.parse_object(dict(lora))
-        config = peft.LoraConfig(**({"task_type": "CAUSAL_LM"} | dict(lora)))
+        parsed = parser.parse_object(dict(lora))
+        # numbers and switches that were given as text, such as "16", are what they say
+        read = {key: parsed[key] for key, value in lora.items() if isinstance(value, str)}
+        config = peft.LoraConfig(**({"task_type": "CAUSAL_LM"} | dict(lora) | read))
     except (ArgumentError, ValueError, TypeError) as error:
-        raise ValueError(f"model.lora={dict(lora)} is not what peft.LoraConfig takes: {error}") from error
+        reason = " ".join(str(error).split())
+        raise ValueError(f"model.lora={dict(lora)} is not what peft.LoraConfig takes: {reason}") from error
     for name in ("r", "lora_alpha", "rank_pattern", "alpha_pattern"):
         value = getattr(config, name)
         if not all(number > 0 for number in (value.values() if isinstance(value, dict) else [value])):
@@ -74,11 +82,6 @@ def lora_config(lora: Mapping[str, Any]) -> Any:
             raise ValueError(f"model.lora.{name}={lora[name]!r} {reason}: leave it out.")
     if config.task_type != "CAUSAL_LM":
         raise ValueError(f"model.lora.task_type must be CAUSAL_LM, got {config.task_type!r}: leave it out.")
-    if config.init_lora_weights not in INITIALIZATIONS:
-        raise ValueError(
-            f"model.lora.init_lora_weights must be one of {INITIALIZATIONS}, got {config.init_lora_weights!r}: it "
-            "would change the model beneath the adapter, which checkpoints leave out."
-        )
     if config.lora_dropout:
         raise ValueError(
             f"model.lora.lora_dropout must be 0, got {config.lora_dropout}: with dropout two passes over the same "

@@ -113,9 +113,20 @@ class _Probe:
         trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         if not trained or not torch.is_grad_enabled():
             return
-        logprobs, _ = completion_logprobs(self.model, self.batch, self.scoring)
-        (gradient,) = torch.autograd.grad(logprobs.sum(), min(trained, key=torch.numel), allow_unused=True)
-        if gradient is not None and not gradient.isfinite().all():
+        smallest = min(trained, key=torch.numel)
+
+        def is_finite(batch: CompletionBatch) -> bool:
+            logprobs, _ = completion_logprobs(self.model, batch, self.scoring)
+            (gradient,) = torch.autograd.grad(logprobs.sum(), smallest, allow_unused=True)
+            return gradient is None or bool(gradient.isfinite().all())
+
+        if not is_finite(self.batch):
+            if not is_finite(self.alone):
+                raise _refusal(
+                    self.model,
+                    "its gradient is not finite, with or without padding, as where it overflows float16: use bfloat16 "
+                    "or float32 (loading.dtype, trainer.precision), or take another model.",
+                )
             raise _refusal(
                 self.model,
                 "where rows are padded its gradient is not finite, as where it takes the root of the norm of the "

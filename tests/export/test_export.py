@@ -408,3 +408,27 @@ def test_an_export_that_fails_midway_leaves_nothing(arithmetic, tmp_path, monkey
     with pytest.raises(FileExistsError):
         export(module, checkpoint, tmp_path / "out")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "model"]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"top_p": 0.9}, {"top_k": 20, "min_p": 0.1}, {"num_return_sequences": 2}, {"temperature": 0.7}],
+    ids=str,
+)
+def test_settings_of_sampling_are_exported_as_sampling(make_module, tmp_path, settings):
+    """transformers refuses to save them beside do_sample=False, which hub models have all the same."""
+    module = make_module()
+    module.policy.generation_config.do_sample = False
+    for name, value in settings.items():
+        setattr(module.policy.generation_config, name, value)
+    module.export(tmp_path / "export")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "export").generation_config
+    assert found.do_sample
+    assert {name: getattr(found, name) for name in settings} == settings
+
+
+def test_a_greedy_model_is_exported_as_greedy(make_module, tmp_path):
+    module = make_module()
+    module.policy.generation_config.do_sample = False
+    module.export(tmp_path / "export")
+    assert not json.loads((tmp_path / "export" / "generation_config.json").read_text()).get("do_sample")

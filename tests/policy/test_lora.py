@@ -8,6 +8,7 @@ from torch.utils.data import DataLoader
 
 from gvpo_lightning import GVPOModule, LoadingSettings, ReferenceSettings
 from gvpo_lightning.policy.head import Scoring, score
+from gvpo_lightning.policy.lora import lora_config
 from gvpo_lightning.reference.kinds import AdapterOffReference, ModelReference
 from tests.error_budget import assert_within
 from tests.export.exporting import export
@@ -154,6 +155,9 @@ def test_an_exported_adapter_is_trained_further_and_is_its_own_reference(make_mo
         ({"lora": {"r": 0}}, r"model\.lora\.r must be > 0, got 0"),
         ({"lora": {"lora_dropout": 0.1}}, r"lora_dropout must be 0, got 0\.1"),
         ({"lora": {"init_lora_weights": "pissa"}}, r"init_lora_weights must be one of .* got 'pissa'"),
+        ({"lora": {"init_lora_weights": "pissa_niter_4"}}, r"init_lora_weights must be one of .* got 'pissa_niter_4'"),
+        ({"lora": {"init_lora_weights": "loftq"}}, r"init_lora_weights must be one of .* got 'loftq'"),  # needs scipy
+        ({"lora": {"bias": "lora"}}, r'model\.lora=.* Parser key "bias"'),
         ({"quantization": "nf4"}, r"quantization='nf4' needs an adapter"),
     ],
 )
@@ -161,8 +165,15 @@ def test_settings_that_make_no_adapter_are_refused_before_anything_is_loaded(mak
     if "quantization" in settings:
         pytest.importorskip("bitsandbytes")
         settings = {"loading": LoadingSettings(**settings)}
-    with pytest.raises(ValueError, match=message):
+    with pytest.raises(ValueError, match=message) as refused:
         make_module(policy=base, **settings)
+    assert "\n" not in str(refused.value)
+
+
+def test_numbers_and_switches_in_quotes_are_what_they_say():
+    config = lora_config({"r": "4", "lora_alpha": "16", "use_rslora": "false", "target_modules": "all-linear"})
+    assert (config.r, config.lora_alpha, config.use_rslora) == (4, 16, False)
+    assert config.target_modules == "all-linear"
 
 
 @pytest.mark.parametrize("lora", [{"target_modules": ["lm_head"]}, {"modules_to_save": ["lm_head"]}])

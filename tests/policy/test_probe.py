@@ -59,6 +59,14 @@ class Scaled(Changed):
         return embeddings * (1.5 if self.training else 1.0)
 
 
+class GradientOverflows(Changed):
+    """Its embeddings are what they were, and the gradient of its smallest weight is beyond float16."""
+
+    def change(self, embeddings, mask):
+        bias = self.model.layers[0].self_attn.k_proj.bias
+        return embeddings + (bias - bias.detach()).sum() * 6e4 * 6e4
+
+
 class MixesRows(Changed):
     def change(self, embeddings, mask):
         return embeddings + embeddings.mean(dim=(0, 1)) * (len(embeddings) > 1)
@@ -149,6 +157,27 @@ def test_a_healthy_model_passes(build_model, name, dtype):
     prepare_policy(model)
     is_packable = name not in ("opt", "falcon")
     probe_policy(model, Scoring(0.7, padding_free=is_packable), **SAMPLED)
+
+
+@pytest.mark.parametrize("seed", [10, 11])
+def test_log_ratios_that_about_cancel_are_not_refused_in_16_bits(seed):
+    """Of the first model's two rows they do: its loss, a difference of sums, is off by more than the log-probs are."""
+    torch.manual_seed(seed)
+    model = Qwen2ForCausalLM(Qwen2Config(**SIZES))
+    model.lm_head.weight.data *= 4
+    model.bfloat16()
+    prepare_policy(model)
+    assert probe_policy(model, **SAMPLED) < 0.02
+
+
+def test_what_overflows_float16_is_told_from_what_the_model_does():
+    model = built(Qwen2ForCausalLM, torch.float16)
+    model.lm_head.weight.data *= 1e5
+    with pytest.raises(ValueError, match=r"Qwen2ForCausalLM's own logits are not finite: .* use bfloat16 or float32"):
+        probe_policy(model)
+    model = built(GradientOverflows, torch.float16)
+    with pytest.raises(ValueError, match=r"its gradient is not finite, with or without padding, .* use bfloat16"):
+        probe_policy(model)
 
 
 @pytest.mark.parametrize("seed", range(5))
