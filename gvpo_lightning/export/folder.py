@@ -31,6 +31,7 @@ from gvpo_lightning.checkpointing.weights import SavedWeights, as_written, match
 from gvpo_lightning.export.compare import LogProbs, check_adapter_written, check_model_written, example_logprobs
 from gvpo_lightning.export.model_card import Kind, Origin, files_of_run, write_card
 from gvpo_lightning.policy.adapter_check import is_tied
+from gvpo_lightning.policy.generation import make_saveable
 from gvpo_lightning.policy.loading import adapter_base, empty_model, is_quantized, load_generation_config
 from gvpo_lightning.policy.lora import import_peft, is_adapted, trained_names
 from gvpo_lightning.policy.source import PolicySource
@@ -57,7 +58,7 @@ def export_policy(
         ValueError: there is no adapter to merge, it can't be done with this policy, or what was written is not it.
     """
     kind: Kind = "merged" if merge_adapter else "adapter" if is_adapted(policy) else "model"
-    sample_at_a_temperature(policy.generation_config)
+    make_saveable(policy.generation_config)
     with _filling(folder, kind) as partial:
         if kind == "merged":
             write_merged(*adapted_policy(policy, source, state), partial)
@@ -98,7 +99,7 @@ def _filling(folder: Path, kind: Kind) -> Iterator[Path]:
 
 def save_model(model: PreTrainedModel, folder: Path, max_shard_size: str | int = "5GB") -> None:
     """A whole model, with a generation config that transformers agrees to save."""
-    sample_at_a_temperature(model.generation_config)
+    make_saveable(model.generation_config)
     model.save_pretrained(folder, max_shard_size=max_shard_size)
 
 
@@ -106,20 +107,10 @@ def write_beside(
     source: PolicySource, generation_config: GenerationConfig, folder: Path, kind: Kind, origin: Origin
 ) -> None:
     """What belongs into an exported folder beside the weights: generation config, tokenizer and model card."""
-    sample_at_a_temperature(generation_config)
+    make_saveable(generation_config)
     generation_config.save_pretrained(folder)
     source.tokenizer.save_pretrained(folder)
     write_card(folder, source, kind, origin)
-
-
-def sample_at_a_temperature(generation_config: GenerationConfig) -> None:
-    """Make a temperature, a top_p and their like mean that samples are drawn, or transformers refuses to save them."""
-    if generation_config.temperature is not None:
-        generation_config.do_sample = True
-    try:
-        generation_config.validate(strict=True)
-    except ValueError:
-        generation_config.do_sample = True
 
 
 def trained_tensors(

@@ -1,4 +1,4 @@
-"""What every call of transformers' own `generate` needs, in the start-up probe and in rollouts."""
+"""Generation configs: what calls of transformers' own `generate` need, and what transformers can save."""
 
 import contextlib
 from collections.abc import Iterator
@@ -29,3 +29,22 @@ def without_generation_config(model: PreTrainedModel) -> Iterator[None]:
         holder.generation_config = own
         for config in asking:
             config.output_router_logits = True
+
+
+GREEDY = {"do_sample": False} | dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "typical_p"))
+# tried one after another: what says how samples are drawn means that they are; beams that there are none of, and a
+# padding token that is none, need no settings
+SAVEABLE = ({"do_sample": True}, {"length_penalty": None, "early_stopping": None}, {"pad_token_id": None})
+
+
+def make_saveable(generation_config: GenerationConfig) -> None:
+    """Change what transformers loads with a warning and then refuses to save; temperature 0 is greedy decoding."""
+    if generation_config.temperature == 0:
+        generation_config.update(**GREEDY)
+    elif generation_config.temperature is not None:
+        generation_config.update(do_sample=True)
+    for change in SAVEABLE:
+        try:
+            generation_config.validate(strict=True)
+        except ValueError:
+            generation_config.update(**change)

@@ -427,8 +427,20 @@ def test_settings_of_sampling_are_exported_as_sampling(make_module, tmp_path, se
     assert {name: getattr(found, name) for name in settings} == settings
 
 
-def test_a_greedy_model_is_exported_as_greedy(make_module, tmp_path):
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"temperature": 0.0}, {"temperature": 0.0, "top_k": 20}, {"length_penalty": 2.0}, {"early_stopping": True}],
+    ids=str,
+)
+def test_a_greedy_model_is_exported_as_greedy(make_module, tmp_path, settings):
+    """Temperature 0 is no sampling; settings of beams that there are none of are left out, and lose no export."""
     module = make_module()
     module.policy.generation_config.do_sample = False
+    for name, value in settings.items():
+        setattr(module.policy.generation_config, name, value)
     module.export(tmp_path / "export")
-    assert not json.loads((tmp_path / "export" / "generation_config.json").read_text()).get("do_sample")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    assert not model.generation_config.do_sample
+    ids = torch.tensor([[3, 4]])
+    with torch.no_grad():
+        assert int(model.generate(ids, max_new_tokens=1)[0, -1]) == int(model(ids).logits[0, -1].argmax())
