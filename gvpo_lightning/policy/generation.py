@@ -32,19 +32,21 @@ def without_generation_config(model: PreTrainedModel) -> Iterator[None]:
 
 
 GREEDY = {"do_sample": False} | dict.fromkeys(("temperature", "top_k", "top_p", "min_p", "typical_p"))
-# tried one after another: what says how samples are drawn means that they are; beams that there are none of, and a
-# padding token that is none, need no settings
-SAVEABLE = ({"do_sample": True}, {"length_penalty": None, "early_stopping": None}, {"pad_token_id": None})
 
 
 def make_saveable(generation_config: GenerationConfig) -> None:
-    """Change what transformers loads with a warning and then refuses to save; temperature 0 is greedy decoding."""
-    if generation_config.temperature == 0:
-        generation_config.update(**GREEDY)
-    elif generation_config.temperature is not None:
+    """Change what transformers loads with a warning and then refuses to save.
+
+    What says how samples are drawn means that they are, but temperature 0 is greedy decoding. Settings of beams that
+    there are none of, and a padding token that is none, are left out.
+    """
+    if (generation_config.num_beams or 1) == 1:
+        generation_config.update(length_penalty=None, early_stopping=None)
+    if (generation_config.pad_token_id or 0) < 0:
+        generation_config.update(pad_token_id=None)
+    if generation_config.temperature is not None:
+        generation_config.update(**({"do_sample": True} if generation_config.temperature else GREEDY))
+    try:
+        generation_config.validate(strict=True)
+    except ValueError:
         generation_config.update(do_sample=True)
-    for change in SAVEABLE:
-        try:
-            generation_config.validate(strict=True)
-        except ValueError:
-            generation_config.update(**change)
