@@ -40,13 +40,15 @@ def make_saveable(generation_config: GenerationConfig) -> None:
     What says how samples are drawn means that they are, but temperature 0 is greedy decoding. Settings of beams that
     there are none of, and a padding token that is none, are left out.
     """
+    changes: dict[str, Any] = {}
     if (generation_config.num_beams or 1) == 1:
-        generation_config.update(length_penalty=None, early_stopping=None)
+        changes |= {"length_penalty": None, "early_stopping": None}
     if (generation_config.pad_token_id or 0) < 0:
-        generation_config.update(pad_token_id=None)
+        changes["pad_token_id"] = None
     if generation_config.temperature is not None:
-        generation_config.update(**({"do_sample": True} if generation_config.temperature else GREEDY))
+        changes |= {"do_sample": True} if generation_config.temperature else GREEDY
+    vars(generation_config).update(changes)  # its own `update` refuses each change that leaves another mistake
     try:
         generation_config.validate(strict=True)
     except ValueError:
-        generation_config.update(do_sample=True)
+        vars(generation_config).update(do_sample=True)
