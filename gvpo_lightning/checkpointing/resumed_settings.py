@@ -155,7 +155,7 @@ class DueValidation(L.Callback):
         validation.restarting = False  # or it would go on where an earlier one has ended
         trainer.validating = True
         validation.run()
-        validation._has_run = False  # or Lightning would take it for one of the epoch that it is to go on with
+        vars(validation).update(_has_run=False)  # or Lightning would take the epoch that it is in for trained
         trainer.training = True
 
 
