@@ -20,7 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from gvpo_lightning.checkpointing.preemption import Preemption
-from gvpo_lightning.checkpointing.resumed_epoch import begin_cut_epoch
+from gvpo_lightning.checkpointing.resumed_epoch import begin_epoch
 from gvpo_lightning.checkpointing.resumed_settings import DueValidation, SettingsWin
 from gvpo_lightning.checkpointing.state import Resumable, RunState, SavedPolicy
 from gvpo_lightning.checks import trainer as checks
@@ -289,7 +289,7 @@ class GVPOModule(L.LightningModule):
         validation = trainer.val_check_batch if trainer.enable_validation else None
         checks.check_training_batches(trainer.train_dataloader, batches, validation, trainer.accumulate_grad_batches)
         self.run.start_fit(self.micro_batches_per_rollout)
-        begin_cut_epoch(trainer.fit_loop, self.epoch, self.microstep, trainer.train_dataloader.num_prompts)
+        begin_epoch(trainer.fit_loop, self.epoch, self.microstep, trainer.train_dataloader.num_prompts)
         self.updates = []  # or those of another fit's rollout would be taken for those of the one at hand
 
     def on_train_batch_start(self, batch: dict[str, Any], batch_idx: int) -> None:

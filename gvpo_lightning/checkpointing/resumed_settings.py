@@ -103,18 +103,35 @@ class SettingsWin(L.Callback):
 class DueValidation(L.Callback):
     """Validates before training goes on, where the run that saved would have done so at once.
 
-    A checkpoint may be saved at an update's end, before the validation that is due there. Lightning passes over that
-    validation on resume, so that what follows validations (ReduceLROnPlateau, EarlyStopping) would miss one.
-    `GVPOModule` brings this callback along.
+    A checkpoint may be saved at an update's end, before the validation that is due there, or when an exception has
+    ended that validation. Lightning passes over it on resume, so that what follows validations (ReduceLROnPlateau,
+    EarlyStopping) would miss one. `GVPOModule` brings this callback along.
     """
 
     def __init__(self) -> None:
         self._trainer: L.Trainer | None = None
         self._is_due = False
+        self._has_ended = False
+        self._is_broken_off = False
 
     def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
         """Know whom to ask when a checkpoint is saved."""
         self._trainer, self._is_due = trainer, False
+        self._has_ended = self._is_broken_off = False
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """The next validation is another one."""
+        self._has_ended = False
+
+    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        """All that follows it has seen it."""
+        self._has_ended = True
+
+    def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
+        """What is saved from now on has yet to see it."""
+        self._is_broken_off = trainer.state.fn == "fit" and trainer.validating and not self._has_ended
 
     def state_dict(self) -> dict[str, bool]:
         """Whether a validation is to come before the next update."""
@@ -122,7 +139,8 @@ class DueValidation(L.Callback):
         loop, fetcher = self._trainer.fit_loop.epoch_loop, self._trainer.fit_loop._data_fetcher
         progress: Any = loop.batch_progress.total
         is_batch_end = self._trainer.training and progress.completed < progress.processed
-        return {"is_due": is_batch_end and fetcher is not None and loop._should_check_val_fx(fetcher)}
+        is_to_come = is_batch_end and fetcher is not None and loop._should_check_val_fx(fetcher)
+        return {"is_due": self._is_broken_off or is_to_come}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """What the run that saved has left to do."""
@@ -137,6 +155,7 @@ class DueValidation(L.Callback):
         validation.restarting = False  # or it would go on where an earlier one has ended
         trainer.validating = True
         validation.run()
+        vars(validation).update(_has_run=False)  # or Lightning would take the epoch that it is in for trained
         trainer.training = True
 
 

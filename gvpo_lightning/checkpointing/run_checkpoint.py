@@ -8,7 +8,7 @@ from typing import Any
 from weakref import proxy
 
 import lightning as L
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.pytorch.callbacks import ModelCheckpoint, WeightAveraging
 from lightning.pytorch.utilities import rank_zero_info
 from torch import Tensor
 
@@ -113,7 +113,9 @@ class RunCheckpoint(ModelCheckpoint):
             return
         current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
         is_whole = current.completed == current.processed and not self.is_within_update  # the scheduler's step as well
-        if is_whole and trainer.world_size == 1 and not isinstance(exception, CheckpointError):
+        # a validation of averaged weights has put them in the policy's place, and each would be saved as the other
+        is_swapped = trainer.validating and any(isinstance(c, WeightAveraging) for c in trainer.callbacks)  # type: ignore[attr-defined]
+        if is_whole and not is_swapped and trainer.world_size == 1 and not isinstance(exception, CheckpointError):
             rank_zero_info(f"A {type(exception).__name__} was raised, what is trained is saved: {self.save_now()}")
 
     @property

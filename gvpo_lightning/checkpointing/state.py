@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from lightning.pytorch.utilities import rank_zero_warn
 
+from gvpo_lightning.checkpointing.resumed_epoch import correct_progress
 from gvpo_lightning.objectives.base import Objective
 from gvpo_lightning.policy.lora import check_adapter, is_adapted, saves_adapter_alone, trained_names
 from gvpo_lightning.policy.weights import frozen_fingerprint
@@ -340,3 +341,5 @@ class Resumable:
         self.sources.check_cache(state)
         self.reference.load_state_dict(state["reference"], policy)
         self.run.load_state_dict(state, self.objective)
+        if "loops" in checkpoint:  # else Lightning says that there are weights alone
+            correct_progress(checkpoint["loops"]["fit_loop"])

@@ -6,7 +6,7 @@ import torch
 from lightning.pytorch.callbacks import Callback, ModelCheckpoint
 from torch.utils.data import DataLoader
 
-from gvpo_lightning.callbacks import RunSummary
+from gvpo_lightning.callbacks import RunCheckpoint, RunSummary
 from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.rollout.loader import RolloutLoader
 from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
@@ -23,13 +23,14 @@ class Seen(Callback):
     """Notes where each update began, and the prompts of each rollout."""
 
     def __init__(self):
-        self.updates, self.rollouts, self.epochs = [], [], []
+        self.updates, self.rollouts, self.epochs, self.batches = [], [], [], []
 
     def on_train_epoch_start(self, trainer, module):
         self.epochs.append(module.microstep)
 
     def on_train_batch_start(self, trainer, module, batch, batch_idx):
         self.updates.append((batch["rollout"], batch["slot"]))
+        self.batches.append((trainer.current_epoch, batch_idx))
         if batch["rows"] is not None:
             self.rollouts.append([row["number"] for row in batch["rows"]])
 
@@ -135,6 +136,41 @@ def test_the_rollout_at_hand_is_trained_to_its_end_before_other_prompts_come(mak
     assert seen.updates[:3] == [(1, 1), (2, 0), (2, 1)]
     assert len(seen.updates) == 11
     assert sorted(seen.prompts) == list(range(40))
+
+
+@pytest.mark.parametrize(
+    ("stop", "limits"),
+    [
+        (3, {"max_epochs": 3}),
+        (4, {"max_epochs": -1, "max_steps": 9}),
+        *(pytest.param(stop, {"max_steps": 99}, marks=pytest.mark.slow) for stop in (2, 4, 7)),
+        *(pytest.param(stop, {"max_epochs": -1, "max_steps": 9}, marks=pytest.mark.slow) for stop in (2, 3, 7)),
+    ],
+)
+def test_what_an_epochs_end_has_saved_goes_on_as_the_run_would_have(make_module, run, tmp_path, weights, stop, limits):
+    """At a whole epoch's end, of 4 updates, and at that of one which `max_steps` has stopped."""
+    options = {"accumulate_grad_batches": 2, "check_val_every_n_epoch": 2, "max_epochs": 3} | limits
+    options["val_dataloaders"] = DataLoader(rows(2), collate_fn=list)
+    through, resumed = make_module(rollout=TWO_UPDATES), make_module(seed=5, rollout=TWO_UPDATES)
+    expected = run(through, 16, **options)
+    saver = RunCheckpoint(tmp_path)
+    first = options | {"max_epochs": -1, "max_steps": stop, "callbacks": [saver], "enable_checkpointing": True}
+    before = run(make_module(rollout=TWO_UPDATES), 16, **first)
+    after = run(resumed, 16, ckpt_path=tmp_path / "last.ckpt", **options)
+    assert torch.equal(weights(resumed), weights(through))
+    assert before.updates + after.updates == expected.updates
+    assert after.batches == expected.batches[len(before.batches) :]
+
+
+@pytest.mark.parametrize("limits", [{"max_epochs": 2, "max_steps": 99}, pytest.param({}, marks=pytest.mark.slow)])
+def test_a_whole_epoch_of_other_data_follows_one_that_was_stopped(make_module, run, tmp_path, limits):
+    saver = RunCheckpoint(tmp_path)
+    options = {"rollout": ONE_UPDATE}
+    first = {"max_epochs": -1, "max_steps": 3, "callbacks": [saver], "enable_checkpointing": True}
+    run(make_module(**options), 24, **first)
+    seen = run(make_module(**options), 40, ckpt_path=tmp_path / "last.ckpt", **{"max_epochs": 2} | limits)
+    assert len(seen.updates) == 20
+    assert sorted(seen.prompts[:40]) == sorted(seen.prompts[40:]) == list(range(40))
 
 
 def evaluate(stage, module, path):
