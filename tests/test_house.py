@@ -179,7 +179,7 @@ LIBRARIES_OWN = {
     *("scheduler._last_lr", "part.base_lrs", "setattr(part, key, new[key])", "setattr(holder, name, 0.0)"),
     *("setattr(holder, name, False)", "config.output_router_logits"),
     *("generation_config.do_sample", "config.dtype", "config.architectures", "config.revision"),
-    *("trainer.validating", "trainer.training", "validation.restarting"),
+    *("trainer.validating", "trainer.training", "validation.restarting", "validation._has_run"),
     *("config.base_model_name_or_path", "model.peft_config['default'].revision", "head.head_request"),
     *("model.config.pad_token_id", "policy.frozen_fingerprint", "head.logit_map"),
     *("adapter.inference_mode", "config.inference_mode", "reward.advance"),

@@ -155,7 +155,7 @@ class DueValidation(L.Callback):
         validation.restarting = False  # or it would go on where an earlier one has ended
         trainer.validating = True
         validation.run()
-        vars(validation).update(_has_run=False)  # or Lightning would take the epoch that it is in for trained
+        validation._has_run = False  # or Lightning would take an epoch's last for the end of all later ones
         trainer.training = True
 
 

@@ -91,6 +91,16 @@ def test_a_validation_that_was_broken_off_is_run_anew(run, tmp_path, hook, error
     assert [*through.ended[:1], *after.ended] == through.ended == [2, 4, 6, 8]
 
 
+def test_training_goes_on_after_a_validation_at_an_epochs_end_was_broken_off(run, tmp_path):
+    options, through, after = {"val_check_interval": 6, "max_steps": 15}, Validations(), Validations()
+    expected = run(through, **options)
+    with pytest.raises(RewardError):
+        run(RunCheckpoint(tmp_path), reward=Judge(validation=3), **options)
+    ended = run(after, seed=5, ckpt_path=tmp_path / "last.ckpt", **options)
+    assert torch.equal(ended[0], expected[0])
+    assert [*through.ended[:1], *after.ended] == through.ended == [6, 12]
+
+
 def test_a_rollout_that_has_failed_does_not_count_as_trained(run, tmp_path):
     """Where validations are counted over epochs, those that follow come when they would have."""
     through, before, after = Validations(), Validations(), Validations()
