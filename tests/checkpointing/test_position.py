@@ -106,8 +106,10 @@ def test_reloaded_data_may_have_another_length_each_epoch(make_module):
     assert [sorted(numbers) for numbers in epochs] == [list(range(16)), list(range(24)), list(range(40))]
 
 
-@pytest.mark.parametrize("count", [16, 25, 40])
-@pytest.mark.parametrize("stop", [2, 3, 6])
+@pytest.mark.parametrize(
+    ("stop", "count"),
+    [(3, 40), (6, 25), (6, 16), *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, 16), (3, 25), (6, 40)])],
+)
 def test_a_whole_epoch_follows_on_other_data(make_module, run, saved_at, stop, count):
     """Within an epoch and at its end; 25 prompts make as many rollouts as 24 do."""
     path, _ = saved_at(stop)
@@ -179,8 +181,10 @@ def evaluate(stage, module, path):
     return getattr(trainer, stage)(module, prompts, ckpt_path=path)
 
 
-@pytest.mark.parametrize("stage", ["validate", "test", "predict"])
-@pytest.mark.parametrize("stop", [3, 4])
+@pytest.mark.parametrize(
+    ("stage", "stop"),
+    [("validate", 3), ("test", 4), ("predict", 3), pytest.param("validate", 4, marks=pytest.mark.slow)],
+)
 def test_a_load_outside_of_fit_brings_weights_and_no_position(make_module, run, saved_at, weights, stage, stop):
     """A fit after it is that of a fresh module with these weights: the same prompts, samples and updates."""
     path, _ = saved_at(stop, rollout=TWO_UPDATES)
