@@ -276,14 +276,14 @@ class GVPOModule(L.LightningModule):
         return optimizers.configured(self.parameters(), self.optimizer, self.lr_scheduler, *facts)
 
     def on_fit_start(self) -> None:
-        """Hold the fused loss against eager where the training will run it, and warn of what bends the objective."""
+        """Probe the policy where the training will run it, and warn of what bends the objective."""
         generation = self.generation if self.sources.settings.generates else None
         checks.check_start(self.policy, self.scoring, self.placement, self.reference, self.rewards, generation)
         facts = (self.source, self.placement.precision, self.objective, self.temperature)
         checks.warn_of_settings(self.guard, *facts, generation, self.rollout_settings)
 
     def on_train_start(self) -> None:
-        """Check that updates stay whole, and start at one."""
+        """Check that updates stay whole, and start, or go on, at one."""
         trainer: Any = self.trainer
         batches = 0 if trainer.fast_dev_run else trainer.num_training_batches
         validation = trainer.val_check_batch if trainer.enable_validation else None
