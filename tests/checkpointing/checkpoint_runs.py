@@ -132,6 +132,7 @@ def command(folder: str, words: list[str]) -> None:
     os.chdir(folder)
     os.dup2(os.open("err", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
     os.environ["HF_HUB_OFFLINE"] = "1"
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     from gvpo_lightning.cli import main
 
     main(words)

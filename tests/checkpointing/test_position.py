@@ -11,6 +11,7 @@ from gvpo_lightning.module import GVPOModule
 from gvpo_lightning.rollout.loader import RolloutLoader
 from gvpo_lightning.rollout.settings import GenerationSettings, RolloutSettings
 
+MORE_COUNTS = (40, 24, 24), (25, 26)
 ONE_UPDATE = RolloutSettings(group_size=4, prompts_per_rollout=4, prompts_per_update=4)
 TWO_UPDATES = RolloutSettings(group_size=4, prompts_per_rollout=8, prompts_per_update=4)
 
@@ -65,7 +66,7 @@ def saved_at(make_module, run, tmp_path):
     return save
 
 
-@pytest.mark.parametrize("counts", [(24, 40), (40, 24, 24), (25, 26), (3, 24)])
+@pytest.mark.parametrize("counts", [(24, 40), (3, 24), *(pytest.param(c, marks=pytest.mark.slow) for c in MORE_COUNTS)])
 def test_every_fit_is_an_epoch_of_its_own_data(make_module, run, counts):
     module = make_module(rollout=ONE_UPDATE)
     for count in counts:
@@ -74,7 +75,7 @@ def test_every_fit_is_an_epoch_of_its_own_data(make_module, run, counts):
         assert len(set(seen.prompts)) == min(4 * len(seen.updates), count)  # none twice before all have come
 
 
-@pytest.mark.parametrize("stop", [1, 2, 3])
+@pytest.mark.parametrize("stop", [1, pytest.param(2, marks=pytest.mark.slow), 3])
 def test_a_fit_after_one_that_was_stopped_starts_anew(make_module, run, stop):
     """Nothing of the other data's rollout is trained, and every prompt comes once."""
     module = make_module(rollout=TWO_UPDATES)

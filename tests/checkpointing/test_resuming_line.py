@@ -118,8 +118,10 @@ def test_it_is_the_last_line_where_the_whole_process_group_is_told(folder, numbe
     (folder / "workers").touch()
     words = ["fit", "--config", "config.yaml", *SAVING, "--trainer.devices=2", "--trainer.strategy=ddp"]
     command_line = [sys.executable, "-m", "gvpo_lightning.cli", *words]
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it
     with open(folder / "err", "w") as err:
         process = subprocess.Popen(command_line, cwd=folder, stderr=err, start_new_session=True)
+        signal.signal(signal.SIGINT, before)
         while process.poll() is None and not list(folder.glob("my run/checkpoints/last.ckpt")):
             pass
         os.killpg(process.pid, number)

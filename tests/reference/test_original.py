@@ -49,8 +49,17 @@ def assert_is_original(module, make, **settings):
     assert all(torch.equal(found[name], p.to(found[name].dtype)) for name, p in fresh.policy.named_parameters())
 
 
-@pytest.mark.parametrize("before", ["validate", "test", "predict", "load_from_checkpoint", "configure_model"])
-@pytest.mark.parametrize("lora", [None, LORA], ids=["whole", "lora"])
+BEFORE = ["validate", "test", "predict", "load_from_checkpoint", "configure_model"]
+
+
+@pytest.mark.parametrize(
+    ("before", "lora"),
+    [
+        *(pytest.param(before, None, id=before) for before in BEFORE),
+        pytest.param("validate", LORA, id="validate, lora"),
+        *(pytest.param(before, LORA, id=f"{before}, lora", marks=pytest.mark.slow) for before in BEFORE[1:]),
+    ],
+)
 def test_the_reference_is_the_folders_whatever_was_loaded(make, checkpoint, fit, tokenizer, tmp_path, before, lora):
     path = checkpoint(lora=lora)
     if before == "load_from_checkpoint":
@@ -69,8 +78,15 @@ def test_the_reference_is_the_folders_whatever_was_loaded(make, checkpoint, fit,
     assert_is_original(module, make, lora=lora)
 
 
-@pytest.mark.parametrize("precision", ["32-true", "bf16-true"])
-@pytest.mark.parametrize("before", [None, "32-true", "bf16-true"])
+@pytest.mark.parametrize(
+    ("before", "precision"),
+    [
+        ("bf16-true", "32-true"),
+        ("32-true", "bf16-true"),
+        *(pytest.param(None, precision, marks=pytest.mark.slow) for precision in ("32-true", "bf16-true")),
+        *(pytest.param(same, same, marks=pytest.mark.slow) for same in ("32-true", "bf16-true")),
+    ],
+)
 def test_an_identity_is_that_of_what_was_loaded(make, checkpoint, fit, before, precision):
     """`validate(X)` then `fit(ckpt_path=X)` goes on, whatever the precisions; so does a run in another precision."""
     path, module = checkpoint(), make()
