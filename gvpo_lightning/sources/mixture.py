@@ -259,9 +259,13 @@ class SourceMixture:
         return state | {"cache": self.references} if self.cached else state
 
     def load_state_dict(self, state: dict[str, Any], precision: str) -> None:
-        """Take up the replay buffer that `state_dict` left, if there is one and one is wanted."""
-        if self.replay is not None and "replay" in state:
+        """Take up the replay buffer that `state_dict` left, if one is wanted; one without is of a run that had none."""
+        if self.replay is None:
+            return
+        if "replay" in state:
             self.replay.load_state_dict(state["replay"], keep_logprobs=state["replay"]["precision"] == precision)
+        else:
+            self.replay = ReplayBuffer(self.replay.settings)
 
     def check_cache(self, state: dict[str, Any]) -> None:
         """Raise ValueError where a checkpoint was trained on cached log-probs of another reference."""

@@ -410,6 +410,15 @@ def test_an_export_that_fails_midway_leaves_nothing(arithmetic, tmp_path, monkey
     assert sorted(path.name for path in tmp_path.iterdir()) == ["ckpt", "model"]
 
 
+def exported_with(module, settings, folder):
+    """The exported model, read back, of a policy whose generation config is greedy and has these settings beside it."""
+    module.policy.generation_config.do_sample = False
+    for name, value in settings.items():
+        setattr(module.policy.generation_config, name, value)
+    module.export(folder)
+    return AutoModelForCausalLM.from_pretrained(folder)
+
+
 @pytest.mark.parametrize(
     "settings",
     [{"top_p": 0.9}, {"top_k": 20, "min_p": 0.1}, {"num_return_sequences": 2}, {"temperature": 0.7}],
@@ -417,12 +426,7 @@ def test_an_export_that_fails_midway_leaves_nothing(arithmetic, tmp_path, monkey
 )
 def test_settings_of_sampling_are_exported_as_sampling(make_module, tmp_path, settings):
     """transformers refuses to save them beside do_sample=False, which hub models have all the same."""
-    module = make_module()
-    module.policy.generation_config.do_sample = False
-    for name, value in settings.items():
-        setattr(module.policy.generation_config, name, value)
-    module.export(tmp_path / "export")
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "export").generation_config
+    found = exported_with(make_module(), settings, tmp_path / "export").generation_config
     assert found.do_sample
     assert {name: getattr(found, name) for name in settings} == settings
 
@@ -434,12 +438,7 @@ def test_settings_of_sampling_are_exported_as_sampling(make_module, tmp_path, se
 )
 def test_a_greedy_model_is_exported_as_greedy(make_module, tmp_path, settings):
     """Temperature 0 is no sampling; settings of beams that there are none of are left out, and lose no export."""
-    module = make_module()
-    module.policy.generation_config.do_sample = False
-    for name, value in settings.items():
-        setattr(module.policy.generation_config, name, value)
-    module.export(tmp_path / "export")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "export")
+    model = exported_with(make_module(), settings, tmp_path / "export")
     assert not model.generation_config.do_sample
     ids = torch.tensor([[3, 4]])
     with torch.no_grad():

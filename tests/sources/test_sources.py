@@ -304,6 +304,16 @@ def test_a_rollout_that_a_resumed_fit_samples_again_is_remembered_once(make_modu
     assert len(resumed.sources.replay) == 16
 
 
+def test_a_resumed_run_without_replay_has_nothing_of_what_the_module_remembers(make_module, fit, tmp_path):
+    saver = ModelCheckpoint(tmp_path, filename="{step}", every_n_train_steps=1, save_top_k=-1)
+    fit(make_module(), max_steps=2, callbacks=[saver], enable_checkpointing=True)
+    module = make_module(sources=SourceSettings(replay=ReplaySettings(2)))
+    fit(module, max_steps=4)
+    assert len(module.sources.replay) == 16
+    fit(module, max_steps=4, ckpt_path=tmp_path / "step=2.ckpt")
+    assert len(module.sources.replay) == 8  # of the one rollout since
+
+
 def test_groups_of_a_file_are_checked_with_their_own_size(make_module, fit, recorded):
     rollout = RolloutSettings(group_size=2, prompts_per_rollout=8, prompts_per_update=4, micro_batch_size=8)
     module = make_module(sources=SourceSettings(policy=0, file=FileSettings(recorded())), rollout=rollout)
